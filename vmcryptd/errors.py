@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Every error that a user can meet, each with its name on the bus and its exit status."""
+
+from __future__ import annotations
+
+PREFIX = "org.vmcryptd1.Error."
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_WRONG_KEY = 3
+EXIT_NOT_AUTHORIZED = 4
+EXIT_UNREACHABLE = 5
+EXIT_WAITING = 6
+
+
+class VmcryptdError(Exception):
+    """What happened, to which object, and what to do next, in one sentence. Never holds a secret."""
+
+    name = "Failed"
+    exit_code = EXIT_FAILED
+
+    @property
+    def dbus_name(self) -> str:
+        return PREFIX + self.name
+
+
+class InternalError(VmcryptdError):
+    """A fault of vmcryptd itself; the details are in the journal, not on the bus."""
+
+    name = "Internal"
+
+
+class ConfigError(VmcryptdError):
+    """The configuration was refused; the text names file, table and key."""
+
+    name = "Config"
+    exit_code = EXIT_USAGE
+
+
+class GraphError(ConfigError):
+    """The dependencies contradict each other (a cycle, an unknown name); the text names the path."""
+
+
+class GoalError(ConfigError):
+    """A plan was asked for a goal that does not exist."""
+
+    name = "InvalidGoal"
+
+
+class NoSuchVolumeError(VmcryptdError):
+    name = "NoSuchVolume"
+    exit_code = EXIT_USAGE
+
+
+class NoSuchGuestError(VmcryptdError):
+    name = "NoSuchGuest"
+    exit_code = EXIT_USAGE
+
+
+class WrongKeyError(VmcryptdError):
+    """The key fits no key slot of the volume."""
+
+    name = "WrongKey"
+    exit_code = EXIT_WRONG_KEY
+
+
+class KeyUnavailableError(VmcryptdError):
+    """No key source gave a key that fits, and nobody may be asked."""
+
+    name = "KeyUnavailable"
+
+
+class KeyUnusableError(VmcryptdError):
+    """What was handed in as a key cannot be read as one: too large, too slow, not readable, empty."""
+
+    name = "KeyUnusable"
+    exit_code = EXIT_USAGE
+
+
+class NotAuthorizedError(VmcryptdError):
+    name = "NotAuthorized"
+    exit_code = EXIT_NOT_AUTHORIZED
+
+
+class UnreachableError(VmcryptdError):
+    """The daemon, or the bus, cannot be reached."""
+
+    name = "Unreachable"
+    exit_code = EXIT_UNREACHABLE
+
+
+class StillWaitingError(VmcryptdError):
+    """Some volumes still wait for a key."""
+
+    name = "StillWaiting"
+    exit_code = EXIT_WAITING
+
+
+class DeadlineError(VmcryptdError):
+    """Something took longer than it may."""
+
+    name = "Timeout"
+    exit_code = EXIT_WAITING
+
+
+class BusyError(VmcryptdError):
+    """Somebody still uses it; the text names who."""
+
+    name = "Busy"
+
+
+class DeviceMissingError(VmcryptdError):
+    name = "DeviceMissing"
+
+
+class NotLuksError(VmcryptdError):
+    name = "NotLuks"
+
+
+class DamagedHeaderError(NotLuksError):
+    name = "DamagedHeader"
+
+
+class WrongUuidError(VmcryptdError):
+    """There is a LUKS header, but not the one that the configuration names."""
+
+    name = "WrongUuid"
+
+
+class OutOfMemoryError(VmcryptdError):
+    name = "OutOfMemory"
+
+
+class DependencyError(VmcryptdError):
+    """Not tried, because something it needs failed."""
+
+    name = "DependencyFailed"
+
+
+class GuestError(VmcryptdError):
+    """libvirt could not start or stop the guest, or bring up its pool."""
+
+    name = "GuestFailed"
+
+
+class LibvirtError(VmcryptdError):
+    """libvirt cannot be reached."""
+
+    name = "LibvirtUnreachable"
+
+
+class StorageError(VmcryptdError):
+    """A volume group or mount on a volume could not be brought up or down."""
+
+    name = "StorageFailed"
+
+
+class ShuttingDownError(VmcryptdError):
+    """The daemon stops; ask again when it is back."""
+
+    name = "ShuttingDown"
+    exit_code = EXIT_UNREACHABLE
+
+
+class CancelledError(VmcryptdError):
+    """Another request (lock, shutdown, panic) overtook this one."""
+
+    name = "Cancelled"
+
+
+def subclasses(base: type[VmcryptdError] = VmcryptdError) -> dict[str, type[VmcryptdError]]:
+    """Name on the bus → class, for the whole tree."""
+    found = {PREFIX + base.name: base}
+    for child in base.__subclasses__():
+        for name, cls in subclasses(child).items():
+            found.setdefault(name, cls)
+    return found

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The vocabulary: what the configuration says, what was observed, what is to be done. Values only, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+Infinity = float("inf")
+
+
+class VolumeState(StrEnum):
+    LOCKED = "locked"  # the mapping does not exist
+    WAITING = "waiting"  # its sources are exhausted; a person is asked
+    UNLOCKING = "unlocking"  # a key is being fetched or tried
+    UNLOCKED = "unlocked"  # the mapping exists, whoever made it
+    SUSPENDED = "suspended"  # the mapping exists, its key is wiped, I/O to it blocks
+    LOCKING = "locking"  # the mapping is being closed
+    FAILED = "failed"  # the last attempt failed and nobody is asked
+    MISSING = "missing"  # its device is not there, and no locked volume explains why
+
+
+class GuestState(StrEnum):
+    OFF = "off"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+    CRASHED = "crashed"
+    UNDEFINED = "undefined"  # configured here, but libvirt knows no such domain (or is away)
+
+
+class HostState(StrEnum):
+    LOCKED = "locked"
+    WAITING = "waiting"
+    UNLOCKING = "unlocking"
+    READY = "ready"
+    STOPPING = "stopping"
+    DEGRADED = "degraded"
+
+
+# --- what the configuration says -----------------------------------------------------------
+
+
+class SourceKind(StrEnum):
+    PROMPT = "prompt"
+    FILE = "file"
+    CREDENTIAL = "credential"
+    EXEC = "exec"
+
+
+@dataclass(frozen=True)
+class KeySource:
+    """One way to get a volume's key."""
+
+    kind: SourceKind
+    argument: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.argument}" if self.argument else str(self.kind)
+
+
+class Unlock(StrEnum):
+    BOOT = "boot"
+    GUEST = "guest"
+    MANUAL = "manual"
+
+
+class Lock(StrEnum):
+    SHUTDOWN = "shutdown"
+    GUEST = "guest"
+    BOOT = "boot"
+    MANUAL = "manual"
+
+
+class Content(StrEnum):
+    GUEST = "guest"
+    LVM = "lvm"
+    FILESYSTEM = "filesystem"
+
+
+class Start(StrEnum):
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class OnStopTimeout(StrEnum):
+    KILL = "kill"
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True)
+class VolumeSpec:
+    """One `[volume.NAME]` table; the name is the mapping's name."""
+
+    name: str
+    device: str
+    uuid: str | None = None
+    keys: tuple[KeySource, ...] = (KeySource(SourceKind.PROMPT),)
+    unlock: Unlock = Unlock.BOOT
+    lock: Lock = Lock.SHUTDOWN
+    content: Content = Content.GUEST
+    mount: str | None = None
+    vg: str | None = None
+    discard: bool = False
+    header: str | None = None
+    after: tuple[str, ...] = ()
+    timeout_s: float = 30.0
+
+    @property
+    def mapper_path(self) -> str:
+        return f"/dev/mapper/{self.name}"
+
+    @property
+    def device_path(self) -> str:
+        """The device as a path; tags are looked up where udev links them."""
+        tag, sep, value = self.device.partition("=")
+        if not sep:
+            return self.device
+        return f"/dev/disk/by-{tag.lower()}/{value}"
+
+    @property
+    def asks(self) -> bool:
+        return any(source.kind is SourceKind.PROMPT for source in self.keys)
+
+
+@dataclass(frozen=True)
+class GuestSpec:
+    """One `[guest.NAME]` table; a guest without one has these defaults."""
+
+    name: str
+    start: Start = Start.AUTO
+    needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    ready: str = "running"  # running | agent | tcp:HOST:PORT
+    stop_timeout_s: float = 180.0
+    on_stop_timeout: OnStopTimeout = OnStopTimeout.KILL
+    configured: bool = False  # True when the table exists
+
+
+@dataclass(frozen=True)
+class DaemonSpec:
+    """The `[daemon]` table."""
+
+    libvirt_uri: str = "qemu:///system"
+    console_prompt_s: float = 60.0
+    shutdown_timeout_s: float = 300.0
+    kdf_memory: float = 0.5  # share of the available memory
+    key_cache_s: float = 0.0
+    on_waiting: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole configuration, validated."""
+
+    daemon: DaemonSpec = DaemonSpec()
+    volumes: Mapping[str, VolumeSpec] = field(default_factory=dict)
+    guests: Mapping[str, GuestSpec] = field(default_factory=dict)
+
+    def guest(self, name: str) -> GuestSpec:
+        return self.guests.get(name) or GuestSpec(name)
+
+
+# --- what was observed ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockDevice:
+    """One block device as sysfs shows it. Names are the kernel's: `sda1`, `dm-3`, `md127`, `loop0`."""
+
+    name: str
+    number: str = ""  # "major:minor", as in mountinfo
+    below: tuple[str, ...] = ()  # devices it is made of: slaves, the whole disk of a partition
+    dm_name: str = ""
+    dm_uuid: str = ""
+    suspended: bool = False
+    backing_file: str = ""  # loop devices
+
+    @property
+    def luks_uuid(self) -> str:
+        """The LUKS header's UUID of an open mapping, in canonical form, else an empty string.
+
+        cryptsetup names it CRYPT-LUKS2-<32 hex digits>-<mapping name> (lib/libdevmapper.c).
+        """
+        parts = self.dm_uuid.split("-", 3)
+        if len(parts) != 4 or parts[0] != "CRYPT" or not parts[1].startswith("LUKS"):
+            return ""
+        raw = parts[2].lower()
+        if len(raw) != 32:
+            return ""
+        return f"{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"
+
+    @property
+    def vg(self) -> str:
+        """The volume group of a logical volume, else an empty string.
+
+        device-mapper doubles hyphens inside VG and LV names: `my--vg-lv`.
+        """
+        if not self.dm_uuid.startswith("LVM-"):
+            return ""
+        head, _, _ = self.dm_name.replace("--", "\0").partition("-")
+        return head.replace("\0", "-")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of mountinfo."""
+
+    number: str  # "major:minor" of the mounted device
+    target: str
+    source: str = ""
+    fstype: str = ""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The host's block devices and mounts at one moment.
+
+    `links` maps the paths that were asked for (configured devices, guests' disks) to kernel names; a path
+    that does not exist, or is no block device, is absent. `files` maps paths of regular files to the
+    "major:minor" of the file system that holds them. `real` maps paths to where their symbolic links lead,
+    where that differs, as far as it can be followed now.
+    """
+
+    devices: Mapping[str, BlockDevice] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    real: Mapping[str, str] = field(default_factory=dict)
+    mounts: tuple[Mount, ...] = ()
+
+
+class SourceType(StrEnum):
+    BLOCK = "block"
+    FILE = "file"
+    POOL = "pool"
+
+
+@dataclass(frozen=True)
+class DiskSource:
+    """One thing that a guest reads or writes: a disk, cdrom, nvram, a member of a backing chain."""
+
+    type: SourceType
+    path: str = ""  # block, file
+    pool: str = ""
+    volume: str = ""
+    writable: bool = True
+    shareable: bool = False
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One libvirt domain as libvirt tells it."""
+
+    name: str
+    uuid: str
+    state: GuestState
+    autostart: bool = False
+    persistent: bool = True
+    sources: tuple[DiskSource, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One libvirt storage pool: `path` for directories and file systems, `devices`/`vg` for the others."""
+
+    name: str
+    active: bool
+    autostart: bool = False
+    path: str = ""
+    devices: tuple[str, ...] = ()
+    vg: str = ""
+    volumes: Mapping[str, str] = field(default_factory=dict)  # volume name → path, when active
+
+
+@dataclass(frozen=True)
+class Virtualisation:
+    """What libvirt knows; `reachable` is False until a connection gave an answer."""
+
+    reachable: bool = False
+    domains: Mapping[str, Domain] = field(default_factory=dict)
+    pools: Mapping[str, Pool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What was seen while volumes were open, so that dependencies are known while they are locked.
+
+    `paths`: a device or file path → the volumes it lies on. `uuids`: volume → its header's UUID.
+    """
+
+    paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    uuids: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything the graph is built from, at one moment."""
+
+    storage: Storage = Storage()
+    virtualisation: Virtualisation = Virtualisation()
+    remembered: Remembered = Remembered()
+    uuids: Mapping[str, str] = field(default_factory=dict)  # volume → UUID read from its header
+    chains: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # disk file → files it is backed by
+    activated: frozenset[str] = (
+        frozenset()
+    )  # volumes whose group was activated since they were opened
+
+
+# --- what is to be done --------------------------------------------------------------------
+
+
+class Action(StrEnum):
+    UNLOCK = "unlock"
+    ACTIVATE = "activate"  # the volume group on a volume
+    MOUNT = "mount"
+    START_POOL = "start-pool"
+    START = "start"
+    STOP = "stop"
+    STOP_POOL = "stop-pool"
+    UNMOUNT = "unmount"
+    DEACTIVATE = "deactivate"
+    LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do to one object, once all steps named in `after` are done.
+
+    `after` holds steps that must have succeeded; `order` holds steps that must have ended, however.
+    """
+
+    action: Action
+    object: str
+    after: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.action}:{self.object}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ordered steps; each stands behind all that it names."""
+
+    goal: str
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeySlot:
+    """What one LUKS key slot costs to try."""
+
+    number: int
+    kdf: str  # argon2id | argon2i | pbkdf2
+    memory_kib: int = 0
+    threads: int = 1
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class Header:
+    """The public part of a LUKS header."""
+
+    version: int
+    uuid: str
+    slots: tuple[KeySlot, ...] = ()
+
+    @property
+    def memory_kib(self) -> int:
+        """What one attempt takes at most: cryptsetup tries the slots one after another."""
+        return max((slot.memory_kib for slot in self.slots), default=0)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the engine needs from the outside world. The adapters do it for real, `adapters/sim.py` in memory.
+
+Every method raises errors of `vmcryptd.errors` only. A key is always a `Key`: a descriptor that children read,
+never its content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmcryptd.model import (
+    DiskSource,
+    GuestSpec,
+    Header,
+    KeySource,
+    Storage,
+    Virtualisation,
+    VolumeSpec,
+)
+
+Changed = Callable[[], None]  # "something is different now, look again"; called in the event loop
+
+
+class Key(Protocol):
+    """A key held as a sealed descriptor."""
+
+    def reader(self) -> int:
+        """A new read-only descriptor at offset 0, for one child; the caller closes it."""
+
+    def close(self) -> None:
+        """Let go of it. Calling it twice is harmless."""
+
+
+class Blocks(Protocol):
+    """Block devices, volume groups, mounts."""
+
+    def watch(self, changed: Changed) -> None:
+        """Call `changed` after udev has processed a block device event, or a mount came or went."""
+
+    def observe(self, paths: Iterable[str]) -> Storage:
+        """The devices and mounts now; `paths` are looked up into `links` and `files`."""
+
+    async def settle(self) -> None:
+        """Wait until udev has processed what is queued (bounded)."""
+
+    async def activate(self, volume: VolumeSpec, mapping: str) -> None:
+        """Activate the volume group on the mapping. Raises StorageError."""
+
+    async def deactivate(self, volume: VolumeSpec, mapping: str) -> None:
+        """Deactivate the volume group on the mapping, and none else. Raises BusyError, StorageError."""
+
+    async def mount(self, volume: VolumeSpec, mapping: str) -> None:
+        """Mount the mapping at `volume.mount` through systemd. Raises StorageError."""
+
+    async def unmount(self, volume: VolumeSpec, mapping: str) -> None:
+        """Unmount whatever of the mapping is mounted. Raises BusyError naming the processes."""
+
+    async def holders(self, mapping: str) -> tuple[str, ...]:
+        """Who uses the mapping, each in a few words: `volume group inner`, `mounted at /x`, `qemu-system (pid 7)`."""
+
+
+class Crypt(Protocol):
+    """LUKS headers and mappings."""
+
+    async def header(self, volume: VolumeSpec) -> Header:
+        """Read it. Raises NotLuksError, DamagedHeaderError, DeviceMissingError."""
+
+    async def open(self, volume: VolumeSpec, key: Key) -> None:
+        """Make the mapping. Raises WrongKeyError, OutOfMemoryError, BusyError, DeviceMissingError, NotLuksError."""
+
+    async def resume(self, volume: VolumeSpec, mapping: str, key: Key) -> None:
+        """Give a suspended mapping its key again. Raises WrongKeyError, OutOfMemoryError."""
+
+    async def close(self, mapping: str) -> None:
+        """Remove the mapping; one that is gone already is fine. Raises BusyError (without holders), DeadlineError."""
+
+    async def wipe(self, mapping: str) -> None:
+        """Wipe the key of a mapping that cannot be closed; I/O to it blocks from then on."""
+
+    def available_memory_kib(self) -> int:
+        """What the kernel says is available for new allocations."""
+
+
+class Keys(Protocol):
+    """Where keys come from."""
+
+    async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
+        """Get the key from a source that needs no person, bounded in time. Raises KeyUnavailableError."""
+
+    async def ask(self, message: str) -> Key:
+        """Ask a person through the system's agents, for as long as it takes.
+
+        Raises CancelledError when the person declined, KeyUnavailableError when asking is impossible.
+        """
+
+    async def receive(self, fd: int) -> Key:
+        """Read a caller's descriptor to its end, in the background, bounded; `fd` is closed. Raises KeyUnusableError."""
+
+
+class Domains(Protocol):
+    """libvirt's domains and storage pools."""
+
+    def watch(self, changed: Changed) -> None:
+        """Call `changed` when a domain or pool, or the connection, changed."""
+
+    def current(self) -> Virtualisation:
+        """What is known now, without asking; kept up to date by libvirt's events."""
+
+    async def refresh(self, timeout_s: float) -> Virtualisation:
+        """Connect if necessary and ask again. Raises LibvirtError."""
+
+    async def chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
+        """The backing chain below a file or block source (readable now), without the source itself."""
+
+    async def start(self, name: str) -> None:
+        """Start the domain; one that runs is fine. Raises GuestError with libvirt's sentence."""
+
+    async def ready(self, guest: GuestSpec, timeout_s: float) -> None:
+        """Wait until the guest is ready in its own sense. Raises DeadlineError."""
+
+    async def stop(self, guest: GuestSpec, timeout_s: float) -> None:
+        """Ask the guest to stop (agent and ACPI) and wait until it is off. Raises DeadlineError, GuestError."""
+
+    async def kill(self, name: str) -> None:
+        """Destroy the domain; one that is off is fine. Raises GuestError."""
+
+    async def start_pool(self, name: str) -> None:
+        """Start and refresh the pool. Raises GuestError."""
+
+    async def stop_pool(self, name: str) -> None:
+        """Stop the pool, its content stays. Raises GuestError."""
+
+
+class Host(Protocol):
+    """systemd, and the commands that the administrator configured."""
+
+    def status(self, text: str) -> None:
+        """One line for `systemctl status`."""
+
+    async def reach_target(self, reached: bool) -> None:
+        """Start or stop vmcryptd.target, without waiting for it."""
+
+    async def run_hook(self, argv: Sequence[str], environment: dict[str, str]) -> None:
+        """Run the administrator's command in the background, bounded; its failure is logged."""
+
+
+class Memory(Protocol):
+    """What outlives the daemon: goals under /run, dependencies once seen under /var/lib."""
+
+    def goals(self) -> tuple[str, ...]: ...
+
+    def keep_goals(self, goals: Iterable[str]) -> None: ...
+
+    def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]: ...
+
+    def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None: ...
+
+    def publish(self, volumes: dict[str, bool]) -> None:
+        """Tell udev's rule and the shutdown hook which mappings are ours, and which of them hold a guest's disk."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The outside world."""
+
+    blocks: Blocks
+    crypt: Crypt
+    keys: Keys
+    domains: Domains
+    host: Host
+    memory: Memory
