@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Starting and stopping guests: readiness on the way up, deadlines on the way down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from vmcryptd.errors import DeadlineError, GuestError, VmcryptdError
+from vmcryptd.model import Infinity, OnStopTimeout, SourceType
+from vmcryptd.ports import Domains
+from vmcryptd.world import World
+
+log = logging.getLogger(__name__)
+
+# A guest that never becomes ready must not hold up the others for ever.
+READY_TIMEOUT_S = 120.0
+# A disk that nothing explains may appear a little later; then libvirt tells what is missing.
+DISK_TIMEOUT_S = 30.0
+
+
+class Guests:
+    """Carries the `start` and `stop` steps to libvirt."""
+
+    def __init__(self, domains: Domains, world: World) -> None:
+        self._domains = domains
+        self._world = world
+
+    async def start(self, name: str, wait_until_ready: bool) -> None:
+        """Start a guest whose volumes are open. Raises GuestError."""
+        node = self._world.graph.guests[name]
+        if node.domain is None:
+            raise GuestError(
+                f"guest {name}: libvirt knows no such domain; define it, or take it out of the configuration"
+            )
+        disks = [source.path for source in node.domain.sources if source.type is SourceType.BLOCK]
+        if not all(map(self._world.exists, disks)):
+            await self._world.until(lambda: all(map(self._world.exists, disks)), DISK_TIMEOUT_S)
+        starting = asyncio.ensure_future(self._domains.start(name))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # libvirt goes on starting it; who overtook us (a shutdown) must find it running, not about to run.
+            await asyncio.wait({starting})
+            raise
+        if not wait_until_ready:
+            return
+        try:
+            await self._domains.ready(node.spec, READY_TIMEOUT_S)
+        except VmcryptdError as error:
+            # It runs; guests after it are only ordered behind it, they do not need it to live.
+            log.warning(
+                "guest %s was started, but is not ready: %s; guests after it start all the same",
+                name,
+                error,
+            )
+
+    async def stop(self, name: str, deadline: float) -> None:
+        """Stop a guest by `deadline` (event loop time), or sooner if its own timeout says so. Raises GuestError."""
+        node = self._world.graph.guests[name]
+        now = asyncio.get_running_loop().time()
+        timeout_s = min(
+            node.spec.stop_timeout_s, max(deadline - now, 0.0) if deadline != Infinity else Infinity
+        )
+        try:
+            await self._domains.stop(node.spec, timeout_s)
+            return
+        except DeadlineError as error:
+            if node.spec.on_stop_timeout is OnStopTimeout.LEAVE:
+                raise GuestError(
+                    f"guest {name} did not stop within {timeout_s:g} s and is left running, as configured; "
+                    f"its volumes ({', '.join(node.needs) or 'none'}) stay open"
+                ) from error
+            log.warning("guest %s did not stop within %g s: it is killed now", name, timeout_s)
+        except GuestError as error:
+            if node.spec.on_stop_timeout is OnStopTimeout.LEAVE:
+                raise
+            log.warning("%s; it is killed now", error)
+        await self._domains.kill(name)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A job: one goal that is pursued, the steps begun for it, and how they ended."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vmcryptd.errors import CancelledError, DependencyError, InternalError, VmcryptdError
+from vmcryptd.model import Infinity
+
+
+class JobState(StrEnum):
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class Job:
+    """One goal that is pursued, and how far it has come."""
+
+    id: int
+    goal: str
+    may_ask: bool = True  # a person may be asked for what it opens
+    deadline: float = Infinity  # event loop time, for stopping guests
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # step → what carries it out
+    state: JobState = JobState.RUNNING
+    error: VmcryptdError | None = None
+    is_stopped: bool = False  # overtaken by another request: nothing new is begun
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def is_rising(self) -> bool:
+        return is_rising(self.goal)
+
+    @property
+    def is_idle(self) -> bool:
+        return all(task.done() for task in self.tasks.values())
+
+    def forget_failures(self) -> None:
+        """What failed may be tried again."""
+        self.tasks = {
+            step_id: task
+            for step_id, task in self.tasks.items()
+            if not (task.done() and outcome(task))
+        }
+
+    def failures(self) -> dict[str, VmcryptdError]:
+        """Step → why it failed, without those that only failed because another did."""
+        found = {}
+        for step_id, task in self.tasks.items():
+            if (
+                task.done()
+                and (error := outcome(task)) is not None
+                and not isinstance(error, DependencyError)
+            ):
+                found[step_id] = error
+        return found
+
+
+def is_rising(goal: str) -> bool:
+    """Whether a goal brings something up."""
+    return goal.partition(":")[0] in ("boot", "unlock", "start")
+
+
+def outcome(task: asyncio.Task[None]) -> VmcryptdError | None:
+    """How a task that is done has failed, if it has."""
+    if task.cancelled():
+        return CancelledError("another request (lock, shutdown or panic) overtook this one")
+    error = task.exception()
+    if error is None or isinstance(error, VmcryptdError):
+        return error
+    return InternalError("an internal error; the journal has the details")

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Opening volumes with a key that a caller hands in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from vmcryptd import planner
+from vmcryptd.engine import Engine
+from vmcryptd.errors import StillWaitingError, VmcryptdError
+from vmcryptd.jobs import Job
+from vmcryptd.model import Action
+from vmcryptd.prompt import Answer
+
+
+async def unlock(engine: Engine, name: str, fd: int) -> None:
+    """Open one volume, and what it needs. `fd` is closed. Raises what kept the volume closed."""
+    engine.world.observe()
+    try:
+        planner.check_volume(engine.graph, name)
+    except VmcryptdError:
+        os.close(fd)
+        raise
+    key = await engine.receive(fd)
+    closed = _closed(engine, engine.graph.beneath([name]))
+    answer = engine.prompt.offer(key, "key", frozenset(closed), name)
+    try:
+        if not closed:
+            return
+        job = engine.begin(f"unlock:{name}", may_ask=False)
+        await _tried(engine, [job], answer, closed)
+        if name in answer.accepted:
+            await engine.wait(job)
+    finally:
+        engine.prompt.withdraw(answer)
+    if engine.graph.volumes[name].is_usable:
+        return
+    for volume in reversed(closed):
+        if volume in answer.refused:
+            raise answer.refused[volume]
+    raise job.error or StillWaitingError(f"volume {name} still waits for another key")
+
+
+async def unlock_all(engine: Engine, fd: int) -> None:
+    """Try a key on all that waits, and on what comes up on that. `fd` is closed.
+
+    Raises WrongKeyError if it fits nothing, StillWaitingError if it fits some.
+    """
+    key = await engine.receive(fd)
+    engine.world.observe()
+    volumes, _ = planner.boot_set(engine.graph)
+    closed = _closed(engine, [*volumes, *engine.waiting])
+    answer = engine.prompt.offer(key, "key")
+    try:
+        jobs = [engine.begin(f"unlock:{name}", may_ask=False) for name in closed]
+        await _tried(engine, jobs, answer, closed)
+    except VmcryptdError:
+        engine.prompt.withdraw(answer)
+        raise
+    finally:
+        engine.prompt.drop_unneeded()
+    left = _closed(engine, closed)
+    if not left:
+        return
+    if not answer.accepted:
+        for name in left:
+            if name in answer.refused:
+                raise answer.refused[name]
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+    raise StillWaitingError(
+        f"opened: {', '.join(sorted(answer.accepted)) or 'nothing'}; "
+        f"still locked: {', '.join(left)}; `vmcryptctl unlock` asks for these"
+    )
+
+
+def _closed(engine: Engine, names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if not engine.graph.volumes[name].is_usable]
+
+
+async def _tried(engine: Engine, jobs: list[Job], answer: Answer, volumes: list[str]) -> None:
+    """Wait until each volume has tried the answer, or cannot because something else keeps it."""
+
+    def is_settled(name: str) -> bool:
+        if not engine.is_running(f"{Action.UNLOCK}:{name}") or name in answer.refused:
+            return True
+        if name in answer.accepted:
+            return False  # its step is about to end
+        if engine.is_absent(name):
+            # What comes up now may bring its device.
+            return not any(
+                step.startswith((Action.ACTIVATE, Action.MOUNT)) for step in engine.running
+            )
+        beneath = engine.graph.beneath([name])[:-1]
+        return any(lower in answer.refused or engine.is_absent(lower) for lower in beneath)
+
+    while any(job.id in engine.jobs for job in jobs) and not all(map(is_settled, volumes)):
+        await engine.world.move()

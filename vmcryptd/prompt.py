@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One question for everything that waits, and the answers, held only for as long as something waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from vmcryptd.errors import CancelledError, VmcryptdError
+from vmcryptd.model import Infinity, VolumeSpec
+from vmcryptd.ports import Key, Keys
+
+log = logging.getLogger(__name__)
+
+# Volumes whose other sources are still being tried may join the first question for so long.
+GATHER_S = 1.0
+# A question that was declined, or whose agent broke, comes again after a while: at once would be a tight loop.
+AGAIN_S = (1.0, 30.0)
+
+
+class Answer:
+    """A key that somebody gave, and who has tried it."""
+
+    def __init__(
+        self, key: Key, source: str, only: frozenset[str] | None = None, target: str = ""
+    ) -> None:
+        self.key = key
+        self.source = source
+        self.only = only  # the volumes it was handed in for; None: all that wait
+        self.target = target  # the volume that is to be opened by it and by nothing else
+        self.refused: dict[str, VmcryptdError] = {}
+        self.accepted: set[str] = set()
+
+    def is_for(self, volume: str) -> bool:
+        return volume not in self.refused and (self.only is None or volume in self.only)
+
+
+class Prompt:
+    """Asks a person for all volumes that wait, and hands each answer to each of them once."""
+
+    def __init__(
+        self,
+        keys: Keys,
+        changed: Callable[[], None],
+        on_waiting: Callable[[list[str]], Awaitable[None]],
+    ) -> None:
+        self._keys = keys
+        self._changed = changed
+        self._on_waiting = on_waiting
+        self._expected: set[str] = set()  # on their way up, and may take an answer
+        self._trying: set[str] = set()  # of these, the ones that try a key right now
+        self._waiting: dict[str, VolumeSpec] = {}
+        self._answers: list[Answer] = []
+        self._timers: dict[Answer, asyncio.TimerHandle] = {}
+        self._moved = asyncio.Event()  # any of the above changed
+        self._asking: asyncio.Task[None] | None = None
+        self.key_cache_s = 0.0
+        self.declined = False
+
+    @property
+    def waiting(self) -> list[str]:
+        return sorted(self._waiting)
+
+    @property
+    def expected(self) -> frozenset[str]:
+        return frozenset(self._expected)
+
+    # --- the volumes' side ---
+
+    def expect(self, volume: str) -> None:
+        """The volume is on its way up: answers are kept until it has tried them."""
+        self._expected.add(volume)
+
+    def release(self, volume: str) -> None:
+        """The volume takes no more answers."""
+        self._expected.discard(volume)
+        self._trying.discard(volume)
+        self._waiting.pop(volume, None)
+        self.drop_unneeded()
+
+    def trying(self, volume: str, is_trying: bool) -> None:
+        (self._trying.add if is_trying else self._trying.discard)(volume)
+        self._notify()
+
+    def untried(self, volume: str) -> Answer | None:
+        is_expected = volume in self._expected
+        return next(
+            (a for a in self._answers if a.is_for(volume) and (is_expected or a.only is not None)),
+            None,
+        )
+
+    async def next(self, spec: VolumeSpec) -> Answer:
+        """The next answer to try; the volume waits until there is one."""
+        while (answer := self.untried(spec.name)) is None:
+            self._waiting[spec.name] = spec
+            self.trying(spec.name, False)
+            if self._asking is None:
+                self._asking = asyncio.create_task(self._ask())
+                self._asking.add_done_callback(self._asked)
+            self._changed()
+            await self._next_move()
+        self._waiting.pop(spec.name, None)
+        self.trying(spec.name, True)
+        self._changed()
+        return answer
+
+    def refuse(self, volume: str, answer: Answer, error: VmcryptdError) -> None:
+        answer.refused[volume] = error
+        self.drop_unneeded()
+        self._changed()
+
+    def accept(self, volume: str, answer: Answer) -> None:
+        answer.accepted.add(volume)
+        self._notify()
+        self._changed()
+
+    # --- the person's side ---
+
+    def offer(
+        self, key: Key, source: str, only: frozenset[str] | None = None, target: str = ""
+    ) -> Answer:
+        """Hand in a key that somebody brought; it is held until everything expected has tried it."""
+        answer = Answer(key, source, only, target)
+        self._answers.append(answer)
+        self._notify()
+        return answer
+
+    def withdraw(self, answer: Answer) -> None:
+        """Let go of an answer now."""
+        if timer := self._timers.pop(answer, None):
+            timer.cancel()
+        if answer in self._answers:
+            self._answers.remove(answer)
+        answer.key.close()
+        self._notify()
+
+    def drop_unneeded(self) -> None:
+        """Let go of the answers that nothing on its way up can still use (after `key_cache_s`)."""
+        for answer in list(self._answers):
+            if answer.only is not None:
+                continue  # whoever handed it in withdraws it
+            needed = any(answer.is_for(volume) for volume in self._expected)
+            timer = self._timers.get(answer)
+            if needed and timer is not None:
+                self._timers.pop(answer).cancel()
+            elif not needed and timer is None:
+                if self.key_cache_s <= 0:
+                    self.withdraw(answer)
+                elif self.key_cache_s != Infinity:
+                    loop = asyncio.get_running_loop()
+                    self._timers[answer] = loop.call_later(self.key_cache_s, self.withdraw, answer)
+        self._notify()
+
+    def wipe(self) -> None:
+        """Let go of every answer now."""
+        for answer in list(self._answers):
+            self.withdraw(answer)
+
+    def close(self) -> None:
+        """Stop asking and let go of everything."""
+        if self._asking is not None:
+            self._asking.cancel()
+        self.wipe()
+
+    # --- inside ---
+
+    def _notify(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    async def _next_move(self) -> None:
+        await self._moved.wait()
+
+    def _asked(self, task: asyncio.Task[None]) -> None:
+        self._asking = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("asking for a passphrase failed", exc_info=error)
+        self._changed()
+
+    async def _ask(self) -> None:
+        announced: set[str] = set()
+        again_s = AGAIN_S[0]
+        answer: Answer | None = None
+        while True:
+            await self._gather(answer is None)
+            names = self.waiting
+            if not names:
+                return
+            if fresh := [name for name in names if name not in announced]:
+                announced.update(fresh)
+                await self._on_waiting(names)
+            wrong = answer is not None and any(name in answer.refused for name in names)
+            message = question([self._waiting[name] for name in names], wrong)
+            try:
+                key = await self._ask_while_waiting(message, names)
+            except CancelledError:
+                self.declined = True
+            except VmcryptdError as error:
+                log.warning("the question for a passphrase broke off, it comes again: %s", error)
+            else:
+                again_s = AGAIN_S[0]
+                answer = self.offer(key, "prompt") if key is not None else None
+                continue
+            self._changed()
+            await self._pause(again_s)
+            again_s = min(again_s * 2, AGAIN_S[1])
+
+    async def _gather(self, first: bool) -> None:
+        """Wait until nobody tries a key any more: then all that will wait, waits."""
+        try:
+            async with asyncio.timeout(GATHER_S if first else None):
+                while self._trying:
+                    await self._next_move()
+        except TimeoutError:
+            pass  # a slow source must not hold up the question
+
+    async def _ask_while_waiting(self, message: str, names: list[str]) -> Key | None:
+        """Ask until there is an answer, or None when none of the named volumes can use one any more.
+
+        One that is trying a key that came another way is still asked for: it may not fit, and who is typing an answer
+        just now would be interrupted.
+        """
+        asking = asyncio.ensure_future(self._keys.ask(message))
+        try:
+            while not asking.done() and any(name in self._expected for name in names):
+                move = asyncio.ensure_future(self._next_move())
+                try:
+                    await asyncio.wait({asking, move}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    move.cancel()
+            return asking.result() if asking.done() else None
+        finally:
+            if not asking.done():
+                asking.cancel()
+                await asyncio.wait({asking})
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                while self._waiting:
+                    await self._next_move()
+        except TimeoutError:
+            pass
+
+
+def question(volumes: list[VolumeSpec], wrong: bool) -> str:
+    """One line, as agents show it."""
+    before = "That did not fit. " if wrong else ""
+    if len(volumes) == 1:
+        return f"{before}Passphrase for volume {volumes[0].name} ({volumes[0].device}):"
+    names = ", ".join(volume.name for volume in volumes)
+    return f"{before}Passphrase for volumes {names}:"

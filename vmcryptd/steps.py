@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Carries out one step of a plan, once all that it stands behind is done."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from vmcryptd.errors import BusyError, DependencyError, VmcryptdError
+from vmcryptd.graph import VolumeNode
+from vmcryptd.guests import Guests
+from vmcryptd.jobs import Job, outcome
+from vmcryptd.model import Action, GuestState, Step, VolumeState
+from vmcryptd.ports import Ports
+from vmcryptd.prompt import Prompt
+from vmcryptd.state import Activities, Activity
+from vmcryptd.unlock import Unlocker
+from vmcryptd.world import World
+
+log = logging.getLogger(__name__)
+
+
+class Steps:
+    """What each action means, in terms of the ports."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        world: World,
+        prompt: Prompt,
+        activities: Activities,
+        may_ask: Callable[[str], bool],
+        touch: Callable[[], None],
+    ) -> None:
+        self.unlocker = Unlocker(ports.crypt, ports.keys, prompt, world, self._unlocking)
+        self._ports = ports
+        self._world = world
+        self._activities = activities
+        self._may_ask = may_ask
+        self._touch = touch
+        self._guests = Guests(ports.domains, world)
+
+    async def run(self, job: Job, step: Step) -> None:
+        """Raises VmcryptdError; DependencyError if something it needs failed."""
+        activity = self._activity(step)
+        try:
+            await _precede(job, step)
+            activity.error = None
+            log.debug("%s (%s)", step.id, step.reason)
+            await self._do(job, step, activity)
+        except VmcryptdError as error:
+            activity.error = error
+            log.error("%s", error)
+            raise
+        finally:
+            activity.doing = None
+            self._world.observe()
+
+    def _activity(self, step: Step) -> Activity:
+        match step.action:
+            case Action.START | Action.STOP:
+                return self._activities.guest(step.object)
+            case Action.START_POOL | Action.STOP_POOL:
+                return Activity()
+        return self._activities.volumes.get(step.object) or Activity()
+
+    async def _do(self, job: Job, step: Step, activity: Activity) -> None:
+        name, domains = step.object, self._ports.domains
+        match step.action:
+            case Action.START:
+                self._show(activity, GuestState.STARTING)
+                guests = self._world.graph.guests
+                await self._guests.start(name, any(name in o.spec.after for o in guests.values()))
+                log.info("guest %s is started", name)
+            case Action.STOP:
+                self._show(activity, GuestState.STOPPING)
+                await self._guests.stop(name, job.deadline)
+                log.info("guest %s is stopped", name)
+            case Action.START_POOL:
+                await domains.start_pool(name)
+            case Action.STOP_POOL:
+                await domains.stop_pool(name)
+            case _ if name in self._world.graph.volumes:
+                await self._do_volume(step, self._world.graph.volumes[name], activity)
+
+    async def _do_volume(self, step: Step, node: VolumeNode, activity: Activity) -> None:
+        name, blocks = step.object, self._ports.blocks
+        match step.action:
+            case Action.UNLOCK if not node.is_usable:
+                source = await self.unlocker.open(name, lambda: self._may_ask(step.id))
+                activity.key_source = source
+                log.info("volume %s is open (%s)", name, source or "opened by somebody else")
+            case Action.ACTIVATE:
+                await blocks.activate(node.spec, node.mapping)
+                self._world.activated.add(name)
+            case Action.MOUNT:
+                await blocks.mount(node.spec, node.mapping)
+            case Action.UNMOUNT:
+                await blocks.unmount(node.spec, node.mapping)
+            case Action.DEACTIVATE:
+                await blocks.deactivate(node.spec, node.mapping)
+                self._world.activated.discard(name)
+            case Action.LOCK if node.is_open:
+                self._show(activity, VolumeState.LOCKING)
+                await self._close(name, node.mapping)
+                log.info("volume %s is closed", name)
+
+    async def _close(self, name: str, mapping: str) -> None:
+        try:
+            await self._ports.crypt.close(mapping)
+        except BusyError:
+            holders = await self._ports.blocks.holders(mapping)
+            used_by = ", ".join(holders) or "the kernel (no holder is visible)"
+            raise BusyError(
+                f"volume {name} cannot be closed, it is in use by {used_by}; "
+                f"stop that, then `vmcryptctl lock {name}`"
+            ) from None
+
+    def _unlocking(self, name: str, is_busy: bool) -> None:
+        activity = self._activities.volumes[name]
+        self._show(activity, VolumeState.UNLOCKING if is_busy else VolumeState.WAITING)
+
+    def _show(self, activity: Activity, doing: VolumeState | GuestState) -> None:
+        activity.doing = doing
+        self._touch()
+
+
+async def _precede(job: Job, step: Step) -> None:
+    """Wait for the steps before this one. Raises DependencyError."""
+    before = (*step.after, *step.order)
+    tasks = {other: job.tasks[other] for other in before if other in job.tasks}
+    if tasks:
+        await asyncio.wait(tasks.values())
+    for other in step.after:
+        if other in tasks and (error := outcome(tasks[other])) is not None:
+            raise DependencyError(
+                f"{step.action} {step.object} was not tried, "
+                f"because {other.replace(':', ' ', 1)} failed: {error}"
+            )

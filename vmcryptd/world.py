@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The world as it is now: looks through the ports, and keeps the graph built from what it saw."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from vmcryptd import graph as graphs
+from vmcryptd.errors import VmcryptdError
+from vmcryptd.graph import Graph
+from vmcryptd.model import DiskSource, Infinity, Observation, Remembered, Settings, SourceType
+from vmcryptd.ports import Blocks, Domains, Memory
+
+log = logging.getLogger(__name__)
+
+# One look serves all events within this time: a mapping that comes makes about five.
+COALESCE_S = 0.02
+
+
+class World:
+    """Configuration and observation, and the graph of both."""
+
+    def __init__(
+        self, settings: Settings, blocks: Blocks, domains: Domains, memory: Memory
+    ) -> None:
+        self.settings = settings
+        self.graph = Graph()
+        self.uuids: dict[str, str] = {}  # volume → UUID, as its header says
+        self.activated: set[str] = set()  # volumes whose group was activated since they were opened
+        self.on_rebuilt: Callable[[], None] = lambda: None
+        self._blocks = blocks
+        self._domains = domains
+        self._memory = memory
+        self._chains: dict[str, tuple[str, ...]] = {}
+        self._observation = Observation()
+        self._moved = asyncio.Event()
+        self._look: asyncio.TimerHandle | None = None
+        self._reading: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Look for the first time, and from then on whenever a device or mount changes."""
+        paths, uuids = self._memory.seen()
+        self._observation = Observation(remembered=Remembered(paths, uuids))
+        self.configure(self.settings)
+        self._blocks.watch(self.changed)
+
+    def watch_libvirt(self) -> None:
+        """Connect to libvirt and follow it. With nothing configured, libvirt is left alone."""
+        if self.needs_libvirt:
+            self._domains.watch(self.changed)
+
+    @property
+    def needs_libvirt(self) -> bool:
+        return bool(self.settings.volumes or self.settings.guests)
+
+    def configure(self, settings: Settings) -> None:
+        """Take a new configuration. Raises GraphError, and then the old one stays."""
+        observation = self._observe(settings)
+        self.graph = graphs.build(settings, observation)
+        self.settings, self._observation = settings, observation
+        self._memory.publish(
+            {name: spec.content == "guest" for name, spec in settings.volumes.items()}
+        )
+
+    def changed(self) -> None:
+        """Something is different: look soon."""
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(COALESCE_S, self.observe)
+
+    def observe(self) -> None:
+        """Look now; if anything changed, rebuild the graph and tell it."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        observation = self._observe(self.settings)
+        if observation == self._observation:
+            return
+        self._observation = observation
+        try:
+            self.graph = graphs.build(self.settings, observation)
+        except VmcryptdError as error:
+            log.error("%s; vmcryptd goes on with what it knew before", error)
+            return
+        for name, node in self.graph.volumes.items():
+            if not node.is_open:
+                self.activated.discard(name)
+        self._remember()
+        self._read_chains()
+        self.on_rebuilt()
+        self.moved()
+
+    def exists(self, path: str) -> bool:
+        """Whether a block device that some guest or volume names is there."""
+        return path in self._observation.storage.links
+
+    def moved(self) -> None:
+        """Wake everybody who waits in `until` or `move`."""
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    async def move(self) -> None:
+        """Wait until something, anything, has happened."""
+        await self._moved.wait()
+
+    async def until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until it is so; False when that took too long."""
+        try:
+            async with asyncio.timeout(None if timeout_s == Infinity else timeout_s):
+                while not predicate():
+                    await self._moved.wait()
+        except TimeoutError:
+            return predicate()
+        return True
+
+    def _observe(self, settings: Settings) -> Observation:
+        virtualisation = self._domains.current()
+        paths = sorted(graphs.wanted_paths(settings, virtualisation, self._chains))
+        return replace(
+            self._observation,
+            storage=self._blocks.observe(paths),
+            virtualisation=virtualisation,
+            uuids=dict(self.uuids),
+            chains=dict(self._chains),
+            activated=frozenset(self.activated),
+        )
+
+    def _remember(self) -> None:
+        """Keep where things lie while it can be seen: after the next boot it cannot."""
+        old, storage = self._observation.remembered, self._observation.storage
+        paths, uuids = dict(old.paths), dict(old.uuids)
+        for name, node in self.graph.volumes.items():
+            if node.uuid:
+                uuids[name] = node.uuid
+            if node.device:
+                paths[node.spec.device_path] = node.stands_on
+        for path, volumes in self.graph.lies_on.items():
+            if path in storage.links or path in storage.files:
+                paths[path] = volumes
+        paths = {path: volumes for path, volumes in paths.items() if volumes}
+        if (paths, uuids) != (old.paths, old.uuids):
+            self._observation = replace(self._observation, remembered=Remembered(paths, uuids))
+            self._memory.keep_seen(paths, uuids)
+
+    def _read_chains(self) -> None:
+        """Follow the backing chains of disk files that have become readable."""
+        files = self._observation.storage.files
+        unread = [
+            source
+            for domain in self._observation.virtualisation.domains.values()
+            for source in domain.sources
+            if source.type is SourceType.FILE
+            and source.path in files
+            and source.path not in self._chains
+        ]
+        if unread:
+            self._chains.update((source.path, ()) for source in unread)
+            task = asyncio.create_task(self._read(unread))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
+
+    async def _read(self, sources: list[DiskSource]) -> None:
+        for source in sources:
+            try:
+                chain = await self._domains.chain(source)
+            except VmcryptdError as error:
+                log.warning("what %s is backed by cannot be read: %s", source.path, error)
+                continue
+            self._chains[source.path] = tuple(member.path for member in chain if member.path)
+        self.changed()
