@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""polkit as an authority: allowed, refused, slow, hanging, absent, and root."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmcryptd import bus
+from vmcryptd.adapters.authority import Polkit
+from vmcryptd.errors import NotAuthorizedError
+
+ACTION = "org.vmcryptd1.unlock"
+POLKIT = "org.freedesktop.PolicyKit1"
+AUTHORITY = "/org/freedesktop/PolicyKit1/Authority"
+
+# A peer with a user id of its own: prints its bus name and stays until its stdin ends.
+PEER = """
+import asyncio, os
+from vmcryptd import bus
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+async def main():
+    connection = await bus.connect()
+    print(connection._transport.unique_name, flush=True)
+    gone = asyncio.Event()
+    asyncio.get_running_loop().add_reader(0, gone.set)
+    await gone.wait()
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """The bus name of a peer that is not root."""
+    if os.getuid() != 0:
+        pytest.skip("only root can be somebody else on the bus")
+    with subprocess.Popen(
+        [sys.executable, "-c", PEER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(bus.__file__).parents[1])},
+    ) as peer:
+        assert peer.stdin is not None
+        assert peer.stdout is not None
+        name = peer.stdout.readline().strip()
+        assert name.startswith(":")
+        yield name
+        peer.stdin.close()
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[bus.Connection]:
+    connection = await bus.connect()
+    yield connection
+    await connection.disconnect()
+
+
+async def tell_mock(
+    connection: bus.Connection, member: str, signature: str, *body: Any
+) -> list[Any]:
+    mock = "org.freedesktop.DBus.Mock"
+    return await connection.call(POLKIT, AUTHORITY, mock, member, signature, body, timeout_s=10)
+
+
+def test_allowed_and_refused(run: Any, polkitd: None, nobody: str) -> None:
+    async def test() -> None:
+        async with connected() as connection:
+            authority = Polkit(connection)
+            with pytest.raises(NotAuthorizedError) as caught:
+                await authority.check(nobody, ACTION, interactive=False)
+            assert str(caught.value) == (
+                "user 65534 may not do org.vmcryptd1.unlock: polkit refused; root always may"
+            )
+            await tell_mock(connection, "SetAllowed", "as", [ACTION])
+            await authority.check(nobody, ACTION, interactive=True)
+            with pytest.raises(NotAuthorizedError):
+                await authority.check(nobody, "org.vmcryptd1.panic", interactive=True)
+
+    run(test())
+
+
+def test_root_is_not_asked(run: Any) -> None:
+    async def test() -> None:
+        if os.getuid() != 0:
+            pytest.skip("not root")
+        async with connected() as connection:
+            name = connection._transport.unique_name
+            await Polkit(connection).check(name, ACTION, interactive=False)
+
+    run(test())
+
+
+def test_without_polkit_nobody_but_root_may(run: Any, nobody: str) -> None:
+    async def test() -> None:
+        async with connected() as connection:
+            with pytest.raises(NotAuthorizedError, match="polkit cannot be asked"):
+                await Polkit(connection).check(nobody, ACTION, interactive=False)
+
+    run(test())
+
+
+def test_who_has_left_may_nothing(run: Any) -> None:
+    async def test() -> None:
+        async with connected() as connection:
+            with pytest.raises(NotAuthorizedError):
+                await Polkit(connection).check(":1.99999", ACTION, interactive=True)
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "answer", [("", None), ("b", True), ("s", "allowed"), ("(bb)", [True, False])]
+)
+def test_an_answer_that_makes_no_sense_is_a_refusal(run: Any, nobody: str, answer: Any) -> None:
+    async def test() -> None:
+        async with connected() as connection, connected() as polkit:
+            signature, value = answer
+            asked: list[bus.Call] = []
+
+            def reply(call: bus.Call) -> None:
+                asked.append(call)
+                polkit.reply(call, signature, [value] if signature else [])
+
+            polkit.on_call = reply
+            await polkit.request_name(POLKIT)
+            with pytest.raises(NotAuthorizedError, match="makes no sense"):
+                await Polkit(connection).check(nobody, ACTION, interactive=True)
+            [subject, action, details, flags, cancellation] = asked[0].body
+            assert subject == ["system-bus-name", {"name": nobody}]
+            assert (action, details, flags) == (ACTION, {}, 1)
+            assert cancellation
+
+    run(test())
+
+
+class Silent:
+    """A polkit that never answers, and notes what it is told."""
+
+    def __init__(self, connection: bus.Connection) -> None:
+        self.calls: asyncio.Queue[bus.Call] = asyncio.Queue()
+        connection.on_call = self.calls.put_nowait
+
+
+def test_hanging_polkit_is_a_refusal_and_is_told(run: Any, nobody: str) -> None:
+    async def test() -> None:
+        async with connected() as connection, connected() as polkit:
+            silent = Silent(polkit)
+            await polkit.request_name(POLKIT)
+            authority = Polkit(connection, timeout_s=0.05, interactive_timeout_s=30)
+            with pytest.raises(NotAuthorizedError, match=r"did not answer within 0.05 s"):
+                await authority.check(nobody, ACTION, interactive=False)
+            asked, cancelled = await silent.calls.get(), await silent.calls.get()
+            assert asked.body[3] == 0
+            assert (cancelled.member, cancelled.body) == (
+                "CancelCheckAuthorization",
+                asked.body[4:],
+            )
+
+            waiting = asyncio.create_task(authority.check(nobody, ACTION, interactive=True))
+            asked = await silent.calls.get()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            cancelled = await silent.calls.get()
+            assert cancelled.body == asked.body[4:]
+
+    run(test())
+
+
+def test_one_who_is_asked_keeps_nobody_waiting(run: Any, polkitd: None, nobody: str) -> None:
+    async def test() -> None:
+        async with connected() as connection:
+            authority = Polkit(connection)
+            await tell_mock(connection, "SetAllowed", "as", [ACTION, "org.vmcryptd1.lock"])
+            await tell_mock(connection, "SimulateHangActions", "as", [ACTION])
+            slow = asyncio.create_task(authority.check(nobody, ACTION, interactive=True))
+            await authority.check(nobody, "org.vmcryptd1.lock", interactive=True)
+            assert not slow.done()
+            await tell_mock(connection, "ReleaseHangingCalls", "")
+            await slow
+
+    run(test())
+
+
+def test_polkit_that_is_slow(run: Any, polkitd: None, nobody: str) -> None:
+    async def test() -> None:
+        async with connected() as connection:
+            await tell_mock(connection, "SetAllowed", "as", [ACTION])
+            await tell_mock(connection, "SetDelay", "d", 0.2)
+            await Polkit(connection).check(nobody, ACTION, interactive=False)
+            with pytest.raises(NotAuthorizedError):
+                await Polkit(connection, timeout_s=0.05).check(nobody, ACTION, interactive=False)
+
+    run(test())
+
+
+def test_polkit_that_dies_while_it_is_asked(run: Any, nobody: str) -> None:
+    async def test() -> None:
+        async with connected() as connection:
+            polkit = await bus.connect()
+            silent = Silent(polkit)
+            await polkit.request_name(POLKIT)
+            asking = asyncio.create_task(Polkit(connection).check(nobody, ACTION, interactive=True))
+            await silent.calls.get()
+            await polkit.disconnect()
+            with pytest.raises(NotAuthorizedError, match="polkit cannot be asked"):
+                await asking
+
+    run(test())
