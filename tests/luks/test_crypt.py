@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The real cryptsetup on plain files; what needs device-mapper is tested in the virtual machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vmcryptd.adapters.crypt import Cryptsetup, failure
+from vmcryptd.adapters.keys import SystemKeys
+from vmcryptd.adapters.run import Completed
+from vmcryptd.errors import (
+    BusyError,
+    DamagedHeaderError,
+    DeviceMissingError,
+    NotLuksError,
+    OutOfMemoryError,
+    StorageError,
+    VmcryptdError,
+    WrongKeyError,
+)
+from vmcryptd.model import Header, KeySource, SourceKind, VolumeSpec
+from vmcryptd.ports import Key
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("cryptsetup"), reason="cryptsetup is not installed"
+)
+
+UUID = "7e1b6c1e-5a57-4a0e-9a4a-8d2d3c1d0a01"
+QUICK = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+ARGON = [
+    *("--pbkdf", "argon2id", "--pbkdf-memory", "32768"),
+    *("--pbkdf-parallel", "2", "--pbkdf-force-iterations", "4"),
+]
+
+
+def cryptsetup(*arguments: str) -> None:
+    subprocess.run(["cryptsetup", "--batch-mode", *arguments], check=True)
+
+
+def secret(directory: Path, name: str, content: bytes) -> Path:
+    path = directory / name
+    path.write_bytes(content)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("luks")
+    right = str(secret(place, "right", b"with a newline\n"))
+    more = str(secret(place, "more", os.urandom(64)))
+    secret(place, "wrong", b"with a newline")
+    for name, size in (("two", 20), ("one", 4), ("data", 1), ("detached", 16), ("big", 24)):
+        with (place / name).open("wb") as file:
+            file.truncate(size << 20)
+    luks2 = ["luksFormat", "--type", "luks2", *QUICK, "--uuid", UUID]
+    cryptsetup(*luks2, str(place / "two"), right)
+    cryptsetup("luksAddKey", *ARGON, "--key-file", right, str(place / "two"), more)
+    cryptsetup(
+        "luksFormat", "--type", "luks1", *QUICK[2:], "--uuid", UUID, str(place / "one"), right
+    )
+    cryptsetup(*luks2, "--header", str(place / "detached"), str(place / "data"), right)
+    areas = ["--luks2-metadata-size", "1m", "--luks2-keyslots-size", "8m"]
+    cryptsetup(*luks2, *areas, str(place / "big"), right)
+    return place
+
+
+def volume(place: Path, name: str) -> VolumeSpec:
+    return VolumeSpec("cr_test", str(place / name))
+
+
+def header(spec: VolumeSpec) -> Header:
+    return asyncio.run(Cryptsetup().header(spec))
+
+
+async def attempt(spec: VolumeSpec, file: Path) -> None:
+    """What `open` does, but for the mapping."""
+    key: Key = await SystemKeys(credentials=None).fetch(KeySource(SourceKind.FILE, str(file)), spec)
+    argv = [
+        "cryptsetup",
+        "open",
+        "--test-passphrase",
+        "--type",
+        "luks",
+        "--batch-mode",
+        "--key-file",
+        "-",
+    ]
+    argv += ["--disable-external-tokens", *(["--header", spec.header] if spec.header else [])]
+    try:
+        await Cryptsetup()._with_key(
+            [*argv, "--", spec.device_path], key, spec.name, spec.device_path, spec.header
+        )
+    finally:
+        key.close()
+
+
+def test_headers(place: Path) -> None:
+    two = header(volume(place, "two"))
+    assert (two.version, two.uuid, two.memory_kib) == (2, UUID, 32768)
+    assert [(s.kdf, s.threads, s.iterations) for s in two.slots] == [
+        ("pbkdf2", 1, 1000),
+        ("argon2id", 2, 4),
+    ]
+    one = header(volume(place, "one"))
+    assert (one.version, one.uuid) == (1, UUID)
+    assert [slot.kdf for slot in one.slots] == ["pbkdf2"]
+    detached = replace(volume(place, "data"), header=str(place / "detached"))
+    assert header(detached).uuid == UUID
+    assert header(volume(place, "big")).slots == two.slots[:1]
+
+
+def test_damaged_first_copy(place: Path, tmp_path: Path) -> None:
+    data = bytearray((place / "two").read_bytes())
+    data[100:4096] = bytes(3996)
+    (tmp_path / "two").write_bytes(data)
+    assert header(volume(tmp_path, "two")) == header(volume(place, "two"))
+    data[0x4000 + 100 : 0x5000] = bytes(0x1000 - 100)
+    (tmp_path / "two").write_bytes(data)
+    with pytest.raises(DamagedHeaderError, match="luksHeaderRestore"):
+        header(volume(tmp_path, "two"))
+
+
+def test_no_header(place: Path) -> None:
+    with pytest.raises(NotLuksError, match="is no LUKS device"):
+        header(volume(place, "data"))
+    with pytest.raises(DeviceMissingError, match="No such file"):
+        header(volume(place, "none"))
+    with pytest.raises(DeviceMissingError, match="Is a directory"):
+        header(VolumeSpec("cr_test", str(place)))
+
+
+@pytest.mark.parametrize("name", ["one", "two", "big"])
+def test_keys(place: Path, name: str) -> None:
+    asyncio.run(attempt(volume(place, name), place / "right"))
+    with pytest.raises(WrongKeyError, match="fits no key slot of cr_test: try another"):
+        asyncio.run(attempt(volume(place, name), place / "wrong"))
+
+
+def test_detached_header(place: Path) -> None:
+    spec = replace(volume(place, "data"), header=str(place / "detached"))
+    asyncio.run(attempt(spec, place / "right"))
+    with pytest.raises(WrongKeyError, match="luksDump .*/detached"):
+        asyncio.run(attempt(spec, place / "wrong"))
+
+
+def test_other_failures(place: Path) -> None:
+    with pytest.raises(NotLuksError):
+        asyncio.run(attempt(volume(place, "data"), place / "right"))
+    with pytest.raises(DeviceMissingError, match="lsblk"):
+        asyncio.run(attempt(volume(place, "none"), place / "right"))
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (1, StorageError),
+        (2, WrongKeyError),
+        (3, OutOfMemoryError),
+        (-9, OutOfMemoryError),
+        (137, OutOfMemoryError),
+        (4, DeviceMissingError),
+        (5, BusyError),
+        (-11, StorageError),
+    ],
+)
+def test_exit_statuses(code: int, error: type[VmcryptdError]) -> None:
+    found = failure(Completed(code, err="Said so.\n"), "cr_test", "/dev/x")
+    assert type(found) is error
+    assert "cr_test" in str(found)
+    assert "\n" not in str(found)
+
+
+def test_closing_what_is_not_open() -> None:
+    asyncio.run(Cryptsetup().close("vmcryptd-no-such-mapping"))
+
+
+def test_memory(tmp_path: Path) -> None:
+    assert Cryptsetup().available_memory_kib() > 1000
+    assert Cryptsetup(meminfo=tmp_path / "none").available_memory_kib() == 0
+
+
+def test_own_cpu_beside_the_child(place: Path) -> None:
+    """The daemon's part of an attempt, key and process, is small against the cheapest child there is."""
+
+    def used(who: int) -> float:
+        usage = resource.getrusage(who)
+        return usage.ru_utime + usage.ru_stime
+
+    async def go() -> None:
+        for _ in range(10):
+            await attempt(volume(place, "two"), place / "right")
+
+    own, children = used(resource.RUSAGE_SELF), used(resource.RUSAGE_CHILDREN)
+    asyncio.run(go())
+    own, children = used(resource.RUSAGE_SELF) - own, used(resource.RUSAGE_CHILDREN) - children
+    print(f"own {own * 100:.2f} ms, child {children * 100:.2f} ms")
+    assert own <= 0.1 * children + 0.01

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Block devices and mounts from a tree like sysfs, and who holds what in it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from vmcryptd.adapters import holders
+from vmcryptd.adapters.blocks import SysfsBlocks, mount_unit
+from vmcryptd.adapters.sysfs import MountTable, Roots, observe, parse_mounts, unescape
+from vmcryptd.model import BlockDevice, Mount
+
+UUID = "CRYPT-LUKS2-0b7d6a2e94a54c1ea5a76b7c3b3a1f00-cr_imap"
+LV = "LVM-" + "v" * 32 + "l" * 32
+
+
+class Tree:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[str] = []
+        self.sys = path / "sys/class/block"
+        self.proc = path / "proc"
+        for directory in (self.sys, self.proc / "self/ns"):
+            directory.mkdir(parents=True)
+        (self.proc / "self/ns/mnt").symlink_to("mnt:[1]")
+        self.mountinfo = path / "mountinfo"
+        self.mountinfo.touch()
+
+    @property
+    def roots(self) -> Roots:
+        return Roots(str(self.sys), str(self.proc), str(self.mountinfo))
+
+    def device(
+        self, name: str, number: str, slaves: tuple[str, ...] = (), **attributes: str
+    ) -> None:
+        real = self.path / "sys/devices" / name
+        (real / "slaves").mkdir(parents=True)
+        (self.sys / name).symlink_to(os.path.relpath(real, self.sys))
+        for slave in slaves:
+            (real / "slaves" / slave).symlink_to("elsewhere")
+        for attribute, value in {"dev": number, **attributes}.items():
+            file = real / attribute.replace("__", "/")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(value + "\n")
+
+    def partition(self, name: str, number: str, disk: str) -> None:
+        real = self.path / "sys/devices" / disk / name
+        real.mkdir()
+        (self.sys / name).symlink_to(os.path.relpath(real, self.sys))
+        (real / "dev").write_text(number + "\n")
+        (real / "partition").write_text("1\n")
+
+    def mount(self, number: str, target: str, fstype: str = "ext4", source: str = "none") -> None:
+        self.lines.append(f"1 2 {number} / {target} rw shared:1 - {fstype} {source} rw\n")
+        self.mountinfo.write_text("".join(self.lines))
+
+    def process(
+        self, pid: int, *, cmdline: str = "", namespace: str = "mnt:[1]", **links: str
+    ) -> Path:
+        place = self.proc / str(pid)
+        (place / "fd").mkdir(parents=True)
+        (place / "ns").mkdir()
+        (place / "ns/mnt").symlink_to(namespace)
+        (place / "comm").write_text("thing\n")
+        (place / "cmdline").write_text(cmdline)
+        for link, target in links.items():
+            (place / link.replace("fd", "fd/")).symlink_to(target)
+        return place
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    tree = Tree(tmp_path)
+    tree.device("vda", "252:0")
+    tree.partition("vda1", "252:1", "vda")
+    tree.device("md127", "9:127", ("vda1",))
+    tree.device("dm-0", "253:0", ("md127",), dm__name="grp-imap", dm__uuid=LV, dm__suspended="0")
+    tree.device("dm-1", "253:1", ("dm-0",), dm__name="cr_imap", dm__uuid=UUID, dm__suspended="1")
+    tree.device("dm-2", "253:2", ("dm-1",), dm__name="in--ner-ro--ot", dm__uuid=LV)
+    tree.device("loop0", "7:0")
+    tree.device("loop1", "7:1", loop__backing_file="/srv/vm/a b.img")
+    return tree
+
+
+def test_devices(tree: Tree) -> None:
+    devices = observe(tree.roots, ()).devices
+    assert devices == {
+        "vda": BlockDevice("vda", "252:0"),
+        "vda1": BlockDevice("vda1", "252:1", ("vda",)),
+        "md127": BlockDevice("md127", "9:127", ("vda1",)),
+        "dm-0": BlockDevice("dm-0", "253:0", ("md127",), "grp-imap", LV),
+        "dm-1": BlockDevice("dm-1", "253:1", ("dm-0",), "cr_imap", UUID, suspended=True),
+        "dm-2": BlockDevice("dm-2", "253:2", ("dm-1",), "in--ner-ro--ot", LV),
+        "loop1": BlockDevice("loop1", "7:1", backing_file="/srv/vm/a b.img"),
+    }
+    assert devices["dm-1"].luks_uuid == "0b7d6a2e-94a5-4c1e-a5a7-6b7c3b3a1f00"
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    storage = observe(
+        Roots(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "c")), ["/x/y"]
+    )
+    assert (dict(storage.devices), storage.mounts, dict(storage.files)) == ({}, (), {})
+
+
+def test_files_and_links(tree: Tree, tmp_path: Path) -> None:
+    (tmp_path / "disk.img").touch()
+    (tmp_path / "link").symlink_to("disk.img")
+    (tmp_path / "gone").symlink_to("/no/such")
+    (tmp_path / "round").symlink_to("round")
+    names = ("disk.img", "link", "gone", "round", "link/below", "nope")
+    paths = [str(tmp_path / name) for name in names]
+    storage = observe(tree.roots, [*paths, "relative"])
+    device = os.stat(tmp_path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    assert storage.files == {paths[0]: number, paths[1]: number}
+    assert storage.real[paths[1]] == paths[0]
+    assert storage.real[paths[2]] == "/no/such"
+    assert paths[0] not in storage.real
+    assert not storage.links
+
+
+def test_network_file_systems_are_not_touched(tree: Tree, tmp_path: Path) -> None:
+    (tmp_path / "nfs").mkdir()
+    (tmp_path / "nfs/disk").touch()
+    (tmp_path / "link").symlink_to("nfs/disk")
+    tree.mount("0:50", str(tmp_path / "nfs"), "nfs4", "server:/x")
+    storage = observe(tree.roots, [str(tmp_path / "nfs/disk"), str(tmp_path / "link")])
+    assert not storage.files
+    assert storage.real[str(tmp_path / "link")] == str(tmp_path / "nfs/disk")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device nodes")
+def test_block_device_paths(tree: Tree, tmp_path: Path) -> None:
+    try:
+        os.mknod(tmp_path / "node", 0o60600, os.makedev(253, 1))
+    except PermissionError:
+        pytest.skip("device nodes are not allowed here")
+    (tmp_path / "by-name").symlink_to("node")
+    storage = observe(tree.roots, [str(tmp_path / "by-name")])
+    assert storage.links == {str(tmp_path / "by-name"): "dm-1"}
+
+
+def test_mountinfo() -> None:
+    text = (
+        "22 1 253:3 / / rw,relatime shared:1 - ext4 /dev/vda1 rw\n"
+        "30 22 253:9 / /srv/a\\040b\\134c rw - ext4 /dev/mapper/x\\040y rw\n"
+        "31 22 0:40 / /run rw shared:9 master:2 - tmpfs tmpfs rw\n"
+        "broken line\n"
+    )
+    assert parse_mounts(text) == (
+        Mount("253:3", "/", "/dev/vda1", "ext4"),
+        Mount("253:9", "/srv/a b\\c", "/dev/mapper/x y", "ext4"),
+        Mount("0:40", "/run", "tmpfs", "tmpfs"),
+    )
+    assert unescape("plain") == "plain"
+
+
+def test_mount_of_a_path() -> None:
+    mounts = (
+        Mount("1:1", "/"),
+        Mount("1:2", "/srv"),
+        Mount("1:3", "/srv/vm"),
+        Mount("1:4", "/srv"),
+    )
+    table = MountTable(mounts)
+    found = [table.of(path) for path in ("/srv/vm/x/y", "/srv/vmx", "/etc", "/")]
+    assert [mount.number for mount in found if mount] == ["1:3", "1:4", "1:1", "1:1"]
+
+
+def test_unmount_order() -> None:
+    mounts = [Mount("1:1", t, s) for t, s in (("/a", "1"), ("/a/b", "2"), ("/", "3"), ("/a", "4"))]
+    assert [mount.source for mount in holders.deepest_first(mounts)] == ["2", "4", "1", "3"]
+
+
+def test_holders(tree: Tree) -> None:
+    tree.mount("253:1", "/srv/vm")
+    tree.process(
+        9, fd3="/srv/vm/disk.img", cmdline="/usr/bin/qemu\0-name\0guest=ma,,il,debug-threads=on\0"
+    )
+    tree.process(10, cwd="/srv/vm")
+    tree.process(11, cwd="/srv/vmx", fd3="socket:[1]")
+    other = tree.process(12, cwd="/", namespace="mnt:[2]")
+    (other / "mountinfo").write_text("1 2 253:1 / /data rw - ext4 none rw\n")
+    (tree.proc / "swaps").write_text("Filename Type Size Used Priority\n/srv/vm/swap file 1 0 -2\n")
+    found = asyncio.run(SysfsBlocks(tree.roots).holders("cr_imap"))
+    assert found == (
+        "logical volume in-ner/ro-ot",
+        "loop device loop1 (/srv/vm/a b.img)",
+        "mounted at /srv/vm",
+        "swap on /srv/vm/swap",
+        "guest ma,il (pid 9)",
+        "thing (pid 10)",
+        "mounted for thing (pid 12)",
+    )
+    assert asyncio.run(SysfsBlocks(tree.roots).holders("nobody")) == ()
+
+
+def test_unit_names() -> None:
+    assert mount_unit("/") == "-.mount"
+    assert mount_unit("/srv//vm/") == "srv-vm.mount"
+    assert mount_unit("/srv/a-b c") == "srv-a\\x2db\\x20c.mount"
+    assert mount_unit("/.x/.y") == "\\x2ex-.y.mount"
+
+
+def test_many_devices_are_seen_quickly(tree: Tree) -> None:
+    for number in range(200):
+        tree.device(
+            f"dm-{number + 10}", f"253:{number + 10}", ("vda",), dm__name="x", dm__uuid=UUID
+        )
+    started = time.process_time()
+    assert len(observe(tree.roots, ()).devices) == 207
+    assert time.process_time() - started < 0.3

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""LUKS headers from bytes: sound, damaged, hostile."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmcryptd import luksheader
+from vmcryptd.errors import DamagedHeaderError, NotLuksError
+from vmcryptd.model import KeySlot
+
+UUID = "0b7d6a2e-94a5-4c1e-a5a7-6b7c3b3a1f00"
+ARGON = {"type": "argon2id", "time": 4, "memory": 65536, "cpus": 2, "salt": ""}
+PBKDF = {"type": "pbkdf2", "hash": "sha256", "iterations": 1000, "salt": ""}
+SLOTS = {
+    "1": {"type": "luks2", "kdf": PBKDF},
+    "0": {"type": "luks2", "kdf": ARGON},
+    "7": {"type": "reencrypt", "mode": "encrypt"},
+}
+
+
+def copy(
+    offset: int = 0,
+    size: int = 0x4000,
+    sequence: int = 3,
+    uuid: str = UUID,
+    metadata: object = None,
+    algorithm: bytes = b"sha256",
+) -> bytes:
+    magic = luksheader.SECOND_MAGIC if offset else luksheader.MAGIC
+    head = luksheader.BINARY.pack(
+        magic, 2, size, sequence, b"", algorithm, b"salt", uuid.encode(), b"", offset
+    )
+    text = json.dumps({"keyslots": SLOTS} if metadata is None else metadata).encode()
+    data = bytearray((head.ljust(4096, b"\0") + text).ljust(size, b"\0"))
+    data[448:480] = hashlib.sha256(data).digest()
+    return bytes(data)
+
+
+def luks1() -> bytearray:
+    head = luksheader.LUKS1.pack(
+        luksheader.MAGIC, 1, b"aes", b"xts-plain64", b"sha512", 4096, 64, b"", b"", 9, UUID.encode()
+    )
+    slot = luksheader.LUKS1_SLOT
+    on = slot.pack(luksheader.LUKS1_ACTIVE, 1234, b"", 8, 4000)
+    off = slot.pack(luksheader.LUKS1_INACTIVE, 0, b"", 8, 4000)
+    return bytearray(head + off + on + off * 6)
+
+
+def test_luks2() -> None:
+    header = luksheader.parse(copy() + copy(0x4000))
+    assert (header.version, header.uuid) == (2, UUID)
+    assert header.slots == (
+        KeySlot(0, "argon2id", memory_kib=65536, threads=2, iterations=4),
+        KeySlot(1, "pbkdf2", iterations=1000),
+    )
+    assert header.memory_kib == 65536
+
+
+def test_luks1() -> None:
+    header = luksheader.parse(bytes(luks1()))
+    assert (header.version, header.uuid) == (1, UUID)
+    assert header.slots == (KeySlot(1, "pbkdf2", iterations=1234),)
+
+
+@pytest.mark.parametrize("size", [luksheader.SIZES[0], luksheader.SIZES[3], luksheader.SIZES[-1]])
+def test_second_copy_stands_in(size: int) -> None:
+    both = bytearray(copy(size=size) + copy(size, size=size))
+    both[5000] ^= 1
+    assert luksheader.parse(bytes(both)).uuid == UUID
+    both[:4096] = bytes(4096)
+    assert luksheader.parse(bytes(both)).uuid == UUID
+
+
+def test_the_copy_written_last_counts() -> None:
+    other = UUID.replace("0b", "1c")
+    assert luksheader.parse(copy(sequence=4) + copy(0x4000, uuid=other)).uuid == UUID
+    assert luksheader.parse(copy() + copy(0x4000, sequence=4, uuid=other)).uuid == other
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(copy()[:5000], id="cut short"),
+        pytest.param(luksheader.MAGIC, id="magic only"),
+        pytest.param(luksheader.MAGIC + b"\0\1", id="LUKS1 magic only"),
+        pytest.param(bytes(luks1()[:300]), id="LUKS1 cut short"),
+        pytest.param(copy(algorithm=b"crc32"), id="unknown checksum"),
+        pytest.param(copy(uuid="not a uuid"), id="malformed UUID"),
+        pytest.param(copy(metadata=[]), id="metadata is no object"),
+        pytest.param(copy(metadata={}), id="no key slots"),
+        pytest.param(copy(metadata={"keyslots": {"x": {}}}), id="slot's number"),
+        pytest.param(copy(metadata={"keyslots": {"9" * 900: {}}}), id="huge slot number"),
+        pytest.param(copy(metadata={"keyslots": {"1": 5}}), id="slot is no object"),
+        pytest.param(
+            copy(metadata={"keyslots": {"1": {"type": "luks2", "kdf": {**ARGON, "memory": -1}}}}),
+            id="negative memory",
+        ),
+        pytest.param(
+            copy(metadata={"keyslots": {"1": {"type": "luks2", "kdf": {"type": "scrypt"}}}}),
+            id="unknown key derivation",
+        ),
+    ],
+)
+def test_damaged(data: bytes) -> None:
+    with pytest.raises(DamagedHeaderError):
+        luksheader.parse(data)
+
+
+def test_damaged_luks1_slot() -> None:
+    data = luks1()
+    struct.pack_into(">I", data, luksheader.LUKS1.size, 7)
+    with pytest.raises(DamagedHeaderError):
+        luksheader.parse(bytes(data))
+
+
+def test_deep_json() -> None:
+    data = bytearray(copy(size=0x10000))
+    data[4096:] = (b"[" * 60000).ljust(0x10000 - 4096, b"\0")
+    data[448:512] = bytes(64)
+    data[448:480] = hashlib.sha256(data).digest()
+    with pytest.raises(DamagedHeaderError):
+        luksheader.parse(bytes(data))
+
+
+@pytest.mark.parametrize("data", [b"", bytes(65536), b"\x53\xef" * 20000])
+def test_not_luks(data: bytes) -> None:
+    with pytest.raises(NotLuksError) as caught:
+        luksheader.parse(data)
+    assert not isinstance(caught.value, DamagedHeaderError)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_is_on_the_disk(data: st.DataObject) -> None:
+    raw = bytearray(
+        data.draw(st.sampled_from([copy(), copy() + copy(0x4000), bytes(luks1()), b""]))
+    )
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.integers(0, min(len(raw), 6000)))
+        noise = data.draw(st.binary(max_size=40))
+        raw[at : at + len(noise)] = noise
+    if len(raw) > 512 and data.draw(st.booleans()):  # with a checksum that is right again
+        raw[448:512] = bytes(64)
+        raw[448:480] = hashlib.sha256(raw[:0x4000]).digest()
+    with contextlib.suppress(NotLuksError):
+        luksheader.parse(bytes(raw))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(
+    st.sampled_from(["keyslots", "0", "kdf", "type", "memory", "x"]), x)))  # fmt: skip
+def test_whatever_the_metadata_says(metadata: object) -> None:
+    with contextlib.suppress(DamagedHeaderError):
+        luksheader.slots(metadata)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The process runner: ends, outputs, deadlines, and nothing that stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmcryptd.adapters.run import OUTPUT_LIMIT, CommandError, Completed, run
+from vmcryptd.errors import DeadlineError
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_left() -> Iterator[None]:
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert not set(os.listdir("/proc/self/fd")) - before
+
+
+def sh(script: str, timeout_s: float = 5) -> Completed:
+    return asyncio.run(run(["sh", "-c", script], timeout_s=timeout_s))
+
+
+def test_outcomes() -> None:
+    assert sh("echo out; echo err >&2; exit 7") == Completed(7, "out\n", "err\n")
+    assert sh("exit 7").reason == "exit status 7"
+    assert sh("kill -TERM $$").reason == "killed by SIGTERM"
+    assert sh("exit 1").complaint == "exit status 1"
+    assert sh("printf 'first\\nlast.\\n\\n' >&2").complaint == "last"
+
+
+def test_environment_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hush")
+    code = run(["env"], timeout_s=5, environment={"MORE": "1"})
+    names = {line.partition("=")[0] for line in asyncio.run(code).out.splitlines()}
+    assert names == {"PATH", "LANG", "MORE"}
+
+
+def test_output_is_bounded() -> None:
+    done = sh("head -c 3000000 /dev/zero; head -c 3000000 /dev/zero >&2")
+    assert (done.code, len(done.out), len(done.err)) == (0, OUTPUT_LIMIT, OUTPUT_LIMIT)
+
+
+def test_descriptors() -> None:
+    source, sink = os.memfd_create("in"), os.memfd_create("out")
+    os.write(source, b"content")
+    os.lseek(source, 0, os.SEEK_SET)
+    assert asyncio.run(run(["cat"], stdin=source, stdout=sink, timeout_s=5)).out == ""
+    assert os.pread(sink, 99, 0) == b"content"
+    os.close(source)
+    os.close(sink)
+
+
+@pytest.mark.parametrize("name", ["no-such-program", "/no/such", "bin/true", "/etc", "/etc/passwd"])
+def test_missing_program(name: str) -> None:
+    with pytest.raises(CommandError, match=f"The program {name} is not installed"):
+        asyncio.run(run([name], timeout_s=5))
+
+
+def test_malformed_program(tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(b"not a program")
+    (tmp_path / "p").chmod(0o700)
+    with pytest.raises(CommandError, match="cannot be started: Exec format error"):
+        asyncio.run(run([str(tmp_path / "p")], timeout_s=5))
+
+
+def gone(pid_file: Path) -> bool:
+    """Soon: a signal that was sent is not yet a process that ended."""
+    stat = Path(f"/proc/{int(pid_file.read_text())}/stat")
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("trap", ["", "trap : TERM;"])
+def test_deadline_kills_the_whole_group(
+    tmp_path: Path, trap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmcryptd.adapters.run.GRACE_S", 0.3)
+    script = f"{trap} sleep 60 & echo $! > {tmp_path}/child; while :; do wait; sleep 1; done"
+    started = time.monotonic()
+    with pytest.raises(DeadlineError, match="sh did not end within 0.2 s"):
+        sh(script, 0.2)
+    assert time.monotonic() - started < 4
+    assert gone(tmp_path / "child")
+
+
+def test_cancelling_kills_it(tmp_path: Path) -> None:
+    async def go() -> None:
+        task = asyncio.create_task(
+            run(["sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"], timeout_s=60)
+        )
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(go())
+    assert gone(tmp_path / "pid")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(int((tmp_path / "pid").read_text()), os.WNOHANG)
+
+
+def test_grandchild_with_the_outputs_is_not_waited_for(tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert sh(f"sleep 60 & echo $! > {tmp_path}/pid; echo done").out == "done\n"
+    assert time.monotonic() - started < 4
+    os.kill(int((tmp_path / "pid").read_text()), 9)
+
+
+def test_many_at_once() -> None:
+    async def go() -> list[Completed]:
+        return await asyncio.gather(
+            *(run(["sh", "-c", f"echo {n}; exit {n}"], timeout_s=20) for n in range(40))
+        )
+
+    assert asyncio.run(go()) == [Completed(n, f"{n}\n") for n in range(40)]

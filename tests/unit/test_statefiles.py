@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What outlives the daemon is kept whole, and a broken file costs a warning only."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from vmcryptd.adapters.host import StateFiles
+
+
+def test_kept(tmp_path: Path) -> None:
+    files = StateFiles(tmp_path / "run", tmp_path / "lib")
+    assert (files.goals(), files.seen()) == ((), ({}, {}))
+    for _ in range(2):
+        files.keep_goals(("boot", "unlock:a"))
+        files.keep_seen({"/srv/x": ("a", "b")}, {"a": "u"})
+    again = StateFiles(tmp_path / "run", tmp_path / "lib")
+    assert again.goals() == ("boot", "unlock:a")
+    assert again.seen() == ({"/srv/x": ("a", "b")}, {"a": "u"})
+    assert [path.name for path in (tmp_path / "lib").iterdir()] == ["seen.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"goals": 5}', '{"paths": {"x": 5}}', "\xff"])
+def test_broken(tmp_path: Path, text: str) -> None:
+    for name in ("goals.json", "seen.json"):
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    files = StateFiles(tmp_path, tmp_path)
+    assert files.goals() == ()
+    paths, uuids = files.seen()
+    assert (list(paths.values()), uuids) in (([], {}), ([()], {}))
+
+
+def test_unwritable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        StateFiles(tmp_path / "file", tmp_path / "file").keep_goals(["boot"])
+    assert "cannot be written" in caplog.text

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""LUKS headers and mappings, by cryptsetup and dmsetup: a child for each (udisks#1489)."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmcryptd import luksheader
+from vmcryptd.adapters.run import Completed, run
+from vmcryptd.adapters.threads import DaemonThreads
+from vmcryptd.errors import (
+    BusyError,
+    DamagedHeaderError,
+    DeadlineError,
+    DeviceMissingError,
+    KeyUnusableError,
+    NotLuksError,
+    OutOfMemoryError,
+    StorageError,
+    VmcryptdError,
+    WrongKeyError,
+)
+from vmcryptd.model import Header, VolumeSpec
+from vmcryptd.ports import Key
+
+log = logging.getLogger(__name__)
+
+HEADER_TIMEOUT_S = 10.0
+OPEN_TIMEOUT_S = 600.0  # Argon2id on a slow, busy host, slot after slot
+CLOSE_TIMEOUT_S = 30.0
+CLOSE_TRIES = 3
+DMSETUP_TIMEOUT_S = 10.0
+
+WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Cryptsetup:
+    """The port `Crypt` on this host."""
+
+    sys_block: Path = Path("/sys/class/block")
+    meminfo: Path = Path("/proc/meminfo")
+    _threads: DaemonThreads = field(default_factory=DaemonThreads)
+
+    async def header(self, volume: VolumeSpec) -> Header:
+        path = volume.header or volume.device_path
+        try:
+            read = functools.partial(read_header, path)
+            return await self._threads.call(HEADER_TIMEOUT_S, read)
+        except DeadlineError:
+            raise DeviceMissingError(
+                f"{path} of {volume.name} does not answer within {HEADER_TIMEOUT_S:g} s: "
+                "see the kernel's messages for its disk"
+            ) from None
+        except OSError as error:
+            raise DeviceMissingError(
+                f"{path} of {volume.name} cannot be read: {error.strerror}"
+            ) from None
+        except DamagedHeaderError as error:
+            return await self._second_opinion(volume, path, error)
+        except NotLuksError as error:
+            raise NotLuksError(f"{path} of {volume.name} is no LUKS device: {error}") from None
+
+    async def open(self, volume: VolumeSpec, key: Key) -> None:
+        # --disable-external-tokens: a TPM's would be tried first, and any passphrase then "works".
+        argv = [
+            "cryptsetup", "open", "--type", "luks", "--batch-mode",
+            "--key-file", "-",
+            "--disable-external-tokens",
+            *(["--allow-discards"] if volume.discard else []),
+            *(["--header", volume.header] if volume.header else []),
+            "--", volume.device_path, volume.name,
+        ]  # fmt: skip
+        await self._with_key(argv, key, volume.name, volume.device_path, volume.header)
+
+    async def resume(self, volume: VolumeSpec, mapping: str, key: Key) -> None:
+        argv = [
+            "cryptsetup", "luksResume", "--batch-mode",
+            "--key-file", "-",
+            "--disable-external-tokens",
+            *(["--header", volume.header] if volume.header else []),
+            "--", mapping,
+        ]  # fmt: skip
+        await self._with_key(argv, key, volume.name, volume.device_path, volume.header)
+
+    async def close(self, mapping: str) -> None:
+        complaint = ""
+        for attempt in range(CLOSE_TRIES):
+            if attempt:
+                # udev may be looking into it (systemd#33129).
+                await _attempt(["udevadm", "settle", "--timeout=5"], 10.0)
+            try:
+                done = await run(
+                    ["cryptsetup", "close", "--batch-mode", "--", mapping],
+                    timeout_s=CLOSE_TIMEOUT_S,
+                )
+            except DeadlineError:
+                return await self._close_without_udev(mapping)
+            if done.code in (0, WRONG_DEVICE):
+                return None
+            complaint = done.complaint
+            if done.code != BUSY and self.is_active(mapping):
+                raise StorageError(f"cryptsetup could not close {mapping}: {complaint}")
+            if done.code != BUSY:
+                return None
+        raise BusyError(f"The mapping {mapping} is still in use")
+
+    async def wipe(self, mapping: str) -> None:
+        # What luksSuspend does, without its flush of the file system above, which may never end.
+        suspend = ["dmsetup", "suspend", "--nolockfs", "--noflush", "--", mapping]
+        message = ["dmsetup", "message", "--", mapping, "0", "key", "wipe"]
+        await _attempt(suspend, DMSETUP_TIMEOUT_S)
+        done = await run(message, timeout_s=DMSETUP_TIMEOUT_S)
+        if done.code != 0 and self.is_active(mapping):
+            raise StorageError(f"The key of {mapping} could not be wiped: {done.complaint}")
+
+    def available_memory_kib(self) -> int:
+        try:
+            for line in self.meminfo.read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1])
+        except (OSError, ValueError, IndexError) as error:
+            log.warning("Cannot tell how much memory is available: %s", error)
+        return 0
+
+    def is_active(self, mapping: str) -> bool:
+        """Asked of the kernel: without udev the links in /dev/mapper tell nothing."""
+        for name in self.sys_block.glob("dm-*/dm/name"):
+            try:
+                if name.read_text().rstrip("\n") == mapping:
+                    return True
+            except OSError:
+                continue  # went away meanwhile
+        return False
+
+    async def _with_key(
+        self, argv: Sequence[str], key: Key, volume: str, device: str, header: str | None
+    ) -> None:
+        reader = key.reader()
+        try:
+            done = await run(argv, stdin=reader, timeout_s=OPEN_TIMEOUT_S)
+        finally:
+            os.close(reader)
+        if done.code != 0:
+            raise failure(done, volume, device, header)
+
+    async def _close_without_udev(self, mapping: str) -> None:
+        """cryptsetup waits for ever on a cookie that only udevd completes (systemd#43368)."""
+        if not self.is_active(mapping):
+            return  # it waited for udev after the mapping was gone
+        log.warning(
+            "cryptsetup hung closing %s; is systemd-udevd dead? Removing it without udev", mapping
+        )
+        done = await run(
+            ["dmsetup", "remove", "--noudevsync", "--", mapping], timeout_s=CLOSE_TIMEOUT_S
+        )
+        if done.code != 0 and self.is_active(mapping):
+            raise BusyError(f"The mapping {mapping} is still in use")
+
+    async def _second_opinion(
+        self, volume: VolumeSpec, path: str, damage: DamagedHeaderError
+    ) -> Header:
+        """cryptsetup knows more checksums and repairs than the parser here; its word counts."""
+        dump, uuid = await asyncio.gather(
+            run(
+                ["cryptsetup", "luksDump", "--dump-json-metadata", "--", path],
+                timeout_s=HEADER_TIMEOUT_S,
+            ),
+            run(["cryptsetup", "luksUUID", "--", path], timeout_s=HEADER_TIMEOUT_S),
+        )
+        if dump.code == 0 and uuid.code == 0:
+            try:
+                slots = luksheader.slots(json.loads(dump.out))
+                return Header(2, uuid.out.strip().lower(), slots)
+            except (ValueError, DamagedHeaderError) as error:
+                log.info("cryptsetup's dump of %s is not understood: %s", path, error)
+        raise DamagedHeaderError(
+            f"The LUKS header of {volume.name} on {path} is damaged: {damage}. "
+            f"`cryptsetup repair {path}` or a backup (`cryptsetup luksHeaderRestore`) may help"
+        )
+
+
+def read_header(path: str) -> Header:
+    """Blocks. Raises OSError, NotLuksError, DamagedHeaderError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        try:
+            return luksheader.parse(_read(fd, luksheader.USUAL_SIZE))
+        except NotLuksError:
+            return luksheader.parse(_read(fd, luksheader.WHOLE_SIZE))
+    finally:
+        os.close(fd)
+
+
+def failure(done: Completed, volume: str, device: str, header: str | None = None) -> VmcryptdError:
+    """What a failed `open` or `luksResume` means, with the next step."""
+    place = header or device
+    said = done.err.lower()
+    if done.code == WRONG_KEY:
+        return WrongKeyError(
+            f"The key fits no key slot of {volume}: try another; "
+            f"`cryptsetup luksDump {place}` shows the key slots"
+        )
+    if done.code == OUT_OF_MEMORY or done.code in KILLED:
+        return OutOfMemoryError(
+            f"There was not enough memory to derive the key of {volume}: free some; "
+            f"`cryptsetup luksDump {place}` shows how much each key slot needs"
+        )
+    if done.code == WRONG_DEVICE:
+        return DeviceMissingError(
+            f"The device of {volume} cannot be used: {done.complaint}; "
+            f"`lsblk {device}` shows whether it is there"
+        )
+    if done.code == BUSY:
+        return BusyError(
+            f"{volume} cannot be opened: {done.complaint}; "
+            f"`dmsetup info {volume}` and `lsblk {device}` show who has it"
+        )
+    if "not a valid luks device" in said:
+        return NotLuksError(
+            f"{place} of {volume} is no LUKS device: `blkid -p {place}` shows what it is"
+        )
+    if "nothing to read on input" in said:
+        return KeyUnusableError(f"The key for {volume} is empty")
+    return StorageError(f"cryptsetup could not open {volume}: {done.complaint}")
+
+
+def _read(fd: int, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        block = os.pread(fd, size - len(data), len(data))
+        if not block:
+            break
+        data += block
+    return bytes(data)
+
+
+async def _attempt(argv: Sequence[str], timeout_s: float) -> None:
+    """A step whose failure changes nothing of what has to follow."""
+    try:
+        done = await run(argv, timeout_s=timeout_s)
+    except VmcryptdError as error:
+        log.info("%s", error)
+        return
+    if done.code != 0:
+        log.info("%s failed: %s", " ".join(argv), done.complaint)

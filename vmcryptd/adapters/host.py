@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd around the daemon, the administrator's hook, and what outlives a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vmcryptd.adapters.run import run
+from vmcryptd.errors import VmcryptdError
+
+try:
+    from systemd import daemon as _systemd
+    from systemd import journal as _journal
+except ImportError:  # a checkout without python3-systemd: the simulator and most tests
+    _systemd = _journal = None
+
+log = logging.getLogger(__name__)
+
+TARGET = "vmcryptd.target"
+HOOK_S = 60.0
+SYSTEMCTL_S = 15.0
+IDENTIFIER = "vmcryptd"
+
+
+class SystemdHost:
+    """The port `Host` on this host."""
+
+    def __init__(self) -> None:
+        self._status = ""
+        self._hooks: set[asyncio.Task[None]] = set()
+
+    def status(self, text: str) -> None:
+        line = " ".join(text.split())
+        if line != self._status:
+            self._status = line
+            notify(f"STATUS={line}")
+
+    async def reach_target(self, reached: bool) -> None:
+        verb = "start" if reached else "stop"
+        try:
+            done = await run(["systemctl", "--no-block", verb, TARGET], timeout_s=SYSTEMCTL_S)
+        except VmcryptdError as error:
+            log.warning("Cannot %s %s: %s", verb, TARGET, error)
+            return
+        if done.code != 0:
+            log.warning("Cannot %s %s: %s", verb, TARGET, done.complaint)
+
+    async def run_hook(self, argv: Sequence[str], environment: dict[str, str]) -> None:
+        hook = asyncio.create_task(_run_hook(tuple(argv), dict(environment)))
+        self._hooks.add(hook)  # the loop itself keeps tasks weakly
+        hook.add_done_callback(self._hooks.discard)
+
+
+class StateFiles:
+    """The port `Memory` in files: goals for as long as the host is up, what was seen for good."""
+
+    def __init__(
+        self, runtime: Path = Path("/run/vmcryptd"), state: Path = Path("/var/lib/vmcryptd")
+    ) -> None:
+        self._runtime = runtime
+        self._goals = runtime / "goals.json"
+        self._seen = state / "seen.json"
+
+    def goals(self) -> tuple[str, ...]:
+        return _strings(_load(self._goals).get("goals"))
+
+    def keep_goals(self, goals: Iterable[str]) -> None:
+        _store(self._goals, {"goals": list(goals)})
+
+    def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        content = _load(self._seen)
+        paths = {path: _strings(names) for path, names in _table(content.get("paths")).items()}
+        uuids = _table(content.get("uuids"))
+        return paths, {name: uuid for name, uuid in uuids.items() if isinstance(uuid, str)}
+
+    def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None:
+        _store(self._seen, {"paths": paths, "uuids": uuids})
+
+    def publish(self, volumes: dict[str, bool]) -> None:
+        """`volumes` lists the mappings for the shutdown hook, `guest-content/NAME` marks those udev leaves alone."""
+        marks = self._runtime / "guest-content"
+        try:
+            marks.mkdir(mode=0o755, parents=True, exist_ok=True)
+            for name, holds_guest_disk in volumes.items():
+                if holds_guest_disk:
+                    (marks / name).touch()
+            for mark in marks.iterdir():
+                if not volumes.get(mark.name):
+                    mark.unlink()
+            (self._runtime / "volumes").write_text(
+                "".join(f"{name}\n" for name in sorted(volumes)), encoding="utf-8"
+            )
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._runtime, error)
+
+
+def notify(message: str) -> None:
+    """Tell systemd, if it is there to be told: sd_notify(3)."""
+    if _systemd is not None:
+        _systemd.notify(message)
+
+
+def ready() -> None:
+    notify("READY=1")
+
+
+def stopping() -> None:
+    notify("STOPPING=1")
+
+
+def alive() -> None:
+    notify("WATCHDOG=1")
+
+
+def extend_timeout(seconds: float) -> None:
+    """A start or stop that goes on may take so much longer from now."""
+    notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
+
+
+def watchdog_interval_s() -> float | None:
+    """How often to say `alive`: half of what systemd allows. None when it does not watch."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    try:
+        return int(os.environ["WATCHDOG_USEC"]) / 2_000_000
+    except (KeyError, ValueError):
+        return None
+
+
+def log_to_journal(level: int = logging.INFO) -> None:
+    """Structured entries when standard error is the journal, else lines on standard error."""
+    handler: logging.Handler
+    if _journal is not None and _stderr_is_journal():
+        handler = _journal.JournalHandler(SYSLOG_IDENTIFIER=IDENTIFIER)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def _stderr_is_journal() -> bool:
+    # systemd.exec(5), $JOURNAL_STREAM: compare, since the variable is inherited by what redirects.
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+async def _run_hook(argv: tuple[str, ...], environment: dict[str, str]) -> None:
+    if not argv:
+        return
+    try:
+        done = await run(argv, timeout_s=HOOK_S, environment=environment, stderr_to_journal=True)
+    except VmcryptdError as error:
+        log.warning("The command %s failed: %s", argv[0], error)
+        return
+    if done.code != 0:
+        log.warning("The command %s failed: %s", argv[0], done.reason)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return _table(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s cannot be read and is taken as empty: %s", path, error)
+        return {}
+
+
+def _store(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+    try:
+        if path.exists() and path.read_bytes() == text:
+            return
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        # A full or read-only disk must not stop anything: only the next start will know less.
+        log.warning("%s cannot be written: %s", path, error)
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        return ()
+    return tuple(item for item in value if isinstance(item, str))

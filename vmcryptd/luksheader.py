@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The public part of LUKS headers, from bytes. Pure.
+
+After "LUKS2 On-Disk Format Specification" 1.1, sections 2.1 and 3 (cryptsetup's LUKS2-docs),
+and "LUKS1 On-Disk Format Specification" 1.2.3. Anybody may have written a header onto a disk:
+whatever it holds, only NotLuksError and DamagedHeaderError come out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from vmcryptd.errors import DamagedHeaderError, NotLuksError
+from vmcryptd.model import Header, KeySlot
+
+USUAL_SIZE = 32 * 1024  # both copies of a LUKS2 header with the default JSON area; enough for LUKS1
+WHOLE_SIZE = 8 * 1024 * 1024  # both copies of the largest
+
+MAGIC = b"LUKS\xba\xbe"
+SECOND_MAGIC = b"SKUL\xba\xbe"
+SIZES = tuple(0x4000 << n for n in range(9))  # 16 KiB … 4 MiB: also where a second copy can be
+
+# magic, version, header size, sequence id, label, checksum algorithm, salt, uuid, subsystem, offset
+BINARY = struct.Struct(">6sHQQ48s32s64s40s48sQ")
+BINARY_SIZE = 4096
+CHECKSUM = slice(448, 512)
+CHECKSUMS = {"sha1", "sha224", "sha256", "sha384", "sha512", "sha3_256", "sha3_512", "blake2b"}
+
+# magic, version, cipher, mode, hash, payload offset, key bytes, digest, salt, iterations, uuid
+LUKS1 = struct.Struct(">6sH32s32s32sII20s32sI40s")
+LUKS1_SLOT = struct.Struct(">II32sII")  # active, iterations, salt, key material's offset, stripes
+LUKS1_SLOTS = 8
+LUKS1_ACTIVE, LUKS1_INACTIVE = 0x00AC71F3, 0x0000DEAD
+
+LARGEST = 2**32 - 1
+
+
+def parse(data: bytes) -> Header:
+    """The header at the start of a device. Raises NotLuksError, DamagedHeaderError.
+
+    `data` is its first USUAL_SIZE bytes; when that raises, the first WHOLE_SIZE give the verdict.
+    """
+    found = False
+    sound: list[tuple[int, Header]] = []
+    if data[:6] == MAGIC:
+        found = True
+        if data[6:8] == b"\0\1":
+            return _luks1(data)
+        sound += _luks2(data, 0)
+    for offset in SIZES:
+        if data[offset : offset + 6] == SECOND_MAGIC:
+            found = True
+            sound += _luks2(data, offset)
+            break
+    if sound:
+        return max(sound, key=lambda copy: copy[0])[1]  # the one that was written last
+    if found:
+        raise DamagedHeaderError("there is a LUKS header, but no copy of it is intact")
+    raise NotLuksError("there is no LUKS header")
+
+
+def slots(metadata: object) -> tuple[KeySlot, ...]:
+    """The key slots in LUKS2 metadata, as `cryptsetup luksDump --dump-json-metadata` prints it too.
+
+    Raises DamagedHeaderError.
+    """
+    keyslots = metadata.get("keyslots") if isinstance(metadata, dict) else None
+    if not isinstance(keyslots, dict):
+        raise DamagedHeaderError("the LUKS2 metadata has no key slots object")
+    found = [slot for number, value in keyslots.items() for slot in _luks2_slot(number, value)]
+    return tuple(sorted(found, key=lambda slot: slot.number))
+
+
+def _luks1(data: bytes) -> Header:
+    if len(data) < LUKS1.size + LUKS1_SLOTS * LUKS1_SLOT.size:
+        raise DamagedHeaderError("the LUKS1 header is cut short")
+    fields = LUKS1.unpack_from(data)
+    active = []
+    for number in range(LUKS1_SLOTS):
+        state, iterations, *_ = LUKS1_SLOT.unpack_from(data, LUKS1.size + number * LUKS1_SLOT.size)
+        if state == LUKS1_ACTIVE:
+            active.append(KeySlot(number, "pbkdf2", iterations=iterations))
+        elif state != LUKS1_INACTIVE:
+            raise DamagedHeaderError(f"key slot {number} of the LUKS1 header is neither on nor off")
+    return Header(1, _uuid(fields[10]), tuple(active))
+
+
+def _luks2(data: bytes, offset: int) -> Iterator[tuple[int, Header]]:
+    """The copy at an offset with its sequence id, or nothing when it is not intact."""
+    if len(data) < offset + BINARY_SIZE:
+        return
+    _, version, size, sequence, _, algorithm, _, uuid, _, own = BINARY.unpack_from(data, offset)
+    if version != 2 or size not in SIZES or own != offset or len(data) < offset + size:
+        return
+    if offset not in (0, size):
+        return
+    copy = data[offset : offset + size]
+    name = _text(algorithm).replace("-", "_")
+    if name not in CHECKSUMS:
+        return
+    digest = hashlib.new(name, usedforsecurity=False)
+    digest.update(copy[: CHECKSUM.start] + bytes(64) + copy[CHECKSUM.stop :])
+    if copy[CHECKSUM][: digest.digest_size] != digest.digest():
+        return
+    try:
+        metadata = json.loads(copy[BINARY_SIZE:].split(b"\0", 1)[0])
+        yield sequence, Header(2, _uuid(uuid), slots(metadata))
+    except (ValueError, RecursionError, DamagedHeaderError):
+        return
+
+
+def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
+    """One slot; none for those without a key derivation, which re-encryption uses."""
+    plain = number.isascii() and number.isdigit() and len(number) < 4
+    if not plain or not isinstance(value, dict):
+        raise DamagedHeaderError("a key slot in the LUKS2 metadata is malformed")
+    kdf = value.get("kdf")
+    if value.get("type") != "luks2" or not isinstance(kdf, dict):
+        return
+    kind = kdf.get("type")
+    if kind == "pbkdf2":
+        yield KeySlot(int(number), "pbkdf2", iterations=_number(kdf, "iterations"))
+    elif kind in ("argon2i", "argon2id"):
+        yield KeySlot(
+            int(number),
+            kind,
+            memory_kib=_number(kdf, "memory"),
+            threads=_number(kdf, "cpus"),
+            iterations=_number(kdf, "time"),
+        )
+    else:
+        raise DamagedHeaderError(f"key slot {number} has an unknown key derivation")
+
+
+def _number(kdf: dict[str, Any], key: str) -> int:
+    value = kdf.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
+        raise DamagedHeaderError(f"a key derivation's {key} is not a positive number")
+    return value
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("ascii", "replace")
+
+
+def _uuid(field: bytes) -> str:
+    text = _text(field).lower()
+    if len(text) != 36 or not set(text) <= set("0123456789abcdef-"):
+        raise DamagedHeaderError("the LUKS header's UUID is malformed")
+    return text
