@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A simulated host behind the same ports: `vmcryptd --sim FILE`. Needs no root, changes nothing.
+
+FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
+
+    [sim.volume.cr_imap]              every key is optional
+    passphrase_sha256 = "9f86d0…"     what opens it: `printf %s PASSPHRASE | sha256sum`
+    sources = ["file:/etc/k"]         key sources that open it by themselves
+    on = ["cr_outer"]                 volumes that must be open for its device to be there
+    present = false                   its device is not there; [sim.volume.x] appears_after = "10s": not yet
+    open = true                       somebody opened it by hand
+    delay = "0.2s"                    what one key derivation takes
+    fault = "not-luks"                not-luks, damaged, out-of-memory, busy (cannot be closed)
+    memory_kib = 65536                what one key derivation needs
+
+    [sim.guest.imap]
+    disks = ["/dev/mapper/cr_imap"]
+    autostart = true
+    running = false
+    start_delay = "0.1s"
+    stop_delay = "0.1s"               "infinity": ignores the power button
+    fault = "no such network"         starting it fails, with this text
+
+    [sim]
+    libvirt = false                   libvirt cannot be reached
+    volumes = 1000                    so many more volumes v0, v1, …
+    guests = 1000                     so many more guests g0, g1, …, each on one of these
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vmcryptd.adapters.keys import SystemKeys
+from vmcryptd.adapters.run import run
+from vmcryptd.errors import (
+    BusyError,
+    ConfigError,
+    DamagedHeaderError,
+    DeadlineError,
+    DeviceMissingError,
+    GuestError,
+    KeyUnavailableError,
+    LibvirtError,
+    NotLuksError,
+    OutOfMemoryError,
+    VmcryptdError,
+    WrongKeyError,
+)
+from vmcryptd.model import (
+    BlockDevice,
+    DiskSource,
+    Domain,
+    GuestSpec,
+    GuestState,
+    Header,
+    Infinity,
+    KeySlot,
+    KeySource,
+    Mount,
+    Settings,
+    SourceType,
+    Storage,
+    Virtualisation,
+    VolumeSpec,
+)
+from vmcryptd.ports import Changed, Key, Ports
+
+_FAULTS: dict[str, type[VmcryptdError]] = {"not-luks": NotLuksError, "damaged": DamagedHeaderError}
+
+
+@dataclass
+class _Volume:
+    digest: str
+    sources: tuple[str, ...]
+    on: tuple[str, ...]
+    present: bool
+    appears_after_s: float
+    open: bool
+    delay_s: float
+    fault: str
+    memory_kib: int
+    suspended: bool = False
+    mounted: bool = False
+    active: bool = False
+
+
+@dataclass
+class _Guest:
+    disks: tuple[str, ...]
+    autostart: bool
+    state: GuestState
+    start_delay_s: float
+    stop_delay_s: float
+    fault: str
+
+
+@dataclass(frozen=True)
+class _SourceKey:
+    """A key that no person gave: it only remembers which source it is from."""
+
+    source: str
+
+    def reader(self) -> int:
+        raise AssertionError("a simulated source has no content")
+
+    def close(self) -> None:
+        pass
+
+
+class Simulation:
+    """One simulated host; it is all ports at once but for the keys a person gives, which are real."""
+
+    def __init__(self, settings: Settings, table: dict[str, Any], path: Path | None = None) -> None:
+        self.settings = settings
+        self._path = path
+        self._libvirt = bool(table.get("libvirt", True))
+        self._volumes = {
+            name: _volume(table.get("volume", {}).get(name, {})) for name in settings.volumes
+        }
+        self._guests = {name: _guest(entry) for name, entry in table.get("guest", {}).items()}
+        self._changed: list[Changed] = []
+        self._real = SystemKeys()
+        self._goals: tuple[str, ...] = ()
+        self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
+        self.calls: list[str] = []  # what was done, in order
+
+    @classmethod
+    def load(cls, path: Path) -> Simulation:
+        """Read a description. Raises ConfigError."""
+        try:
+            return cls.parse(path.read_text(encoding="utf-8"), str(path), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+    @classmethod
+    def parse(cls, text: str, name: str = "simulation", path: Path | None = None) -> Simulation:
+        settings, table = _parse(text, name)
+        return cls(settings, table, path)
+
+    def ports(self) -> Ports:
+        return Ports(blocks=self, crypt=self, keys=self, domains=self, host=self, memory=self)
+
+    def reload(self) -> Settings:
+        if self._path is None:
+            return self.settings
+        fresh = Simulation.load(self._path)
+        for name, volume in fresh._volumes.items():
+            self._volumes.setdefault(name, volume)
+        for name, guest in fresh._guests.items():
+            self._guests.setdefault(name, guest)
+        self.settings = fresh.settings
+        return self.settings
+
+    def _tell(self) -> None:
+        for changed in self._changed:
+            changed()
+
+    # --- Blocks ---
+
+    def watch(self, changed: Changed) -> None:
+        if changed in self._changed:
+            return
+        self._changed.append(changed)
+        loop = asyncio.get_running_loop()
+        for volume in self._volumes.values():
+            if 0 < volume.appears_after_s < Infinity:
+                loop.call_later(volume.appears_after_s, self._appear, volume)
+
+    def _appear(self, volume: _Volume) -> None:
+        volume.present, volume.appears_after_s = True, 0.0
+        self._tell()
+
+    def observe(self, paths: Iterable[str]) -> Storage:
+        devices: dict[str, BlockDevice] = {}
+        links: dict[str, str] = {}
+        mounts = []
+        for number, (name, volume) in enumerate(self._volumes.items()):
+            if not self._is_there(volume):
+                continue
+            spec = self.settings.volumes[name]
+            below = tuple(f"dm-{lower}" for lower in volume.on)
+            devices[f"sim-{name}"] = BlockDevice(f"sim-{name}", below=below)
+            links[spec.device_path] = f"sim-{name}"
+            if volume.open:
+                uuid = f"CRYPT-LUKS2-{number:032x}-{name}"
+                devices[f"dm-{name}"] = BlockDevice(
+                    f"dm-{name}", f"253:{number}", (f"sim-{name}",), name, uuid, volume.suspended
+                )
+                links[spec.mapper_path] = f"dm-{name}"
+            if volume.mounted and spec.mount:
+                mounts.append(Mount(f"253:{number}", spec.mount))
+            if volume.active:
+                devices[f"lv-{name}"] = BlockDevice(
+                    f"lv-{name}", "", (f"dm-{name}",), f"{name}-lv", "LVM-sim"
+                )
+        return Storage(devices=devices, links=links, mounts=tuple(mounts))
+
+    def _is_there(self, volume: _Volume) -> bool:
+        return volume.present and all(
+            self._volumes[lower].open for lower in volume.on if lower in self._volumes
+        )
+
+    async def settle(self) -> None:
+        pass
+
+    async def activate(self, volume: VolumeSpec, mapping: str) -> None:
+        self._set(volume.name, f"activate {volume.name}", active=True)
+
+    async def deactivate(self, volume: VolumeSpec, mapping: str) -> None:
+        self._set(volume.name, f"deactivate {volume.name}", active=False)
+
+    async def mount(self, volume: VolumeSpec, mapping: str) -> None:
+        self._set(volume.name, f"mount {volume.name}", mounted=True)
+
+    async def unmount(self, volume: VolumeSpec, mapping: str) -> None:
+        self._set(volume.name, f"unmount {volume.name}", mounted=False)
+
+    async def holders(self, mapping: str) -> tuple[str, ...]:
+        return ("a simulated process",) if self._volumes[mapping].fault == "busy" else ()
+
+    def _set(self, name: str, call: str, **values: bool) -> None:
+        self.calls.append(call)
+        self._volumes[name] = replace(self._volumes[name], **values)  # type: ignore[arg-type]
+        self._tell()
+
+    # --- Crypt ---
+
+    async def header(self, volume: VolumeSpec) -> Header:
+        simulated = self._volumes[volume.name]
+        if not self._is_there(simulated):
+            raise DeviceMissingError(f"volume {volume.name}: its device {volume.device} is gone")
+        if error := _FAULTS.get(simulated.fault):
+            raise error(
+                f"volume {volume.name}: {volume.device} has no sound LUKS header (simulated)"
+            )
+        number = list(self._volumes).index(volume.name)
+        slot = KeySlot(0, "argon2id", simulated.memory_kib)
+        return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", (slot,))
+
+    async def open(self, volume: VolumeSpec, key: Key) -> None:
+        simulated = self._volumes[volume.name]
+        await asyncio.sleep(simulated.delay_s)
+        if simulated.fault == "out-of-memory":
+            raise OutOfMemoryError(
+                f"volume {volume.name}: the key derivation ran out of memory (simulated)"
+            )
+        if not await self._fits(simulated, key):
+            raise WrongKeyError(
+                f"volume {volume.name}: the key fits no key slot of {volume.device}"
+            )
+        self._set(volume.name, f"open {volume.name}", open=True, suspended=False)
+
+    async def resume(self, volume: VolumeSpec, mapping: str, key: Key) -> None:
+        await self.open(volume, key)
+
+    async def _fits(self, volume: _Volume, key: Key) -> bool:
+        if isinstance(key, _SourceKey):
+            return key.source in volume.sources
+        reader = key.reader()
+        try:
+            # The key stays a descriptor here, too: a child reads it.
+            done = await run(["sha256sum"], stdin=reader, timeout_s=10)
+        finally:
+            os.close(reader)
+        return bool(volume.digest) and done.out.split()[:1] == [volume.digest]
+
+    async def close(self, mapping: str) -> None:
+        if self._volumes[mapping].fault == "busy":
+            raise BusyError(f"{mapping} is busy")
+        self._set(mapping, f"close {mapping}", open=False, active=False, mounted=False)
+
+    async def wipe(self, mapping: str) -> None:
+        self._set(mapping, f"wipe {mapping}", suspended=True)
+
+    def available_memory_kib(self) -> int:
+        return 4 * 1024 * 1024
+
+    # --- Keys ---
+
+    async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
+        if str(source) not in self._volumes[volume.name].sources:
+            raise KeyUnavailableError("it gives no key (simulated)")
+        return _SourceKey(str(source))
+
+    async def ask(self, message: str) -> Key:
+        self.calls.append(f"ask {message}")
+        await asyncio.Event().wait()  # only `vmcryptctl unlock` answers: agents want root
+        raise AssertionError
+
+    async def receive(self, fd: int) -> Key:
+        return await self._real.receive(fd)
+
+    # --- Domains ---
+
+    def current(self) -> Virtualisation:
+        if not self._libvirt:
+            return Virtualisation()
+        domains = {
+            name: Domain(
+                name,
+                f"00000000-0000-0000-0000-{number:012x}",
+                guest.state,
+                guest.autostart,
+                sources=tuple(DiskSource(SourceType.BLOCK, path) for path in guest.disks),
+            )
+            for number, (name, guest) in enumerate(self._guests.items())
+        }
+        return Virtualisation(True, domains)
+
+    async def refresh(self, timeout_s: float) -> Virtualisation:
+        if not self._libvirt:
+            raise LibvirtError("libvirt cannot be reached (simulated)")
+        return self.current()
+
+    async def chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
+        return ()
+
+    async def start(self, name: str) -> None:
+        guest = self._guests[name]
+        await asyncio.sleep(guest.start_delay_s)
+        if guest.fault:
+            raise GuestError(f"guest {name} could not be started: {guest.fault}")
+        for path in guest.disks:
+            if not any(
+                self.settings.volumes[v].mapper_path == path and s.open
+                for v, s in self._volumes.items()
+            ):
+                raise GuestError(f"guest {name} could not be started: cannot access {path}")
+        self._guest(name, GuestState.RUNNING, f"start {name}")
+
+    async def ready(self, guest: GuestSpec, timeout_s: float) -> None:
+        pass
+
+    async def stop(self, guest: GuestSpec, timeout_s: float) -> None:
+        delay_s = self._guests[guest.name].stop_delay_s
+        await asyncio.sleep(min(delay_s, timeout_s))
+        if delay_s > timeout_s:
+            raise DeadlineError(f"guest {guest.name} did not stop within {timeout_s:g} s")
+        self._guest(guest.name, GuestState.OFF, f"stop {guest.name}")
+
+    async def kill(self, name: str) -> None:
+        self._guest(name, GuestState.OFF, f"kill {name}")
+
+    def _guest(self, name: str, state: GuestState, call: str) -> None:
+        self.calls.append(call)
+        self._guests[name].state = state
+        self._tell()
+
+    async def start_pool(self, name: str) -> None:
+        raise GuestError(f"there is no pool {name} (simulated)")
+
+    async def stop_pool(self, name: str) -> None:
+        raise GuestError(f"there is no pool {name} (simulated)")
+
+    # --- Host, Memory ---
+
+    def status(self, text: str) -> None:
+        pass
+
+    async def reach_target(self, reached: bool) -> None:
+        self.calls.append(f"target {'reached' if reached else 'left'}")
+
+    async def run_hook(self, argv: Sequence[str], environment: dict[str, str]) -> None:
+        self.calls.append(f"hook {' '.join(argv)} {environment}")
+
+    def goals(self) -> tuple[str, ...]:
+        return self._goals
+
+    def keep_goals(self, goals: Iterable[str]) -> None:
+        self._goals = tuple(goals)
+
+    def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        return self._seen
+
+    def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None:
+        self._seen = (paths, uuids)
+
+    def publish(self, volumes: dict[str, bool]) -> None:
+        pass
+
+
+def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:
+    from vmcryptd import config
+
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: not valid TOML: {error}") from None
+    table = raw.pop("sim", {})
+    settings = config.parse_tables({name: raw})
+    more = {f"v{i}": VolumeSpec(f"v{i}", f"/dev/sim/v{i}") for i in range(table.get("volumes", 0))}
+    settings = replace(settings, volumes={**settings.volumes, **more})
+    guests = table.setdefault("guest", {})
+    for i in range(table.get("guests", 0)):
+        guests.setdefault(f"g{i}", {"disks": [f"/dev/mapper/v{i}"], "autostart": True})
+    return settings, table
+
+
+def _volume(entry: dict[str, Any]) -> _Volume:
+    appears_after_s = _seconds(entry.get("appears_after", 0))
+    return _Volume(
+        digest=entry.get("passphrase_sha256", ""),
+        sources=tuple(entry.get("sources", ())),
+        on=tuple(entry.get("on", ())),
+        present=entry.get("present", appears_after_s == 0),
+        appears_after_s=appears_after_s,
+        open=entry.get("open", False),
+        delay_s=_seconds(entry.get("delay", 0)),
+        fault=entry.get("fault", ""),
+        memory_kib=entry.get("memory_kib", 65536),
+    )
+
+
+def _guest(entry: dict[str, Any]) -> _Guest:
+    return _Guest(
+        disks=tuple(entry.get("disks", ())),
+        autostart=entry.get("autostart", False),
+        state=GuestState.RUNNING if entry.get("running") else GuestState.OFF,
+        start_delay_s=_seconds(entry.get("start_delay", 0)),
+        stop_delay_s=_seconds(entry.get("stop_delay", 0)),
+        fault=entry.get("fault", ""),
+    )
+
+
+def _seconds(value: object) -> float:
+    from vmcryptd import config
+
+    return config.duration(value)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon: puts engine, adapters and bus together, and lives until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vmcryptd import __version__, bus, service
+from vmcryptd.adapters import host
+from vmcryptd.adapters.authority import Polkit
+from vmcryptd.engine import Engine
+from vmcryptd.errors import VmcryptdError
+from vmcryptd.model import Settings
+from vmcryptd.objects import Objects
+from vmcryptd.ports import Ports
+
+log = logging.getLogger(__name__)
+
+RUNTIME = Path("/run/vmcryptd")
+STATE = Path("/var/lib/vmcryptd")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    host.log_to_journal(logging.DEBUG if arguments.debug else logging.INFO)
+    keep_out_of_core_dumps()
+    try:
+        code = asyncio.run(_serve(arguments))
+    except VmcryptdError as error:
+        log.error("%s", error)
+        code = error.exit_code
+    # A call into libvirt that hangs sits in a thread; nothing must wait for it.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vmcryptd",
+        description="Open encrypted volumes, then start the guests that live on them. See vmcryptd(8).",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("/etc/vmcryptd"),
+        metavar="DIR",
+        help="configuration directory",
+    )
+    parser.add_argument(
+        "--sim",
+        type=Path,
+        metavar="FILE",
+        help="simulate the host that FILE describes; changes nothing",
+    )
+    parser.add_argument("--bus", metavar="ADDRESS", help="D-Bus address instead of the system bus")
+    parser.add_argument("--debug", action="store_true", help="log every step")
+    parser.add_argument("--version", action="version", version=f"vmcryptd {__version__}")
+    return parser
+
+
+def keep_out_of_core_dumps() -> None:
+    """Neither this process nor its children leave their memory in a core dump (core(5), coredump_filter)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/coredump_filter").write_text("0", encoding="ascii")
+
+
+def real_ports(settings: Settings) -> Ports:
+    """The adapters that work on this host."""
+    from vmcryptd.adapters.blocks import SysfsBlocks
+    from vmcryptd.adapters.crypt import Cryptsetup
+    from vmcryptd.adapters.domains import Libvirt
+    from vmcryptd.adapters.keys import SystemKeys
+
+    return Ports(
+        blocks=SysfsBlocks(),
+        crypt=Cryptsetup(),
+        keys=SystemKeys(),
+        domains=Libvirt(settings.daemon.libvirt_uri),
+        host=host.SystemdHost(),
+        memory=host.StateFiles(RUNTIME, STATE),
+    )
+
+
+def _composition(arguments: argparse.Namespace) -> tuple[Settings, Ports, Callable[[], Settings]]:
+    if arguments.sim is not None:
+        from vmcryptd.adapters.sim import Simulation
+
+        simulation = Simulation.load(arguments.sim)
+        return simulation.settings, simulation.ports(), simulation.reload
+    from vmcryptd import config
+
+    def load() -> Settings:
+        return config.load(arguments.config)
+
+    settings = load()
+    return settings, real_ports(settings), load
+
+
+async def _serve(arguments: argparse.Namespace) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    # The bus answers while the configuration is parsed, which is most of what a start takes.
+    connecting = asyncio.create_task(bus.connect(arguments.bus))
+    await asyncio.sleep(0)
+    try:
+        settings, ports, load = _composition(arguments)
+    except VmcryptdError:
+        connecting.cancel()
+        raise
+    connection = await connecting
+    objects = Objects(connection, service.ROOT, Polkit(connection))
+    engine = Engine(settings, ports)
+    engine.start()
+
+    async def reload() -> None:
+        host.notify(f"RELOADING=1\nMONOTONIC_USEC={int(loop.time() * 1e6)}")
+        try:
+            engine.configure(load())
+            log.info("the configuration was read again")
+        except VmcryptdError as error:
+            log.error("the configuration is refused, the running one is kept: %s", error)
+            raise
+        finally:
+            host.ready()
+
+    shown = service.Service(engine, objects, reload)
+    engine.changed = shown.changed
+    await objects.serve(service.NAME)
+    host.ready()
+    # What was made by now lives as long as the process: the collector need not look at it again.
+    gc.freeze()
+    watchdog = asyncio.create_task(_watchdog())
+    engine.world.watch_libvirt()
+    engine.resume()
+    waits = [asyncio.create_task(stop.wait()), asyncio.create_task(connection.closed())]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    host.stopping()
+    watchdog.cancel()
+    await objects.stop()
+    engine.close()
+    if not stop.is_set():
+        log.error("the connection to the bus is lost; starting again")
+        return 1
+    await connection.disconnect()
+    return 0
+
+
+async def _watchdog() -> None:
+    interval_s = host.watchdog_interval_s()
+    while interval_s is not None:
+        host.alive()
+        await asyncio.sleep(interval_s)
+
+
+def shutdown_here() -> None:
+    """The whole way down in this process, when the daemon or the bus is dead. Raises VmcryptdError."""
+    from vmcryptd import config
+
+    keep_out_of_core_dumps()
+
+    async def run() -> None:
+        settings = config.load()
+        engine = Engine(settings, real_ports(settings))
+        engine.start()
+        await engine.shutdown()
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

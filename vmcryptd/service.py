@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What vmcryptd offers on the bus: every method is one line, every property a copy of what the engine shows.
+
+The docstrings here are the reference of the interface; org.vmcryptd1(5) explains it at length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+
+from vmcryptd import __version__, keyed
+from vmcryptd.bus import object_path
+from vmcryptd.engine import Engine
+from vmcryptd.jobs import Job
+from vmcryptd.model import Infinity, Plan
+from vmcryptd.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
+from vmcryptd.state import GuestView, VolumeView
+
+NAME = "org.vmcryptd1"
+ROOT = "/org/vmcryptd1"
+
+UNLOCK = "org.vmcryptd1.unlock"
+LOCK = "org.vmcryptd1.lock"
+GUESTS = "org.vmcryptd1.guests"
+PANIC = "org.vmcryptd1.panic"
+RELOAD = "org.vmcryptd1.reload"
+
+_USEC_INFINITY = 2**63 - 1  # `x` is signed; systemd's own USEC_INFINITY does not fit
+
+
+class Manager(Interface, name="org.vmcryptd1.Manager"):
+    """The host as a whole."""
+
+    State: str
+    Waiting: list[str]
+    Version: str
+    ConsoleNeeded: bool
+    ConsolePromptUSec: int
+
+    def __init__(self, engine: Engine, reload: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(**manager_properties(engine))
+        self._engine = engine
+        self._reload = reload
+
+    @exported(action=UNLOCK)
+    async def Unlock(self, volume: str) -> None:
+        """Open a volume and what it needs: sources first, then a person is asked. Answers when it is open."""
+        await self._engine.unlock(volume)
+
+    @exported(action=UNLOCK)
+    async def UnlockWithKey(self, volume: str, key: Handle) -> None:
+        """The same with a key, read to its end from the descriptor."""
+        await keyed.unlock(self._engine, volume, take_fd(key))
+
+    @exported(action=UNLOCK)
+    async def UnlockAll(self) -> None:
+        """Open every volume of the boot set."""
+        await self._engine.unlock_all()
+
+    @exported(action=UNLOCK)
+    async def UnlockAllWithKey(self, key: Handle) -> None:
+        """The same; the key is tried on all that wait."""
+        await keyed.unlock_all(self._engine, take_fd(key))
+
+    @exported(action=LOCK)
+    async def Lock(self, volume: str) -> None:
+        """Close a volume. Refused with Busy and the names of its users while it is in use."""
+        await self._engine.lock(volume)
+
+    @exported(action=LOCK)
+    async def LockAll(self) -> None:
+        """Close every volume."""
+        await self._engine.lock_all()
+
+    @exported(action=GUESTS)
+    async def StartGuest(self, guest: str) -> None:
+        """Open the guest's volumes, then start it."""
+        await self._engine.pursue(f"start:{guest}")
+
+    @exported(action=GUESTS)
+    async def StopGuest(self, guest: str) -> None:
+        """Stop the guest, then close the volumes whose `lock` says so."""
+        await self._engine.pursue(f"stop:{guest}")
+
+    @exported(action=UNLOCK)
+    async def Boot(self) -> ObjectPath:
+        """Bring up the boot set. Answers at once with the job."""
+        return ObjectPath(job_path(self._engine.boot()))
+
+    @exported(action=LOCK)
+    async def Shutdown(self) -> None:
+        """Stop the guests, close the volumes. Answers when that is done."""
+        await self._engine.shutdown()
+
+    @exported(action=PANIC)
+    async def Panic(self) -> None:
+        """Now: kill the guests, wipe the keys, close the volumes, past every error."""
+        await self._engine.panic()
+
+    @exported(action=None)
+    def Plan(self, goal: str) -> str:
+        """The steps that a goal would take, as JSON; does nothing."""
+        return plan_json(self._engine.plan(goal))
+
+    @exported(action=RELOAD)
+    async def Reload(self) -> None:
+        """Read the configuration again; a bad one is refused and the running one kept."""
+        await self._reload()
+
+
+class Volume(Interface, name="org.vmcryptd1.Volume"):
+    """One LUKS volume and its mapping."""
+
+    Name: str
+    Device: str
+    Uuid: str
+    State: str
+    KeySource: str
+    Discard: bool
+    NeededBy: list[str]
+    LastError: str
+
+
+class Guest(Interface, name="org.vmcryptd1.Guest"):
+    """One libvirt domain."""
+
+    Name: str
+    State: str
+    Needs: list[str]
+    StartsAtBoot: bool
+    LastError: str
+
+
+class RunningJob(Interface, name="org.vmcryptd1.Job"):
+    """One goal that is being pursued; the object is gone when it has ended."""
+
+    Goal: str
+    State: str
+    LastError: str
+
+
+def plan_json(plan: Plan) -> str:
+    steps = [
+        {
+            "action": step.action,
+            "object": step.object,
+            "after": [*step.after, *step.order],
+            "reason": step.reason,
+        }
+        for step in plan.steps
+    ]
+    return json.dumps({"goal": plan.goal, "steps": steps})
+
+
+def job_path(job: Job) -> str:
+    return f"{ROOT}/job/{job.id}"
+
+
+def manager_properties(engine: Engine) -> dict[str, object]:
+    prompt_s = engine.settings.daemon.console_prompt_s
+    return {
+        "State": str(engine.state),
+        "Waiting": engine.waiting,
+        "Version": __version__,
+        "ConsoleNeeded": engine.is_console_needed,
+        "ConsolePromptUSec": _USEC_INFINITY if prompt_s == Infinity else int(prompt_s * 1e6),
+    }
+
+
+def volume_properties(view: VolumeView) -> dict[str, object]:
+    return _camel(asdict(view))
+
+
+def guest_properties(view: GuestView) -> dict[str, object]:
+    return _camel(asdict(view))
+
+
+def _camel(values: dict[str, object]) -> dict[str, object]:
+    named = {
+        "".join(part.capitalize() for part in key.split("_")): value
+        for key, value in values.items()
+    }
+    named["LastError"] = named.pop("Error")
+    named["State"] = str(named["State"])
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in named.items()}
+
+
+class Service:
+    """Keeps the objects on the bus equal to what the engine shows."""
+
+    def __init__(
+        self, engine: Engine, objects: Objects, reload: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._engine = engine
+        self._objects = objects
+        self._shown: dict[str, Interface] = {}
+        self._due: asyncio.Handle | None = None
+        self._manager = Manager(engine, reload)
+        objects.export(ROOT, self._manager)
+        self.update()
+
+    def changed(self) -> None:
+        """Bring the objects up to date, once for all changes of this turn of the event loop."""
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_soon(self.update)
+
+    def update(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        engine = self._engine
+        wanted: dict[str, tuple[type[Interface], dict[str, object]]] = {}
+        for volume in engine.volume_views():
+            wanted[object_path("volume", volume.name)] = (Volume, volume_properties(volume))
+        for guest in engine.guest_views():
+            wanted[object_path("guest", guest.name)] = (Guest, guest_properties(guest))
+        for job in engine.jobs.values():
+            properties: dict[str, object] = {
+                "Goal": job.goal,
+                "State": str(job.state),
+                "LastError": str(job.error or ""),
+            }
+            wanted[job_path(job)] = (RunningJob, properties)
+        for path in [path for path in self._shown if path not in wanted]:
+            self._objects.unexport(path)
+            del self._shown[path]
+        for path, (interface, values) in wanted.items():
+            if shown := self._shown.get(path):
+                shown.changed(**values)
+            else:
+                self._shown[path] = interface(**values)
+                self._objects.export(path, self._shown[path])
+        self._manager.changed(**manager_properties(engine))
