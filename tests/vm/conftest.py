@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fixtures: a machine for one test, or one that the tests of a module share."""
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm.host import PROJECT, Host, Image, build_image
+
+HostFactory = Callable[..., Host]
+
+DIRECTORIES = pytest.StashKey[list[Path]]()
+
+
+def current_package() -> Path | None:
+    """The project's package, built anew if a source is younger; None if none can be built."""
+    if not (PROJECT / "Makefile").exists():
+        return None
+
+    def newest() -> Path | None:
+        return max(PROJECT.glob("dist/*.deb"), key=lambda deb: deb.stat().st_mtime, default=None)
+
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ":!tests"],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    sources = [PROJECT / name for name in listed.stdout.split("\0") if name]
+    changed = max(path.stat().st_mtime for path in sources if path.exists())
+    package = newest()
+    if package is None or package.stat().st_mtime < changed:
+        subprocess.run(["make", "deb"], cwd=PROJECT, check=True)
+    return newest()
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    return build_image(current_package())
+
+
+def _hosts(
+    request: pytest.FixtureRequest, image: Image, factory: pytest.TempPathFactory
+) -> Iterator[HostFactory]:
+    directories = request.session.stash.setdefault(DIRECTORIES, [])
+    mine: list[Path] = []
+    failed_before = request.session.testsfailed
+
+    def new(**options: object) -> Host:
+        directory = factory.mktemp("host")
+        mine.append(directory)
+        directories.append(directory)
+        return functools.partial(Host, image, directory)(**options)  # type: ignore[arg-type]
+
+    yield new
+    for directory in mine:
+        directories.remove(directory)
+        # Disks are large; whoever has to find out why a test failed gets all of them.
+        if request.session.testsfailed == failed_before:
+            shutil.rmtree(directory)
+
+
+@pytest.fixture
+def host(
+    request: pytest.FixtureRequest, image: Image, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HostFactory]:
+    """Makes hosts, with Host's arguments: host(disks=["1G"])."""
+    yield from _hosts(request, image, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def module_host(
+    request: pytest.FixtureRequest, image: Image, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HostFactory]:
+    """The same for a module's own fixture that boots a machine for all its tests."""
+    yield from _hosts(request, image, tmp_path_factory)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for directory in item.session.stash.get(DIRECTORIES, []):
+            logs = "\n".join(f"{path}" for path in sorted(directory.glob("*.log")))
+            report.sections.append(("test host", f"kept in {directory}\n{logs}"))
+    return report

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The test host itself: what the other tests in this folder stand on."""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.vm import guest
+from tests.vm.host import CommandError, Host, Image, Vm, build_image
+
+MAPPING = "/dev/mapper/cr_guest"
+PASSPHRASE = b"correct horse"
+FORMAT = (
+    "cryptsetup luksFormat --batch-mode --pbkdf pbkdf2 --pbkdf-force-iterations 1000"
+    " /dev/disk/by-id/virtio-disk0 -"
+)
+OPEN = "cryptsetup open --key-file - /dev/disk/by-id/virtio-disk0 cr_guest"
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    """Without the package: when these tests fail, it is the test host's own fault."""
+    return build_image()
+
+
+@pytest.fixture(scope="module")
+def vm(module_host: Callable[..., Host]) -> Iterator[Vm]:
+    with module_host(disks=["64M", "64M"], plugged=[0]).boot() as vm:
+        yield vm
+
+
+def test_every_unit_of_the_image_starts(vm: Vm) -> None:
+    assert vm.wait_booted() == "running"
+
+
+def test_commands_run_long_before_the_boot_is_complete(host: Callable[..., Host]) -> None:
+    with host().boot(wait=False) as vm:
+        assert vm.run("systemctl is-system-running", check=False).out in (
+            "initializing\n",
+            "starting\n",
+        )
+
+
+def test_commands(vm: Vm) -> None:
+    assert vm.run("cat; echo oops >&2; exit 3", stdin=b"in\0put", check=False).code == 3
+    result = vm.run("cat; echo oops >&2", stdin=b"in\0put")
+    assert (result.out, result.err) == ("in\0put", "oops\n")
+    with pytest.raises(CommandError, match="exit status 1"):
+        vm.run("false")
+    assert vm.run("sleep infinity", timeout_s=1, check=False).code == 124
+    assert vm.run(["/no/such/program"], check=False).code == 127
+
+
+def test_commands_run_side_by_side(vm: Vm) -> None:
+    vm.run("mkfifo /run/meeting")
+    reader = vm.background("cat /run/meeting")
+    vm.run("echo hello >/run/meeting")
+    assert reader.wait().out == "hello\n"
+
+
+def test_a_background_command_takes_signals(vm: Vm) -> None:
+    job = vm.background("sleep infinity")
+    assert job.running
+    job.signal()
+    assert job.wait(check=False).code == -15
+
+
+def test_files(vm: Vm) -> None:
+    content = bytes(range(256)) * 4096
+    vm.put("/run/deep/er/file name", content, 0o600)
+    assert vm.get("/run/deep/er/file name") == content
+    assert vm.run("stat -c %a '/run/deep/er/file name'").out == "600\n"
+
+
+def test_console_login(vm: Vm) -> None:
+    vm.console.expect("login: ")
+    vm.console.type("root\n")
+    vm.console.expect("# ")
+    vm.console.type("echo $((6 * 7)) answers\n")
+    vm.console.expect("42 answers")
+    vm.console.type("exit\n")
+    vm.console.expect("login: ")
+
+
+def test_a_disk_comes_and_goes(vm: Vm) -> None:
+    device = vm.plug_disk(1)
+    vm.wait_until(f"test -b {device}")
+    vm.run(f"echo kept | dd of={device} conv=fsync")
+    assert vm.host.disk_path(1).read_bytes().startswith(b"kept\n")
+    vm.unplug_disk(1)
+    vm.wait_until(f"! test -e {device}")
+
+
+def test_waiting_for_a_unit(vm: Vm) -> None:
+    vm.run("systemd-run --unit=late sh -c 'sleep 1'")
+    vm.wait_unit("late.service", "inactive")
+    vm.wait_unit("libvirtd.socket")
+
+
+def test_a_power_cut_keeps_what_was_synced(host: Callable[..., Host]) -> None:
+    machine = host(disks=["64M"])
+    with machine.boot() as vm:
+        vm.run("echo synced >/root/file && sync && echo raw >/dev/disk/by-id/virtio-disk0")
+        vm.run("sync /dev/disk/by-id/virtio-disk0")
+        vm.power_cut()
+        assert not vm.on
+    with machine.boot() as vm:
+        assert vm.get("/root/file") == b"synced\n"
+        assert vm.run("head -c 3 /dev/disk/by-id/virtio-disk0").out == "raw"
+        assert vm.reboot() == "guest-reset"
+
+
+def test_guests_count_on_their_encrypted_disk(host: Callable[..., Host]) -> None:
+    machine = host(disks=["64M"])
+    with machine.boot() as vm:
+        vm.run(FORMAT, stdin=PASSPHRASE)
+        vm.run(OPEN, stdin=PASSPHRASE)
+        vm.run(f"cat >{MAPPING}", stdin=guest.disk_image())
+        vm.put("/root/guest.xml", guest.domain_xml("guest", MAPPING))
+        vm.run("virsh define /root/guest.xml && virsh start guest")
+        vm.wait_counters(MAPPING, guest.Counters(1, 0))
+        vm.run("virsh shutdown guest")
+        vm.wait_until("virsh domstate guest | grep -q 'shut off'")
+        assert vm.read_counters(MAPPING) == guest.Counters(1, 1)
+        assert vm.poweroff() == "guest-shutdown"
+    assert guest.boot_sector() not in machine.disk_path(0).read_bytes()
+    with machine.boot() as vm:
+        vm.run(OPEN, stdin=PASSPHRASE)
+        vm.run("virsh start guest")
+        vm.wait_counters(MAPPING, guest.Counters(2, 1))
+
+
+def test_a_deaf_guest_does_not_hear_the_button(vm: Vm) -> None:
+    vm.put("/var/lib/libvirt/images/deaf.img", guest.disk_image(guest.Variant.DEAF))
+    vm.run("truncate -s 1M /var/lib/libvirt/images/deaf.img")
+    disk = "/var/lib/libvirt/images/deaf.img"
+    vm.put("/root/deaf.xml", guest.domain_xml("deaf", disk, kind="raw"))
+    vm.run("virsh create /root/deaf.xml")
+    vm.wait_counters(disk, guest.Counters(1, 0))
+    vm.run("virsh shutdown deaf")
+    # Ten times what the polite one takes.
+    vm.run("sleep 2; virsh domstate deaf | grep -q running && virsh destroy deaf")
+    assert vm.read_counters(disk) == guest.Counters(1, 0)
+
+
+def test_hosts_boot_side_by_side(host: Callable[..., Host]) -> None:
+    def boot(machine: Host) -> None:
+        with machine.boot() as vm:
+            names.append(vm.run("hostname").out)
+
+    names: list[str] = []
+    threads = [threading.Thread(target=boot, args=[host(memory_mib=1024)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert names == ["vmhost\n"] * 2
+
+
+def test_the_power_button_shuts_down_cleanly(vm: Vm) -> None:
+    vm.power_button()
+    assert vm.wait_off() == "guest-shutdown"
+    assert "Reached target poweroff.target" in vm.host.journal_path(1).read_text()
