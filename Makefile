@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+#
+#   make check    linters, types and every test that needs no virtual machine
+#   make test     check, the package, and the tests in virtual machines
+#   make bench    the numbers
+#   make demo     a whole host, from boot to shutdown, to look at
+#   make deb      dist/vmcryptd_*.deb
+#   make docs     write the files anew that are generated from the code
+#   make install  DESTDIR= PREFIX=/usr SYSCONFDIR=/etc
+#
+# On Debian, packages that are missing for this are installed, through sudo unless root; Python
+# packages go into build/venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV := build/venv
+RUN := $(VENV)/bin/python
+
+.PHONY: all
+all: man
+
+# --- development ---
+
+.PHONY: check lint types unit test vm lint-deb bench demo deb docs clean host-packages
+
+host-packages:
+	@packaging/install-host-packages packaging/host-packages $(wildcard packaging/image/host-packages)
+
+$(VENV)/stamp: pyproject.toml | host-packages
+	@echo "Python packages into $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 is needed")'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --use-pep517 --editable '.[dev]'
+	@touch $@
+
+check: lint types unit
+
+lint: $(VENV)/stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	shellcheck $(SHELL_SCRIPTS)
+
+types: $(VENV)/stamp
+	$(VENV)/bin/mypy
+
+# The bus tests run once with each library: which one a host has is a matter of its Python.
+unit: $(VENV)/stamp
+	$(RUN) -m pytest
+	VMCRYPTD_BUS_LIBRARY=dbus_fast $(RUN) -m pytest tests/bus
+
+test:
+	$(MAKE) check
+	$(MAKE) deb
+	$(MAKE) lint-deb
+	$(MAKE) vm
+
+# One boot without KVM takes half a minute.
+vm: $(VENV)/stamp
+	$(RUN) -m pytest --timeout=900 tests/vm
+
+bench: $(VENV)/stamp
+	$(RUN) -m tests.bench
+
+demo: $(VENV)/stamp
+	packaging/demo/run
+
+docs: $(VENV)/stamp
+	$(RUN) -m packaging.docs
+
+deb: host-packages
+	packaging/build-deb
+
+lint-deb: host-packages
+	lintian --info --display-info --pedantic --allow-root --fail-on error,warning dist/*.deb
+
+clean:
+	rm -rf build/man build/venv build/pytest build/mypy build/ruff build/vmcryptd.egg-info dist
+
+SHELL_SCRIPTS := .ci/run packaging/build-deb packaging/install-host-packages units/vmcryptd.shutdown \
+	$(wildcard packaging/demo/run packaging/image/customize config/completion/vmcryptctl.bash)
+
+# --- installation: the one list of what goes where; packaging/debian and the spec use it ---
+
+DESTDIR ?=
+PREFIX ?= /usr
+SYSCONFDIR ?= /etc
+BINDIR ?= $(PREFIX)/bin
+SBINDIR ?= $(PREFIX)/sbin
+DATADIR ?= $(PREFIX)/share
+# An application, not a library: its modules are its own, wherever this Python keeps others.
+PYDIR ?= $(DATADIR)/vmcryptd
+DOCDIR ?= $(DATADIR)/doc/vmcryptd
+# These are systemd's, udev's, D-Bus's and polkit's, whatever the prefix of ours is.
+UNITDIR ?= /usr/lib/systemd/system
+SHUTDOWNDIR ?= /usr/lib/systemd/system-shutdown
+UDEVDIR ?= /usr/lib/udev/rules.d
+# After 55-dm and before 60-persistent-storage-dm, as Debian numbers them. Where lvm2 has its own
+# numbers (10-dm, 13-dm-disk: Fedora, Arch), this is to be 12.
+UDEV_ORDER ?= 57
+DBUSDIR ?= /usr/share/dbus-1
+POLKITDIR ?= /usr/share/polkit-1/actions
+RST2MAN ?= rst2man
+INSTALL ?= install
+
+MAN := $(patsubst docs/%.rst,build/man/%,$(wildcard docs/*.[158].rst))
+MODULES := $(shell find vmcryptd -name '*.py' -o -name py.typed | LC_ALL=C sort)
+
+.PHONY: man install
+
+man: $(MAN)
+
+build/man/%: docs/%.rst
+	@mkdir -p $(@D)
+	$(RST2MAN) --strict --no-generator --no-datestamp $< $@
+
+install: man
+	for file in $(MODULES); do $(INSTALL) -Dm 644 "$$file" "$(DESTDIR)$(PYDIR)/$$file"; done
+	$(INSTALL) -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SBINDIR)
+	sed 's|@PYDIR@|$(PYDIR)|; s|@MODULE@|cli|' packaging/launcher.in >$(DESTDIR)$(BINDIR)/vmcryptctl
+	sed 's|@PYDIR@|$(PYDIR)|; s|@MODULE@|daemon|' packaging/launcher.in >$(DESTDIR)$(SBINDIR)/vmcryptd
+	chmod 755 $(DESTDIR)$(BINDIR)/vmcryptctl $(DESTDIR)$(SBINDIR)/vmcryptd
+	$(INSTALL) -d $(DESTDIR)$(UNITDIR)
+	for unit in units/*.service units/*.target; do \
+	    sed 's|/usr/bin/vmcryptctl|$(BINDIR)/vmcryptctl|; s|/usr/sbin/vmcryptd|$(SBINDIR)/vmcryptd|' \
+	        "$$unit" >"$(DESTDIR)$(UNITDIR)/$${unit##*/}"; \
+	    chmod 644 "$(DESTDIR)$(UNITDIR)/$${unit##*/}"; \
+	done
+	$(INSTALL) -Dm 755 units/vmcryptd.shutdown $(DESTDIR)$(SHUTDOWNDIR)/vmcryptd
+	$(INSTALL) -Dm 644 units/vmcryptd.rules $(DESTDIR)$(UDEVDIR)/$(UDEV_ORDER)-vmcryptd.rules
+	$(INSTALL) -Dm 644 config/org.vmcryptd1.conf -t $(DESTDIR)$(DBUSDIR)/system.d
+	$(INSTALL) -Dm 644 config/org.vmcryptd1.service -t $(DESTDIR)$(DBUSDIR)/system-services
+	$(INSTALL) -Dm 644 config/org.vmcryptd1.policy -t $(DESTDIR)$(POLKITDIR)
+	$(INSTALL) -Dm 644 config/vmcryptd.toml -t $(DESTDIR)$(SYSCONFDIR)/vmcryptd
+	$(INSTALL) -d $(DESTDIR)$(SYSCONFDIR)/vmcryptd/conf.d
+	$(INSTALL) -dm 700 $(DESTDIR)$(SYSCONFDIR)/vmcryptd/keys
+	$(INSTALL) -Dm 644 config/completion/vmcryptctl.bash \
+	    $(DESTDIR)$(DATADIR)/bash-completion/completions/vmcryptctl
+	$(INSTALL) -Dm 644 config/completion/_vmcryptctl -t $(DESTDIR)$(DATADIR)/zsh/site-functions
+	$(INSTALL) -Dm 644 config/completion/vmcryptctl.fish \
+	    -t $(DESTDIR)$(DATADIR)/fish/vendor_completions.d
+	for page in $(MAN); do \
+	    $(INSTALL) -Dm 644 "$$page" -t "$(DESTDIR)$(DATADIR)/man/man$${page##*.}"; \
+	done
+	$(INSTALL) -Dm 644 $(wildcard README.md NEWS.md) -t $(DESTDIR)$(DOCDIR)
+	$(INSTALL) -Dm 644 $(wildcard config/examples/*) -t $(DESTDIR)$(DOCDIR)/examples

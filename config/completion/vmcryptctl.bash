@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Written by packaging/docs.py from vmcryptd/verbs.py: change it there.
+# shellcheck shell=bash
+
+_vmcryptctl() {
+    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
+    local verb=${COMP_WORDS[1]} options='' names='' goals='' IFS=$'\n'
+    COMPREPLY=()
+    if ((COMP_CWORD == 1)); then
+        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload --help --version)" -- "$current")
+        return
+    fi
+    if [[ $previous == --key-file ]]; then
+        compopt -o filenames
+        mapfile -t COMPREPLY < <(compgen -f -- "$current")
+        return
+    fi
+    [[ $previous == --timeout ]] && return
+    case $verb in
+        status) options='--help --all --json' names=all ;;
+        unlock) options='--help --key-file' names=volumes ;;
+        lock) options='--help' names=volumes ;;
+        start) options='--help' names=guests ;;
+        stop) options='--help' names=guests ;;
+        boot) options='--help' ;;
+        shutdown) options='--help' ;;
+        panic) options='--help' ;;
+        plan) options='--help --json' goals=yes ;;
+        check) options='--help --json' ;;
+        wait) options='--help --timeout --json' ;;
+        monitor) options='--help --json' ;;
+        reload) options='--help' ;;
+    esac
+    local words=''
+    if [[ $current == -* ]]; then
+        words=${options// /$'\n'}
+    elif [[ -n $names ]]; then
+        words=$(vmcryptctl _names "$names" 2>/dev/null)
+    elif [[ -n $goals ]]; then
+        # A colon ends a word for bash: what was typed before it is not typed again.
+        local before=''
+        [[ $previous == : ]] && before=${COMP_WORDS[COMP_CWORD - 2]}
+        [[ $current == : ]] && before=$previous current=''
+        case $before in
+            unlock | lock) words=$(vmcryptctl _names volumes 2>/dev/null) ;;
+            start | stop) words=$(vmcryptctl _names guests 2>/dev/null) ;;
+            *)
+                compopt -o nospace
+                words=$(printf '%s\n' boot shutdown lock-all unlock: lock: start: stop:)
+                ;;
+        esac
+    fi
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
+}
+complete -F _vmcryptctl vmcryptctl
