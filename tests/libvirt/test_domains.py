@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The adapter on libvirt's test driver."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.libvirt.conftest import DEFAULT, domain_xml, observing
+from vmcryptd.adapters import domains as module
+from vmcryptd.adapters import libvirtlink
+from vmcryptd.adapters.domains import Libvirt
+from vmcryptd.adapters.libvirtcalls import Event, Session
+from vmcryptd.errors import DeadlineError, GuestError, LibvirtError
+from vmcryptd.model import DiskSource, GuestSpec, GuestState, SourceType
+
+libvirt = pytest.importorskip("libvirt")
+
+TEST = GuestSpec("test")
+
+
+def test_reads_sources_and_pools(run: Any, node: str) -> None:
+    async def work() -> None:
+        async with observing(node) as observer:
+            known = observer.domains.current()
+            assert known.reachable
+            assert known.domains["imap"].sources == (
+                DiskSource(SourceType.BLOCK, path="/dev/mapper/cr_imap"),
+                DiskSource(SourceType.FILE, path="/srv/vm/imap.qcow2"),
+                DiskSource(SourceType.POOL, pool="vault", volume="spool"),
+                DiskSource(SourceType.FILE, path="/srv/vm/imap_VARS.fd"),
+            )
+            assert known.domains["imap"].state is GuestState.RUNNING
+            assert known.pools["vault"].path == "/srv/vault"
+            assert known.pools["vault"].volumes == {"spool": "/srv/vault/spool"}
+
+    run(work())
+
+
+def test_pools_stop_and_start(run: Any, node: str) -> None:
+    async def work() -> None:
+        async with observing(node) as observer:
+            domains = observer.domains
+            await domains.stop_pool("vault")
+            assert not domains.current().pools["vault"].active
+            assert domains.current().pools["vault"].volumes == {}
+            await domains.stop_pool("vault")
+            await domains.start_pool("vault")
+            assert domains.current().pools["vault"].active
+            await domains.start_pool("vault")
+            with pytest.raises(GuestError, match=r"pool 'none' could not be started: .*not"):
+                await domains.start_pool("none")
+            with pytest.raises(GuestError, match="storage pool 'none' could not be stopped"):
+                await domains.stop_pool("none")
+
+    run(work())
+
+
+def test_sees_what_others_do(run: Any, outsider: Any) -> None:
+    async def work() -> None:
+        async with observing() as observer:
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.RUNNING)
+            before = observer.calls
+            other = outsider.lookupByName("test")
+            other.suspend()
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.PAUSED)
+            other.resume()
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.RUNNING)
+            other.destroy()
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.OFF)
+            other.create()
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.RUNNING)
+            other.shutdown()
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.OFF)
+            assert observer.calls >= before + 5
+            other.create()
+
+            outsider.defineXML(domain_xml("new"))
+            known = await observer.sees(lambda known: "new" in known.domains)
+            assert known.domains["new"].sources[0].path == "/dev/mapper/cr_new"
+            assert known.domains["new"].persistent
+            outsider.lookupByName("new").undefine()
+            await observer.sees(lambda known: "new" not in known.domains)
+
+            outsider.createXML(domain_xml("short-lived"))
+            known = await observer.sees(lambda known: "short-lived" in known.domains)
+            assert not known.domains["short-lived"].persistent
+            outsider.lookupByName("short-lived").destroy()
+            await observer.sees(lambda known: "short-lived" not in known.domains)
+
+            pool = outsider.storagePoolLookupByName("default-pool")
+            pool.destroy()
+            await observer.sees(lambda known: not known.pools["default-pool"].active)
+            pool.create()
+            await observer.sees(lambda known: known.pools["default-pool"].active)
+
+    run(work())
+
+
+def test_autostart_shows_at_the_next_refresh(run: Any, outsider: Any) -> None:
+    async def work() -> None:
+        async with observing() as observer:
+            for wanted in (1, 0):
+                outsider.lookupByName("test").setAutostart(wanted)
+                known = await observer.domains.refresh(10)
+                assert known.domains["test"].autostart is bool(wanted)
+
+    run(work())
+
+
+def test_a_reboot_is_no_stop(run: Any, outsider: Any) -> None:
+    async def work() -> None:
+        async with observing() as observer:
+            states = []
+            observer.domains.watch(
+                lambda: states.append(observer.domains.current().domains["test"].state)
+            )
+            outsider.lookupByName("test").reboot()
+            outsider.defineXML(domain_xml("after"))
+            await observer.sees(lambda known: "after" in known.domains)
+            assert set(states) == {GuestState.RUNNING}
+
+    run(work())
+
+
+def test_start_stop_kill(run: Any, outsider: Any, capfd: Any) -> None:
+    async def work() -> None:
+        async with observing() as observer:
+            domains = observer.domains
+
+            def state() -> GuestState:
+                return domains.current().domains["test"].state
+
+            await domains.start("test")
+            assert state() is GuestState.RUNNING
+            await domains.ready(TEST, 10)
+            await domains.stop(TEST, 10)
+            assert state() is GuestState.OFF
+            await domains.stop(TEST, inf)
+            await domains.start("test")
+            assert state() is GuestState.RUNNING
+            await domains.kill("test")
+            assert state() is GuestState.OFF
+            await domains.kill("test")
+            await domains.kill("unknown")
+            await domains.stop(GuestSpec("unknown"), 10)
+            await domains.start("test")
+            outsider.lookupByName("test").suspend()
+            await observer.sees(lambda known: state() is GuestState.PAUSED)
+            await domains.stop(TEST, 10)
+            assert state() is GuestState.OFF
+            with pytest.raises(GuestError) as caught:
+                await domains.ready(TEST, 10)
+            assert str(caught.value).startswith("guest 'test' went off before it was ready")
+            await domains.start("test")
+            with pytest.raises(GuestError) as caught:
+                await domains.start("unknown")
+            text = str(caught.value)
+            assert text.startswith("guest 'unknown' could not be started: Domain not found")
+            assert text.endswith(f"`virsh -c {DEFAULT} start unknown` shows the same")
+
+    run(work())
+    assert capfd.readouterr().err == ""
+
+
+def test_deaf_guest(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pressed = []
+    again: Callable[[], object] = list
+
+    def deaf(_domain: Any, flags: int) -> int:
+        pressed.append(flags)
+        again()
+        return 0
+
+    monkeypatch.setattr(libvirt.virDomain, "shutdownFlags", deaf)
+    monkeypatch.setattr(module, "PRESS_S", 0.05)
+
+    async def work() -> None:
+        nonlocal again
+        async with observing() as observer:
+            with pytest.raises(
+                DeadlineError, match=r"guest 'test' did not stop within 0\.3 s; see"
+            ):
+                await observer.domains.stop(TEST, 0.3)
+            # The agent may say yes and do nothing: the button is pressed in turn.
+            assert pressed[:3] == [0, libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN, 0]
+
+            # Off by other hands: seen by the event, long before the next press.
+            monkeypatch.setattr(module, "PRESS_S", 1000)
+            heard = asyncio.Event()
+            again = partial(asyncio.get_running_loop().call_soon_threadsafe, heard.set)
+            stopping = asyncio.create_task(observer.domains.stop(TEST, inf))
+            await heard.wait()
+            outsider.lookupByName("test").destroy()
+            async with asyncio.timeout(10):
+                await stopping
+            await observer.domains.start("test")
+
+    run(work())
+
+
+def test_refused_shutdown(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(domain: Any, flags: int) -> int:
+        return int(domain.pMSuspendForDuration(0, 0))  # "not supported", as libvirt says it
+
+    monkeypatch.setattr(libvirt.virDomain, "shutdownFlags", refuse)
+
+    async def work() -> None:
+        async with observing() as observer:
+            with pytest.raises(
+                GuestError, match="'test' could not be asked to stop: this function"
+            ):
+                await observer.domains.stop(TEST, 10)
+
+    run(work())
+
+
+def test_lost_connection_comes_back(
+    run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libvirtlink, "BACK_OFF_S", (0.01, 0.05))
+
+    async def work() -> None:
+        async with observing() as observer:
+            seen = []
+            observer.domains.watch(lambda: seen.append(observer.domains.current()))
+            first = observer.session
+            observer.domains._link.mark(Event.CLOSED, "", first)
+            await observer.sees(lambda known: not known.reachable)
+            assert "test" in observer.domains.current().domains
+            await observer.sees(lambda known: known.reachable)
+            assert observer.session is not first
+            outsider.lookupByName("test").suspend()
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.PAUSED)
+            outsider.lookupByName("test").resume()
+
+            # Nobody tells: the next question finds out, and is asked again.
+            second = observer.session
+            second.connection.close()
+            await observer.domains.kill("test")
+            assert observer.session is not second
+            await observer.sees(lambda known: known.reachable)
+            observer.session.connection.close()
+            assert (await observer.domains.refresh(10)).reachable
+            await observer.domains.start("test")
+
+    run(work())
+
+
+def test_stop_survives_a_lost_connection(
+    run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libvirtlink, "BACK_OFF_S", (0.01, 0.05))
+    pressed = asyncio.Event()
+    monkeypatch.setattr(Session, "press", lambda *_: GuestState.RUNNING)
+
+    async def work() -> None:
+        async with observing() as observer:
+            loop = asyncio.get_running_loop()
+
+            def deaf(*_: Any) -> GuestState:
+                loop.call_soon_threadsafe(pressed.set)
+                return GuestState.RUNNING
+
+            monkeypatch.setattr(Session, "press", deaf)
+            stopping = asyncio.create_task(observer.domains.stop(TEST, inf))
+            await pressed.wait()
+            monkeypatch.undo()
+            session = observer.session
+            # Off while nobody listens.
+            session._events = lambda *_: None
+            observer.domains._link.mark(Event.CLOSED, "", session)
+            outsider.lookupByName("test").destroy()
+            async with asyncio.timeout(10):
+                await stopping
+            await observer.domains.start("test")
+
+    run(work())
+
+
+def test_ready_by_port(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.02)
+
+    async def work() -> None:
+        async with observing() as observer:
+            server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+            port = server.sockets[0].getsockname()[1]
+            await observer.domains.ready(GuestSpec("test", ready=f"tcp:127.0.0.1:{port}"), 10)
+            await observer.domains.ready(GuestSpec("test", ready=f"tcp:localhost:{port}"), 10)
+            server.close()
+            await server.wait_closed()
+            guest = GuestSpec("test", ready=f"tcp:127.0.0.1:{port}")
+            text = f"guest 'test' was not ready within 0.2 s: waited for .* 127.0.0.1 port {port}"
+            with pytest.raises(DeadlineError, match=text):
+                await observer.domains.ready(guest, 0.2)
+            with pytest.raises(DeadlineError, match="waited for its guest agent"):
+                await observer.domains.ready(GuestSpec("test", ready="agent"), 0.1)
+            waiting = asyncio.create_task(observer.domains.ready(guest, inf))
+            await asyncio.sleep(0)
+            outsider.lookupByName("test").destroy()
+            with pytest.raises(GuestError):
+                await waiting
+            await observer.domains.start("test")
+
+    run(work())
+
+
+def test_unreachable(run: Any, tmp_path: Path) -> None:
+    async def work() -> None:
+        missing = Libvirt(f"test://{tmp_path}/missing.xml")
+        with pytest.raises(LibvirtError, match=r"cannot be reached: .*missing\.xml"):
+            await missing.refresh(10)
+        with pytest.raises(LibvirtError):
+            await missing.start("test")
+        assert not missing.current().reachable
+        await missing.close()
+
+    run(work())
+
+
+def test_hanging_connect(
+    run: Any, hang: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        domains = Libvirt(DEFAULT)
+        with monkeypatch.context() as patched:
+            patched.setattr(libvirt, "open", hang)
+            with pytest.raises(LibvirtError, match=r"no answer within 0\.1 s"):
+                await domains.refresh(0.1)
+            with pytest.raises(LibvirtError, match=r"no connection within 0\.1 s"):
+                await domains._link.ask(0.1, Session.kill, "test")
+        await domains.close()
+
+    run(work())
+
+
+def test_hanging_call_holds_up_nobody(
+    run: Any, outsider: Any, hang: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with observing() as observer:
+            ticks = 0
+
+            async def tick() -> None:
+                nonlocal ticks
+                while True:
+                    ticks += 1
+                    await asyncio.sleep(0.005)
+
+            ticking = asyncio.create_task(tick())
+            with monkeypatch.context() as patched:
+                patched.setattr(libvirt.virDomain, "isActive", hang)
+                patched.setattr(module, "START_S", 0.2)
+                with pytest.raises(GuestError, match="libvirt did not answer: no answer within"):
+                    await observer.domains.start("test")
+            ticking.cancel()
+            assert ticks > 5
+            await observer.domains.start("test")
+
+    run(work())
+
+
+def test_hanging_call_does_not_keep_the_process() -> None:
+    script = """
+import asyncio, sys, threading
+import libvirt
+libvirt.open = lambda uri: threading.Event().wait()
+from vmcryptd.adapters.domains import Libvirt
+from vmcryptd.errors import LibvirtError
+async def main():
+    domains = Libvirt("test:///default")
+    domains.watch(lambda: None)
+    try:
+        await domains.refresh(0.1)
+    except LibvirtError:
+        print("unreachable")
+asyncio.run(main())
+"""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "unreachable\n", "")
+    assert time.monotonic() - started < 15
+
+
+def test_libvirt_is_not_imported_before_it_is_used() -> None:
+    script = """
+import sys, vmcryptd.adapters.domains
+vmcryptd.adapters.domains.Libvirt("test:///default")
+print("libvirt" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    argv = [sys.executable, "-c", script]
+    assert subprocess.check_output(argv, text=True, env=environment) == "False\n"
+
+
+def test_a_thousand_domains(run: Any, outsider: Any) -> None:
+    for number in range(1000):
+        outsider.defineXML(domain_xml(f"many{number}"))
+
+    async def work() -> None:
+        async with observing() as observer:
+            assert len(observer.domains.current().domains) == 1001
+            calls = observer.calls
+            for number in range(1000):
+                outsider.lookupByName(f"many{number}").undefine()
+            await observer.sees(lambda known: len(known.domains) == 1)
+            assert observer.calls - calls < 1000  # coalesced
+
+    run(work())
