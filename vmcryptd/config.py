@@ -32,6 +32,7 @@ from vmcryptd.model import (
     Unlock,
     VolumeSpec,
 )
+from vmcryptd.settings import read
 
 DIRECTORY = Path("/etc/vmcryptd")
 
@@ -43,6 +44,7 @@ _UNITS = {
 }  # fmt: skip
 _PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)")
 _TAGS = ("UUID", "PARTUUID", "LABEL", "PARTLABEL")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def duration(value: object) -> float:
@@ -50,7 +52,7 @@ def duration(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError('expected a duration such as "90s", "2min" or "infinity"')
     if not isinstance(value, str):
-        if value < 0:
+        if not value >= 0:  # nor the TOML float nan
             raise ValueError("expected a duration that is not negative")
         return float(value)
     text = value.strip()
@@ -87,8 +89,9 @@ def mapping_name(value: str) -> str:
 
 def _device(value: str) -> str:
     tag, sep, rest = value.partition("=")
-    if sep and tag in _TAGS and rest and "/" not in rest:
-        return value
+    if sep and tag in _TAGS and rest not in ("", ".", "..") and "/" not in rest:
+        # udev's links are in the case in which libblkid prints it, which for these is lower.
+        return f"{tag}={rest.lower()}" if _UUID.fullmatch(rest.lower()) else value
     if value.startswith("/"):
         return _absolute(value)
     raise ValueError(
@@ -104,9 +107,16 @@ def _absolute(value: str) -> str:
 
 def _uuid(value: str) -> str:
     text = value.lower()
-    if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text):
+    if not _UUID.fullmatch(text):
         raise ValueError(f'expected a UUID such as 0b7c8a1e-…, not "{value}"')
     return text
+
+
+def _vg_name(value: str) -> str:
+    """As lvm(8) allows them."""
+    if value in (".", "..") or not re.fullmatch(r"[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,126}", value):
+        raise ValueError(f'"{value}" is not a valid volume group name')
+    return value
 
 
 def _key_source(value: str) -> str:
@@ -161,7 +171,7 @@ AbsolutePath = Annotated[str, _before(_absolute)]
 Uuid = Annotated[str, _before(_uuid)]
 Source = Annotated[str, _before(_key_source)]
 Ready = Annotated[str, _before(_ready)]
-VgName = Annotated[str, Field(pattern=r"^[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,126}$")]
+VgName = Annotated[str, _before(_vg_name)]
 
 
 class _Table(BaseModel):
@@ -336,16 +346,7 @@ TABLES: dict[str, type[_Table]] = {
 
 def load(directory: Path = DIRECTORY) -> Settings:
     """Read `vmcryptd.toml` and `conf.d/*.toml` below the directory. Raises ConfigError."""
-    files = [directory / "vmcryptd.toml", *sorted((directory / "conf.d").glob("*.toml"))]
-    texts: dict[str, str] = {}
-    for path in files:
-        try:
-            texts[str(path)] = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
-    return parse(texts)
+    return parse(read(directory))
 
 
 def parse(texts: Mapping[str, str]) -> Settings:
@@ -454,8 +455,10 @@ def _check_references(settings: Settings, origin: Mapping[tuple[str, str], str])
         where = f"{origin['volume', name]}: [volume.{name}]"
         _check_names(f"{where} after", volume.after, settings.volumes, "volume")
         for key, value, seen in (
-            ("device", volume.device, devices), ("mount", volume.mount, mounts), ("vg", volume.vg, groups)
-        ):  # fmt: skip
+            ("device", volume.device_path, devices),  # a tag and the link that it stands for are one
+            ("mount", volume.mount, mounts),
+            ("vg", volume.vg, groups),
+        ):
             if value is not None and seen.setdefault(value, name) != name:
                 raise ConfigError(
                     f'{where} {key}: "{value}" is the {key} of [volume.{seen[value]}] already'
@@ -504,6 +507,8 @@ def _message(item: Mapping[str, Any]) -> str:
             value = item["input"]
             expected = ", ".join(f'"{option}"' for option in options)
             return f'expected one of {expected}, not "{value}"{_hint(str(value), options)}'
+        case "too_short":
+            return "expected at least one"
         case "string_type" | "bool_type" | "list_type" | "dict_type" | "model_type":
             kinds = {
                 "string_type": "a text",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import gc
@@ -12,9 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmcryptd import __version__, bus, service
+from vmcryptd import settings as configuration
 from vmcryptd.adapters import host
 from vmcryptd.adapters.authority import Polkit
 from vmcryptd.engine import Engine
@@ -30,7 +31,7 @@ STATE = Path("/var/lib/vmcryptd")
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(sys.argv[1:] if argv is None else argv)
     host.log_to_journal(logging.DEBUG if arguments.debug else logging.INFO)
     keep_out_of_core_dumps()
     try:
@@ -44,7 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     os._exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
+@dataclass
+class Arguments:
+    """The command line."""
+
+    config: Path = Path("/etc/vmcryptd")
+    sim: Path | None = None
+    bus: str | None = None
+    debug: bool = False
+
+
+def _arguments(argv: list[str]) -> Arguments:
+    if not argv:
+        return Arguments()  # systemd's way, which needs no parser to be imported
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="vmcryptd",
         description="Open encrypted volumes, then start the guests that live on them. See vmcryptd(8).",
@@ -65,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bus", metavar="ADDRESS", help="D-Bus address instead of the system bus")
     parser.add_argument("--debug", action="store_true", help="log every step")
     parser.add_argument("--version", action="version", version=f"vmcryptd {__version__}")
-    return parser
+    return parser.parse_args(argv, Arguments())
 
 
 def keep_out_of_core_dumps() -> None:
@@ -91,22 +106,21 @@ def real_ports(settings: Settings) -> Ports:
     )
 
 
-def _composition(arguments: argparse.Namespace) -> tuple[Settings, Ports, Callable[[], Settings]]:
+def _composition(arguments: Arguments) -> tuple[Settings, Ports, Callable[[], Settings]]:
     if arguments.sim is not None:
         from vmcryptd.adapters.sim import Simulation
 
         simulation = Simulation.load(arguments.sim)
         return simulation.settings, simulation.ports(), simulation.reload
-    from vmcryptd import config
 
     def load() -> Settings:
-        return config.load(arguments.config)
+        return configuration.load(arguments.config, STATE / "settings.json")
 
     settings = load()
     return settings, real_ports(settings), load
 
 
-async def _serve(arguments: argparse.Namespace) -> int:
+async def _serve(arguments: Arguments) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -166,12 +180,10 @@ async def _watchdog() -> None:
 
 def shutdown_here() -> None:
     """The whole way down in this process, when the daemon or the bus is dead. Raises VmcryptdError."""
-    from vmcryptd import config
-
     keep_out_of_core_dumps()
 
     async def run() -> None:
-        settings = config.load()
+        settings = configuration.load(Path("/etc/vmcryptd"), STATE / "settings.json")
         engine = Engine(settings, real_ports(settings))
         engine.start()
         await engine.shutdown()

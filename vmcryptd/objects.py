@@ -12,6 +12,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 from __future__ import annotations
 
 import asyncio
+import html
 import inspect
 import logging
 from collections import Counter
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NewType, Protocol, TypeVar, get_args, get_origin, get_type_hints
-from xml.sax.saxutils import quoteattr
 
 from vmcryptd import bus
 from vmcryptd.bus import Call, Connection, Signal, Typed
@@ -397,7 +397,7 @@ class _Introspectable(Interface, name="org.freedesktop.DBus.Introspectable"):
     def Introspect(self) -> str:
         path = CALL.get().path
         lines = ["<node>", *_xml(self._objects.interfaces(path)), *(
-            f"  <node name={quoteattr(child)}/>" for child in self._objects.children(path)
+            f"  <node name={_quoted(child)}/>" for child in self._objects.children(path)
         ), "</node>"]  # fmt: skip
         return "\n".join(lines)
 
@@ -452,19 +452,24 @@ class _ObjectManager(Interface, name="org.freedesktop.DBus.ObjectManager"):
         return {ObjectPath(path): self._objects.snapshot(path) for path in paths}
 
 
+def _quoted(text: str) -> str:
+    # xml.sax.saxutils would import urllib and with it a fifth of what a start takes.
+    return f'"{html.escape(text)}"'
+
+
 def _xml(interfaces: Mapping[str, Interface]) -> list[str]:
     lines = []
     for name, interface in interfaces.items():
-        lines.append(f"  <interface name={quoteattr(name)}>")
+        lines.append(f"  <interface name={_quoted(name)}>")
         for method_name, method in interface.methods.items():
-            lines.append(f"    <method name={quoteattr(method_name)}>")
+            lines.append(f"    <method name={_quoted(method_name)}>")
             for argument, kind in method.arguments.items():
                 lines.append(f'      <arg name="{argument}" type="{kind}" direction="in"/>')
             if method.returns:
                 lines.append(f'      <arg name="result" type="{method.returns}" direction="out"/>')
             lines.append("    </method>")
         for signal, arguments in interface.signals.items():
-            lines.append(f"    <signal name={quoteattr(signal)}>")
+            lines.append(f"    <signal name={_quoted(signal)}>")
             lines += [f'      <arg name="{one}" type="{kind}"/>' for one, kind in arguments.items()]
             lines.append("    </signal>")
         for one, kind in interface.properties.items():

@@ -71,6 +71,7 @@ class Prompt:
     def expect(self, volume: str) -> None:
         """The volume is on its way up: answers are kept until it has tried them."""
         self._expected.add(volume)
+        self.drop_unneeded()  # an answer that was about to be let go is needed again
 
     def release(self, volume: str) -> None:
         """The volume takes no more answers."""
@@ -85,9 +86,10 @@ class Prompt:
 
     def untried(self, volume: str) -> Answer | None:
         is_expected = volume in self._expected
+        fitting = [a for a in self._answers if a.is_for(volume)]
+        # A key that was handed in for just this volume goes before the others.
         return next(
-            (a for a in self._answers if a.is_for(volume) and (is_expected or a.only is not None)),
-            None,
+            (a for a in fitting if a.only is not None), fitting[0] if fitting and is_expected else None
         )
 
     async def next(self, spec: VolumeSpec) -> Answer:
@@ -176,6 +178,7 @@ class Prompt:
         self._asking = None
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("asking for a passphrase failed", exc_info=error)
+        self._notify()  # who began to wait just now asks again
         self._changed()
 
     async def _ask(self) -> None:
@@ -207,10 +210,10 @@ class Prompt:
             again_s = min(again_s * 2, AGAIN_S[1])
 
     async def _gather(self, first: bool) -> None:
-        """Wait until nobody tries a key any more: then all that will wait, waits."""
+        """Wait until nobody tries a key, or is about to: then all that will wait, waits."""
         try:
             async with asyncio.timeout(GATHER_S if first else None):
-                while self._trying:
+                while self._trying or any(map(self.untried, self._waiting)):
                     await self._next_move()
         except TimeoutError:
             pass  # a slow source must not hold up the question

@@ -85,6 +85,15 @@ class Lab:
             self.vm.run("vmcryptctl reload")
 
 
+def type_secret(vm: Vm, text: str) -> None:
+    """Answer the question on the console, once the terminal does not echo any more.
+
+    systemd-ask-password shows the question first and switches the echo off after that, which a person does not notice.
+    """
+    vm.wait_until("stty -F /dev/ttyS0 -a | grep -qw -- -echo")
+    vm.console.type(text + "\n")
+
+
 def status(vm: Vm) -> dict[str, Any]:
     answer = json.loads(vm.run("vmcryptctl status --json").out)
     assert isinstance(answer, dict)

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,14 @@ from vmcryptd.errors import VmcryptdError
 
 try:
     from systemd import daemon as _systemd
-    from systemd import journal as _journal
 except ImportError:  # a checkout without python3-systemd: the simulator and most tests
-    _systemd = _journal = None
+    _systemd = None
 
 log = logging.getLogger(__name__)
 
 TARGET = "vmcryptd.target"
 HOOK_S = 60.0
 SYSTEMCTL_S = 15.0
-IDENTIFIER = "vmcryptd"
 
 
 class SystemdHost:
@@ -135,14 +132,23 @@ def watchdog_interval_s() -> float | None:
         return None
 
 
+class _Prefixed(logging.Formatter):
+    """Lines as the journal reads them from standard error: sd-daemon(3), the level in front."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+        return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
+
+
 def log_to_journal(level: int = logging.INFO) -> None:
-    """Structured entries when standard error is the journal, else lines on standard error."""
-    handler: logging.Handler
-    if _journal is not None and _stderr_is_journal():
-        handler = _journal.JournalHandler(SYSLOG_IDENTIFIER=IDENTIFIER)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+    """Log to standard error, with levels if that is the journal.
+
+    python-systemd's own handler would say no more, and takes a tenth of a start to import.
+    """
+    handler = logging.StreamHandler()
+    if _stderr_is_journal():
+        handler.setFormatter(_Prefixed("%(message)s"))
     else:
-        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
@@ -184,16 +190,12 @@ def _store(path: Path, content: dict[str, Any]) -> None:
         if path.exists() and path.read_bytes() == text:
             return
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        temporary = path.with_suffix(".new")
+        with temporary.open("wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
         # A full or read-only disk must not stop anything: only the next start will know less.
         log.warning("%s cannot be written: %s", path, error)
