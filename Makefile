@@ -69,7 +69,7 @@ demo: $(VENV)/stamp
 	packaging/demo/run
 
 docs: $(VENV)/stamp
-	$(RUN) -m packaging.docs
+	$(RUN) packaging/docs.py
 
 deb: host-packages
 	packaging/build-deb

@@ -2,7 +2,7 @@
 """The configuration: pydantic models for the TOML, and its translation into `model.Settings`.
 
 The only module that knows pydantic. The commented default file and the option pages are generated from the
-descriptions here (`docs/generate`).
+descriptions here (`packaging/docs.py`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ from vmcryptd.model import (
     Unlock,
     VolumeSpec,
 )
-from vmcryptd.settings import read
-
-DIRECTORY = Path("/etc/vmcryptd")
 
 # systemd.time(7), the units that make sense here.
 _UNITS = {
@@ -344,11 +341,6 @@ TABLES: dict[str, type[_Table]] = {
 }
 
 
-def load(directory: Path = DIRECTORY) -> Settings:
-    """Read `vmcryptd.toml` and `conf.d/*.toml` below the directory. Raises ConfigError."""
-    return parse(read(directory))
-
-
 def parse(texts: Mapping[str, str]) -> Settings:
     """Turn file name → TOML text, in the order of precedence, into settings. Raises ConfigError."""
     tables: dict[str, dict[str, Any]] = {}
@@ -454,8 +446,9 @@ def _check_references(settings: Settings, origin: Mapping[tuple[str, str], str])
     for name, volume in settings.volumes.items():
         where = f"{origin['volume', name]}: [volume.{name}]"
         _check_names(f"{where} after", volume.after, settings.volumes, "volume")
+        # A tag and the link that it stands for are one device.
         for key, value, seen in (
-            ("device", volume.device_path, devices),  # a tag and the link that it stands for are one
+            ("device", volume.device_path, devices),
             ("mount", volume.mount, mounts),
             ("vg", volume.vg, groups),
         ):

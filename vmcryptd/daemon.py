@@ -114,7 +114,7 @@ def _composition(arguments: Arguments) -> tuple[Settings, Ports, Callable[[], Se
         return simulation.settings, simulation.ports(), simulation.reload
 
     def load() -> Settings:
-        return configuration.load(arguments.config, STATE / "settings.json")
+        return configuration.load(arguments.config, configuration.VALIDATED)
 
     settings = load()
     return settings, real_ports(settings), load
@@ -180,10 +180,11 @@ async def _watchdog() -> None:
 
 def shutdown_here() -> None:
     """The whole way down in this process, when the daemon or the bus is dead. Raises VmcryptdError."""
+    host.log_to_journal()
     keep_out_of_core_dumps()
 
     async def run() -> None:
-        settings = configuration.load(Path("/etc/vmcryptd"), STATE / "settings.json")
+        settings = configuration.load(validated=configuration.VALIDATED)
         engine = Engine(settings, real_ports(settings))
         engine.start()
         await engine.shutdown()

@@ -31,6 +31,9 @@ from vmcryptd.model import (
     VolumeSpec,
 )
 
+DIRECTORY = Path("/etc/vmcryptd")
+VALIDATED = Path("/var/lib/vmcryptd/settings.json")
+
 log = logging.getLogger(__name__)
 
 
@@ -47,17 +50,19 @@ def read(directory: Path) -> dict[str, str]:
     return texts
 
 
-def load(directory: Path, validated: Path) -> Settings:
+def load(directory: Path = DIRECTORY, validated: Path | None = None) -> Settings:
     """The settings, from the file `validated` if that was written for these very files.
 
     Raises ConfigError.
     """
     texts = read(directory)
-    if (known := _load_validated(validated, texts)) is not None:
+    if validated is not None and (known := _load_validated(validated, texts)) is not None:
         return known
     from vmcryptd import config
 
     settings = config.parse(texts)
+    if validated is None:
+        return settings
     content = {"version": __version__, "texts": texts, "settings": asdict(settings)}
     try:
         temporary = validated.with_suffix(".new")

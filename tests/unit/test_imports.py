@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "model": {"errors"},
     "config": VALUES,
+    "settings": VALUES,
     "domainxml": VALUES,
     "graph": VALUES,
     "luksheader": VALUES,
@@ -42,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "render": {"errors"},
     "terminal": {"errors"},
     "verbs": {"errors"},
-    "check": CORE | {"bus", "client", "render", "survey"},
+    "check": CORE | {"settings", "bus", "client", "render", "survey"},
     "unlocking": {"adapters.memfd", "client", "errors", "terminal", "verbs"},
     "cli": {"bus", "client", "errors", "render", "terminal", "verbs"},
 }
@@ -55,7 +56,7 @@ COMMAND_LINE = {"check", "cli", "client", "render", "survey", "terminal", "unloc
 
 # Inside functions only: few calls need these, and each call would wait for them. Without a daemon
 # "vmcryptctl shutdown" does its work in its own process.
-LAZY = {"cli": {"check", "config", "daemon", "unlocking"}, "unlocking": {"adapters.memfd"}}
+LAZY = {"cli": {"check", "daemon", "settings", "unlocking"}, "settings": {"config"}, "unlocking": {"adapters.memfd"}}
 
 # What is simulated is the host, not the way from a key source to a descriptor.
 REUSED = {"adapters.sim": {"adapters.keys", "config"}}

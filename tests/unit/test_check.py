@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`vmcryptctl check`: what it finds wrong, and what exit status that gives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmcryptd import check, config, graph, survey
+from vmcryptd import settings as configuration_files
+from vmcryptd.check import ERROR, WARNING, Finding
+from vmcryptd.errors import NotLuksError
+from vmcryptd.model import (
+    BlockDevice,
+    DiskSource,
+    Domain,
+    GuestState,
+    Header,
+    KeySlot,
+    Observation,
+    SourceType,
+    Storage,
+    Virtualisation,
+)
+from vmcryptd.survey import Facts, File
+
+UUID = "3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"
+ENABLED = dict.fromkeys(survey.UNITS[:3], "enabled")
+KEY = File(is_regular=True, mode=0o600)
+
+
+def facts(text: str, *domains: Domain, **more: Any) -> Facts:
+    settings = config.parse({"vmcryptd.toml": text})
+    storage = Storage({"vda": BlockDevice("vda", "254:0")}, {"/dev/vda": "vda"})
+    virtualisation = Virtualisation(True, {domain.name: domain for domain in domains})
+    built = graph.build(settings, Observation(storage, virtualisation))
+    return replace(Facts(settings, built, units=ENABLED, memory_kib=4 << 20), **more)
+
+
+def disk(path: str, **more: Any) -> DiskSource:
+    return DiskSource(SourceType.BLOCK, path, **more)
+
+
+def guest(name: str, *sources: DiskSource, running: bool = False, **more: Any) -> Domain:
+    state = GuestState.RUNNING if running else GuestState.OFF
+    return Domain(name, "", state, sources=sources, **more)
+
+
+def found(subject: Facts) -> list[Finding]:
+    rules: list[Callable[[Facts], Any]] = [check._host, check._units, check._volumes, check._guests]
+    return [finding for rule in rules for finding in rule(subject)]
+
+
+GOOD = '[volume.a]\ndevice = "/dev/vda"\n'
+
+
+def test_nothing_is_wrong() -> None:
+    subject = facts(GOOD, guest("g", disk("/dev/mapper/a")), headers={"a": Header(2, UUID)})
+    assert found(subject) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "severity", "words"),
+    [
+        ("", {}, WARNING, "no volume is configured"),
+        ('[volume.a]\ndevice = "/dev/vdx"\n', {}, ERROR, "/dev/vdx is not there"),
+        (GOOD, {"headers": {"a": NotLuksError("no LUKS")}}, ERROR, "no LUKS"),
+        (
+            GOOD + f'uuid = "{UUID}"\n',
+            {"headers": {"a": Header(2, "other")}},
+            ERROR,
+            "UUID is other",
+        ),
+        (
+            GOOD,
+            {"headers": {"a": Header(2, UUID, (KeySlot(0, "argon2id", 8 << 20),))}},
+            ERROR,
+            "needs 8192 MiB",
+        ),
+        (GOOD + 'keys = ["file:/k"]\n', {}, ERROR, "/k is not there"),
+        (
+            GOOD + 'keys = ["file:/k"]\n',
+            {"files": {"/k": replace(KEY, mode=0o640)}},
+            ERROR,
+            "others",
+        ),
+        (GOOD + 'keys = ["file:/k"]\n', {"files": {"/k": replace(KEY, uid=7)}}, ERROR, "to root"),
+        (
+            GOOD + 'keys = ["file:/k"]\n',
+            {"files": {"/k": replace(KEY, is_empty=True)}},
+            ERROR,
+            "empty",
+        ),
+        (
+            GOOD + 'keys = ["file:/k"]\n',
+            {"files": {"/k": File(is_directory=True)}},
+            ERROR,
+            "regular",
+        ),
+        (GOOD + 'keys = ["exec:/bin/x y"]\n', {}, ERROR, "/bin/x is not there"),
+        (GOOD + 'keys = ["exec:/bin/x y"]\n', {"files": {"/bin/x": KEY}}, ERROR, "cannot be run"),
+        (GOOD + 'keys = ["credential:c"]\n', {}, ERROR, "no credential c"),
+        ('[daemon]\non_waiting = ["/bin/x"]\n' + GOOD, {}, ERROR, "/bin/x is not there"),
+        (
+            GOOD + 'content = "filesystem"\nmount = "/m"\n',
+            {"files": {"/m": KEY}},
+            ERROR,
+            "no directory",
+        ),
+        (
+            GOOD + 'content = "filesystem"\nmount = "/m"\n',
+            {"files": {"/m": File(is_directory=True)}},
+            WARNING,
+            "not empty",
+        ),
+        (GOOD, {"units": {}}, WARNING, "systemd does not tell"),
+        (
+            GOOD,
+            {"units": {**ENABLED, "vmcryptd-guests.service": "disabled"}},
+            ERROR,
+            "it is disabled",
+        ),
+        (GOOD, {"libvirt_error": "libvirt is away"}, ERROR, "libvirt is away"),
+        (GOOD, {"plain_swap": ("/dev/vdb",)}, WARNING, "swap is not encrypted (/dev/vdb)"),
+        (GOOD, {"suspends": "libvirt-guests.service"}, WARNING, "plain text"),
+        (GOOD, {"is_root": False}, WARNING, "without root"),
+        (GOOD + '[guest.x]\nstart = "never"\n', {}, ERROR, "libvirt knows no such guest"),
+    ],
+)
+def test_findings(text: str, more: dict[str, Any], severity: str, words: str) -> None:
+    findings = found(facts(text, **more))
+    assert len(findings) == 1, findings
+    assert findings[0].severity == severity
+    assert words in findings[0].text
+    assert findings[0].advice
+
+
+@pytest.mark.parametrize(
+    ("text", "domains", "more", "severity", "words"),
+    [
+        (GOOD, [guest("g", disk("/dev/vda"))], {}, ERROR, "overwrite the LUKS header"),
+        (
+            GOOD,
+            [guest("g", disk("/dev/vdq"))],
+            {"luks_disks": frozenset(["/dev/vdq"])},
+            WARNING,
+            "no volume here",
+        ),
+        (
+            GOOD,
+            [guest("g", disk("/x"), running=True), guest("h", disk("/link-to-x"), running=True)],
+            {},
+            ERROR,
+            "run both",
+        ),
+        (GOOD, [guest("g", disk("/x")), guest("h", disk("/link-to-x"))], {}, WARNING, "same disk"),
+        (
+            GOOD + 'unlock = "manual"\n',
+            [guest("g", disk("/dev/mapper/a"), autostart=True)],
+            {},
+            WARNING,
+            "only when told to",
+        ),
+        (
+            GOOD + '[guest.g]\nafter = ["nobody"]\n',
+            [guest("g")],
+            {},
+            ERROR,
+            "nobody, which libvirt does not know",
+        ),
+        (
+            GOOD,
+            [guest("g", disk("/dev/mapper/a"))],
+            {"saved": frozenset(["g"])},
+            WARNING,
+            "managed save",
+        ),
+    ],
+)
+def test_findings_about_guests(
+    text: str, domains: list[Domain], more: dict[str, Any], severity: str, words: str
+) -> None:
+    identities = {"/dev/vda": "vda", "/x": "/x", "/link-to-x": "/x", "/dev/vdq": "vdq"}
+    findings = found(facts(text, *domains, identities=identities, **more))
+    assert [finding.severity for finding in findings] == [severity], findings
+    assert words in findings[0].text
+
+
+def test_shared_and_read_only_disks_are_fine() -> None:
+    shared, read_only = disk("/x", shareable=True), disk("/y", writable=False)
+    domains = [guest(name, shared, read_only, running=True) for name in ("g", "h")]
+    assert found(facts(GOOD, *domains, identities={"/x": "/x", "/y": "/y"})) == []
+
+
+def test_a_key_file_on_a_locked_volume_is_not_missed() -> None:
+    text = (
+        GOOD + 'keys = ["file:/m/k"]\nafter = []\n'
+        '[volume.store]\ndevice = "/dev/vdb"\ncontent = "filesystem"\nmount = "/m"\n'
+    )
+    texts = [finding.text for finding in found(facts(text))]
+    assert texts == ["its device /dev/vdb is not there"]
+
+
+def test_exit_status() -> None:
+    warning = Finding(WARNING, "swap", "", "")
+    error = Finding(ERROR, "volume a", "", "")
+    refused = Finding(ERROR, check.CONFIGURATION, "", "")
+    assert check.exit_status([]) == 0
+    assert check.exit_status([warning]) == 0
+    assert check.exit_status([warning, error]) == 1
+    assert check.exit_status([error, refused]) == 2
+
+
+def test_a_refused_configuration(tmp_path: Path) -> None:
+    (tmp_path / "vmcryptd.toml").write_text('[volume.a]\ndevise = "/dev/vda"\n')
+    findings = asyncio.run(check.problems(tmp_path))
+    assert check.exit_status(findings) == 2
+    assert 'did you mean "device"' in findings[0].text
+
+
+def test_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"k")
+    key.chmod(0o644)
+    (tmp_path / "vmcryptd.toml").write_text(
+        f'[daemon]\nlibvirt_uri = "test:///default"\n[volume.a]\ndevice = "{tmp_path}/none"\nkeys = ["file:{key}"]\n'
+    )
+    settings = configuration_files.load(tmp_path)
+    monkeypatch.setattr(survey, "LIBVIRT_S", 5.0)
+    looked = asyncio.run(survey.look(settings))
+    assert looked.files[str(key)].mode == 0o644
+    assert looked.memory_kib > 0
+    assert looked.is_root == (os.geteuid() == 0)
+    texts = [finding.text for finding in found(looked)]
+    assert f"its device {tmp_path}/none is not there" in texts
+    assert f"its key file {key} is open to others" in texts

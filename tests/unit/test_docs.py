@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is written about vmcryptd is so: generated files, examples, man pages, completion."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from vmcryptd import config, graph
+from vmcryptd.config import TABLES
+from vmcryptd.errors import subclasses
+from vmcryptd.model import Observation
+from vmcryptd.verbs import GOALS, VISIBLE
+
+PROJECT = Path(__file__).resolve().parents[2]
+DOCS = PROJECT / "docs"
+EXAMPLES = sorted((PROJECT / "config/examples").glob("*.toml"))
+PAGES = sorted(DOCS.glob("*.[158].rst"))
+
+
+@pytest.fixture(scope="module")
+def docs() -> ModuleType:
+    # There is a library named "packaging", so this directory is no package.
+    spec = importlib.util.spec_from_file_location("docs", PROJECT / "packaging/docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+def test_generated_files_are_up_to_date(docs: ModuleType) -> None:
+    for name, text in docs.generated().items():
+        assert (PROJECT / name).read_text() == text, f"{name}: run packaging/docs.py"
+
+
+# --- the configuration ---
+
+
+def test_the_default_file_configures_nothing() -> None:
+    text = (PROJECT / "config/vmcryptd.toml").read_text()
+    assert config.parse({"vmcryptd.toml": text}) == config.parse({})
+
+
+def test_what_the_default_file_shows_is_right() -> None:
+    text = (PROJECT / "config/vmcryptd.toml").read_text()
+    shown = tomllib.loads(re.sub(r"^#(?=\S)", "", text, flags=re.MULTILINE))
+    assert shown.keys() == TABLES.keys()
+    for name, table in TABLES.items():
+        values = shown[name] if name == "daemon" else next(iter(shown[name].values()))
+        assert values.keys() == table.model_fields.keys()
+        needed = {"device": values["device"]} if name == "volume" else {}
+        for key, value in values.items():
+            content = {"mount": "filesystem", "vg": "lvm"}.get(key)
+            more = {"content": content} if content else {}
+            table.model_validate({**needed, **more, key: value})
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_load(path: Path) -> None:
+    settings = config.parse({path.name: path.read_text()})
+    assert settings.volumes
+    graph.build(settings, Observation())
+    # What is commented out is an example, too.
+    optional = re.sub(r'^#(?=\w+ = ["\[])', "", path.read_text(), flags=re.MULTILINE)
+    config.parse({path.name: optional})
+
+
+def test_examples_find_their_layers() -> None:
+    text = (PROJECT / "config/examples/two-layers.toml").read_text()
+    built = graph.build(config.parse({"x": text}), Observation())
+    assert built.beneath(["cr_customer"]) == ["cr_outer", "cr_customer"]
+    assert built.beneath(["cr_other"]) == ["cr_outer", "keystore", "cr_other"]
+
+
+def test_examples_in_the_pages_load() -> None:
+    page = (DOCS / "vmcryptd.toml.5.rst").read_text()
+    blocks = re.findall(r"::\n\n((?:    .*\n|\n)+)", page)
+    tables = [block for block in blocks if "[" in block]
+    assert len(tables) == 3
+    for block in tables:
+        config.parse({"page": re.sub(r"^    ", "", block, flags=re.MULTILINE)})
+
+
+# --- man pages ---
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_man_pages_are_well_formed(page: Path, tmp_path: Path) -> None:
+    rst2man = shutil.which("rst2man")
+    if rst2man is None:
+        pytest.skip("rst2man is not installed")
+    man = tmp_path / "page"
+    argv = [rst2man, "--strict", "--no-generator", "--no-datestamp", str(page), str(man)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\n.SH SEE ALSO" in man.read_text().replace('"', "")
+
+
+def test_all_pages_are_there() -> None:
+    names = [page.name.removesuffix(".rst") for page in PAGES]
+    assert names == ["org.vmcryptd1.5", "vmcryptctl.1", "vmcryptd.8", "vmcryptd.toml.5"]
+
+
+def test_the_page_of_the_command_line_has_every_verb_and_option() -> None:
+    page = (DOCS / "vmcryptctl.1.rst").read_text()
+    for verb in VISIBLE:
+        entry = re.search(rf"^``{verb.name}``(.*)\n((?:    .*\n|\n)+)", page, re.MULTILINE)
+        assert entry is not None, verb.name
+        for argument in verb.arguments:
+            assert argument.name in entry[1], f"{verb.name}: {argument.name}"
+    for goal in GOALS:
+        assert f"``{goal}``" in page
+    assert set(re.findall(r"^``(\w+)``(?: |$)", page, re.MULTILINE)) == {
+        *(verb.name for verb in VISIBLE),
+        *("0", "1", "2", "3", "4", "5", "6", "130"),
+        *("NO_COLOR", "DBUS_SYSTEM_BUS_ADDRESS"),
+    }
+
+
+def exported() -> dict[str, dict[str, list[str]]]:
+    """Interface → its methods and properties, as service.py offers them."""
+    tree = ast.parse((PROJECT / "vmcryptd/service.py").read_text())
+    found: dict[str, dict[str, list[str]]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or not node.keywords:
+            continue
+        name = ast.literal_eval(node.keywords[0].value)
+        methods = [
+            one.name
+            for one in node.body
+            if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) and one.decorator_list
+        ]
+        properties = [
+            one.target.id
+            for one in node.body
+            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+        ]
+        found[name] = {"methods": methods, "properties": properties}
+    return found
+
+
+def test_the_page_of_the_bus_has_everything_that_is_offered() -> None:
+    page = (DOCS / "org.vmcryptd1.5.rst").read_text()
+    interfaces = exported()
+    assert set(interfaces) == {f"org.vmcryptd1.{n}" for n in ("Manager", "Volume", "Guest", "Job")}
+    for name, members in interfaces.items():
+        assert f"``{name}``" in page
+        heading = name.rpartition(".")[2].upper()
+        _, _, section = page.partition(f"\n{heading}\n===")
+        section = re.split(r"\n[A-Z]+\n===", section)[0]
+        for method in members["methods"]:
+            assert f"``{method}(" in section, f"{name}.{method}"
+        properties = re.findall(r"^``(\w+)`` \(\w+\)$", section, re.MULTILINE)
+        assert sorted(properties) == sorted(members["properties"]), name
+
+
+def test_the_page_of_the_bus_has_every_error() -> None:
+    page = (DOCS / "org.vmcryptd1.5.rst").read_text()
+    _, _, section = page.partition("\nERRORS\n")
+    documented = dict(re.findall(r"^``(\w+)`` \((\d)\)$", section, re.MULTILINE))
+    ours = {
+        cls.name: str(cls.exit_code)
+        for cls in subclasses().values()
+        if cls.__module__ == "vmcryptd.errors"
+    }
+    assert documented == ours
+
+
+# --- completion ---
+
+
+def test_every_verb_and_option_is_completed() -> None:
+    for name in ("vmcryptctl.bash", "_vmcryptctl", "vmcryptctl.fish"):
+        text = (PROJECT / "config/completion" / name).read_text()
+        for verb in VISIBLE:
+            assert re.search(rf"\b{verb.name}\b", text), f"{name}: {verb.name}"
+            for argument in verb.arguments:
+                if argument.name.startswith("--"):
+                    assert argument.name.removeprefix("--") in text, f"{name}: {argument.name}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("", [*(verb.name for verb in VISIBLE), "--help", "--version"]),
+        ("st", ["status", "start", "stop"]),
+        ("lock ", ["cr_a", "cr_b"]),
+        ("unlock cr_a ", ["cr_a", "cr_b"]),
+        ("start m", ["mail server"]),
+        ("status ", ["all of them"]),
+        ("status --", ["--help", "--all", "--json"]),
+        ("wait --timeout ", []),
+        ("plan un", ["unlock:"]),
+        ("plan unlock :", ["cr_a", "cr_b"]),
+        ("plan unlock : cr_b", ["cr_b"]),
+        ("boot ", []),
+    ],
+)
+def test_bash_completion(typed: str, offered: list[str], tmp_path: Path) -> None:
+    fake = tmp_path / "vmcryptctl"
+    fake.write_text(
+        "#!/bin/sh\ncase $2 in volumes) printf 'cr_a\\ncr_b\\n' ;; guests) echo mail server ;; "
+        "all) echo all of them ;; esac\n"
+    )
+    fake.chmod(0o755)
+    words = ["vmcryptctl", *typed.split(" ")]
+    script = (
+        "compopt() { :; }; source config/completion/vmcryptctl.bash; "
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vmcryptctl; '
+        "[ ${#COMPREPLY[@]} = 0 ] || printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    environment: dict[str, Any] = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *words],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == offered
+    assert done.stderr == ""

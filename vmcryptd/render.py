@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the daemon shows, as lines for a person at a serial console and as JSON for a program. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Properties = Mapping[str, Any]
+
+WIDTH = 80
+
+_GREEN, _YELLOW, _RED = "32", "33", "31"
+_COLOURS = {
+    **dict.fromkeys(("ready", "unlocked", "running"), _GREEN),
+    **dict.fromkeys(
+        ("waiting", "unlocking", "locking", "starting", "stopping", "suspended", "paused"), _YELLOW
+    ),
+    **dict.fromkeys(("degraded", "failed", "missing", "crashed", "undefined"), _RED),
+}
+
+
+# --- JSON: the members are promised, and only ever added to ---
+
+
+def volume_members(values: Properties) -> dict[str, Any]:
+    return {
+        "name": values["Name"],
+        "state": values["State"],
+        "device": values["Device"],
+        "uuid": values["Uuid"],
+        "key_source": values["KeySource"],
+        "needed_by": list(values["NeededBy"]),
+        "error": values["LastError"],
+    }
+
+
+def guest_members(values: Properties) -> dict[str, Any]:
+    return {
+        "name": values["Name"],
+        "state": values["State"],
+        "needs": list(values["Needs"]),
+        "starts_at_boot": values["StartsAtBoot"],
+        "error": values["LastError"],
+    }
+
+
+def status_members(
+    host: Properties, volumes: Iterable[Properties], guests: Iterable[Properties]
+) -> dict[str, Any]:
+    return {
+        "state": host["State"],
+        "waiting": list(host["Waiting"]),
+        "volumes": [volume_members(values) for values in volumes],
+        "guests": [guest_members(values) for values in guests],
+    }
+
+
+def snake(values: Properties) -> dict[str, Any]:
+    """Changed properties under their names in JSON."""
+    names = {re.sub(r"(?<!^)(?=[A-Z])", "_", key).lower(): value for key, value in values.items()}
+    if "last_error" in names:
+        names["error"] = names.pop("last_error")
+    return names
+
+
+# --- for people ---
+
+
+class Page:
+    """Lines of at most `width` columns (none is cut when it is 0), with colour or without."""
+
+    def __init__(self, *, width: int = 0, colour: bool = False) -> None:
+        self._width = width
+        self._colour = colour
+
+    def state(self, word: str, text: str | None = None) -> str:
+        """The text in the colour of the state."""
+        shown = printable(word if text is None else text)
+        code = _COLOURS.get(word)
+        return f"\033[{code}m{shown}\033[0m" if self._colour and code else shown
+
+    def status(
+        self, host: Properties, volumes: Sequence[Properties], guests: Sequence[Properties]
+    ) -> list[str]:
+        """The whole: one line of what is so and what to do, then the tables."""
+        word = str(host["State"])
+        sentence = overall(host, volumes, guests)
+        lines = self._wrapped(f"{word}: {sentence}")
+        lines[0] = self.state(word) + lines[0][len(word) :]
+        return [*lines, *self.volumes(volumes), *self.guests(guests)]
+
+    def volumes(self, volumes: Sequence[Properties]) -> list[str]:
+        rows = [
+            (
+                values["Name"],
+                values["State"],
+                values["Device"],
+                values["KeySource"] or "-",
+                list(values["NeededBy"]),
+                values["LastError"],
+            )
+            for values in volumes
+        ]
+        return self._table(("VOLUME", "STATE", "DEVICE", "KEY", "NEEDED BY"), rows)
+
+    def guests(self, guests: Sequence[Properties]) -> list[str]:
+        rows = [
+            (
+                values["Name"],
+                values["State"],
+                "at boot" if values["StartsAtBoot"] else "-",
+                list(values["Needs"]),
+                values["LastError"],
+            )
+            for values in guests
+        ]
+        return self._table(("GUEST", "STATE", "STARTS", "NEEDS"), rows)
+
+    def plan(self, plan: Mapping[str, Any]) -> list[str]:
+        steps = plan["steps"]
+        if not steps:
+            return [f"{plan['goal']}: nothing is to be done"]
+        number = {
+            f"{step['action']}:{step['object']}": place for place, step in enumerate(steps, 1)
+        }
+        lines = [f"{plan['goal']}: {_count(len(steps), 'step')}"]
+        what = [f"{step['action']} {step['object']}" for step in steps]
+        wide = min(max(map(len, what)), 40)
+        for place, step in enumerate(steps, 1):
+            after = sorted({number[other] for other in step["after"] if other in number})
+            behind = f" (after {', '.join(map(str, after))})" if after else ""
+            head = f"{place:>3}. {what[place - 1]:<{wide}}  "
+            lines += self._wrapped(f"{head}{step['reason']}{behind}", len(head))
+        return lines
+
+    def findings(self, findings: Sequence[Mapping[str, str]]) -> list[str]:
+        lines = []
+        for finding in findings:
+            head = f"{finding['severity']}: "
+            place = f"{finding['object']}: " if finding["object"] else ""
+            colour = "failed" if finding["severity"] == "error" else "waiting"
+            first = self._wrapped(f"{head}{place}{finding['text']}", 4)
+            first[0] = self.state(colour, head.rstrip()) + first[0][len(head) - 1 :]
+            lines += [*first, *self._wrapped(f"    {finding['advice']}", 4)]
+        return lines
+
+    def _table(self, heads: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:
+        """Each row: cells, then a list for the last column, then an error for the lines below."""
+        if not rows:
+            return []
+        cells = [[printable(str(cell)) for cell in row[:-2]] for row in rows]
+        widths = [max(map(len, column)) for column in zip(heads[:-1], *cells, strict=True)]
+        if self._width:
+            # The last column gets what it needs up to a quarter; of the others the longest gives way.
+            longest = max((len(", ".join(row[-2])) for row in rows), default=0)
+            last = min(max(longest, len(heads[-1])), self._width // 4)
+            while sum(widths) + 2 * len(widths) + last > self._width and max(widths) > 12:
+                widths[widths.index(max(widths))] -= 1
+        indent = sum(widths) + 2 * len(widths)
+        lines = ["", self._row(heads[:-1], widths) + heads[-1]]
+        for row, texts in zip(rows, cells, strict=True):
+            line = self._row(texts, widths, state=str(row[1]))
+            names = [printable(name) for name in row[-2]] or ["-"]
+            wrapped = self._wrapped(" " * indent + ", ".join(names), indent)
+            lines.append(line + wrapped[0][indent:])
+            lines += wrapped[1:]
+            if row[-1]:
+                lines += self._wrapped(f"    {row[-1]}", 4)
+        return [line.rstrip() for line in lines]
+
+    def _row(self, texts: Sequence[str], widths: Sequence[int], state: str = "") -> str:
+        line = ""
+        for place, (text, width) in enumerate(zip(texts, widths, strict=True)):
+            cell = shortened(text, width)
+            padding = " " * (width - len(cell) + 2)
+            line += (self.state(state, cell) if state and place == 1 else cell) + padding
+        return line
+
+    def _wrapped(self, text: str, indent: int = 0) -> list[str]:
+        text = printable(text)
+        if not self._width or len(text) <= self._width:
+            return [text]
+        import textwrap
+
+        lead = len(text) - len(text.lstrip())
+        lines = textwrap.wrap(
+            text[lead:],
+            max(self._width, indent + 20),
+            initial_indent=" " * lead,
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+        )
+        return lines or [text]
+
+
+def overall(host: Properties, volumes: Sequence[Properties], guests: Sequence[Properties]) -> str:
+    """What the state means, and what to do next."""
+    waiting = list(host["Waiting"])
+    if waiting:
+        wait = "waits" if len(waiting) == 1 else "wait"
+        return f"{_count(len(waiting), 'volume')} {wait} for a passphrase -- run: vmcryptctl unlock"
+    if not volumes and not guests:
+        return "no volume is configured -- see vmcryptd.toml(5)"
+    match host["State"]:
+        case "ready":
+            return "the volumes of the boot set are open and their guests run"
+        case "locked":
+            return "boot was not asked for, or everything was closed again -- run: vmcryptctl boot"
+        case "unlocking":
+            return "volumes are being opened and guests started -- follow it: vmcryptctl monitor"
+        case "stopping":
+            return "guests are being stopped and volumes closed -- follow it: vmcryptctl monitor"
+        case "degraded":
+            failed = [str(one["Name"]) for one in (*volumes, *guests) if one["LastError"]]
+            what = f" (failed: {', '.join(failed)})" if failed else ""
+            return f"not all of the boot set is up{what} -- put it right, then run: vmcryptctl boot"
+    return ""
+
+
+def change(kind: str, name: str, event: str, values: Properties) -> str:
+    """One line of `vmcryptctl monitor`."""
+    match kind, event:
+        case "daemon", "down":
+            return "vmcryptd has stopped"
+        case "daemon", _:
+            return "vmcryptd is back"
+        case "job", "removed":
+            return f"{values.get('Goal', 'job')}: ended"
+        case "job", _:
+            if error := values.get("LastError"):
+                return f"{values.get('Goal', 'job')}: {error}"
+            return f"{values.get('Goal', 'job')}: {values.get('State', '')}"
+        case _, "removed":
+            return f"{kind} {name}: gone"
+    what = []
+    if "State" in values:
+        what.append(str(values["State"]))
+    if values.get("Waiting"):
+        what.append(f"waiting for the key of {', '.join(values['Waiting'])}")
+    if values.get("LastError"):
+        what.append(str(values["LastError"]))
+    if not what:
+        what = [f"{key} = {value}" for key, value in snake(values).items()]
+    return f"{kind} {name}".rstrip() + f": {'; '.join(what)}"
+
+
+def printable(text: str) -> str:
+    """Names and messages come from elsewhere; on a terminal they may not be more than text."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def shortened(text: str, width: int) -> str:
+    """Without its middle, as long as it does not fit: both ends of a device's path tell something."""
+    if len(text) <= width:
+        return text
+    tail = (width - 3) * 2 // 3
+    return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
