@@ -8,7 +8,7 @@ configuration (`vg`, `mount`, `after`), and then from what was seen at an earlie
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from vmcryptd.errors import GraphError
@@ -54,6 +54,11 @@ class VolumeNode:
     def is_usable(self) -> bool:
         """Open, and its key not wiped."""
         return self.is_open and not self.suspended
+
+    @property
+    def still_needs(self) -> tuple[str, ...]:
+        """What opens it is not needed any more once it is open."""
+        return self.stands_on if self.is_usable else self.needs
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -115,22 +120,29 @@ class Graph:
     guests_in: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # pool → guests with a disk in it
-    lies_on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # guests' paths → volumes
+    lies_on: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # guests' and pools' paths → volumes
     libvirt_reachable: bool = False
 
-    def beneath(self, names: Iterable[str]) -> list[str]:
-        """The named volumes and all they need, lowest first."""
+    def beneath(
+        self, names: Iterable[str], known: Container[str] = (), *, still: bool = False
+    ) -> list[str]:
+        """The named volumes and all they need, lowest first; `known` ones and what these need are left out.
+
+        `still`: without what only opens others (a keystore), where these are open already.
+        """
         found: dict[str, None] = {}
         stack = [(name, False) for name in reversed(list(names))]
         while stack:
             name, expanded = stack.pop()
             if expanded:
                 found[name] = None
-            elif name not in found:
+            elif name not in found and name not in known:
+                node = self.volumes[name]
+                lowers = node.still_needs if still else node.needs
                 stack.append((name, True))
-                stack.extend(
-                    (lower, False) for lower in self.volumes[name].needs if lower not in found
-                )
+                stack.extend((lower, False) for lower in lowers if lower not in found)
         return list(found)
 
     def is_explained(self, name: str) -> bool:
@@ -159,8 +171,10 @@ def wanted_paths(
     paths: set[str] = set()
     for volume in settings.volumes.values():
         paths.update(_volume_paths(volume))
+        if volume.mount:
+            paths.update((volume.mount, _parent(volume.mount)))
     for pool in virtualisation.pools.values():
-        paths.update(path for path in (pool.path, *pool.devices) if path)
+        paths.update(_pool_paths(pool))
         paths.update(pool.volumes.values())
     for domain in virtualisation.domains.values():
         paths.update(source.path for source in domain.sources if source.path)
@@ -178,6 +192,16 @@ def _volume_paths(volume: VolumeSpec) -> Iterator[str]:
             yield source.argument
 
 
+def _pool_paths(pool: Pool) -> Iterator[str]:
+    yield from (path for path in (pool.path, *pool.devices) if path)
+    if pool.vg:
+        yield f"/dev/{pool.vg}"
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0] or "/"
+
+
 class _Places:
     """Answers one question: on which volumes does a path lie?"""
 
@@ -186,14 +210,19 @@ class _Places:
         self._storage = observation.storage
         self._volumes = settings.volumes
         self._groups = {v.vg: name for name, v in settings.volumes.items() if v.vg}
+        real = observation.storage.real
         self._mounts = {
-            tuple(v.mount.split("/")): name for name, v in settings.volumes.items() if v.mount
+            tuple(path.split("/")): name
+            for name, v in settings.volumes.items()
+            if v.mount
+            for path in (v.mount, real.get(v.mount, v.mount))
         }
         self._by_number = {
             device.number: device for device in self._storage.devices.values() if device.number
         }
         self._mapping_of: dict[str, str] = {}  # kernel name of an open mapping → volume
         self._beneath: dict[str, tuple[str, ...]] = {}
+        self._of_paths: dict[str, tuple[str, ...]] = {}
 
     def mapped(self, volume: str, device: BlockDevice) -> None:
         """Tell that this device is the open mapping of the volume."""
@@ -201,19 +230,34 @@ class _Places:
 
     def of_path(self, path: str) -> tuple[str, ...]:
         """The nearest volumes beneath a device or file path."""
+        if path not in self._of_paths:
+            self._of_paths[path] = ()  # ends the walk: images can name each other in a circle
+            self._of_paths[path] = self._look_up(path)
+        return self._of_paths[path]
+
+    def of_directory(self, path: str) -> tuple[str, ...]:
+        """The same for a mount point: it is there, and empty, while what belongs on it is not mounted."""
+        return self.of_path(path) or self._remembered(path)
+
+    def _look_up(self, path: str) -> tuple[str, ...]:
         if link := self._storage.links.get(path):
             return self.of_device(link)
-        real = self._storage.real.get(path, path)
-        if configured := self._by_name(real):
-            return (configured,)
+        configured = self._by_name(self._storage.real.get(path, path))
+        remembered = self._remembered(path)
+        found = [] if configured is None else [configured]
         if number := self._storage.files.get(path):
+            # Another file system may be mounted below the configured one.
             device = self._by_number.get(number)
-            seen = self.of_device(device.name) if device else ()
-        else:
-            seen = self._observation.remembered.paths.get(path, ())
-        chain = self._observation.chains.get(path, ())
-        below = [volume for member in chain for volume in self.of_path(member)]
-        return tuple(name for name in dict.fromkeys((*seen, *below)) if name in self._volumes)
+            found += self.of_device(device.name) if device else ()
+        elif configured is None or configured in remembered:
+            found += remembered
+        for member in self._observation.chains.get(path, ()):
+            found += self.of_path(member)
+        return tuple(dict.fromkeys(found))
+
+    def _remembered(self, path: str) -> tuple[str, ...]:
+        names = self._observation.remembered.paths.get(path, ())
+        return tuple(name for name in names if name in self._volumes)
 
     def of_device(self, name: str) -> tuple[str, ...]:
         """The volume whose mapping the device is, else the nearest ones that it is made of."""
@@ -239,7 +283,7 @@ class _Places:
         for device in self._storage.devices.values():
             if device.vg == vg:
                 found.update(dict.fromkeys(self.of_device(device.name)))
-        return tuple(found)
+        return tuple(found) or self._remembered(f"/dev/{vg}")
 
     def _by_name(self, path: str) -> str | None:
         """What the configuration says of a path that cannot be looked up: mapping, group, or mount."""
@@ -293,6 +337,10 @@ def _build(settings: Settings, observation: Observation) -> Graph:
             raise GraphError(
                 f"volume {name}: its device {spec.device_path} lies on the volume itself: {name} → {name}"
             )
+        if spec.mount:
+            # What it is mounted on must be mounted first, and unmounted last.
+            stands_on.update(dict.fromkeys(places.of_path(_parent(spec.mount))))
+            stands_on.pop(name, None)
         opens_after: dict[str, None] = {}
         for key_path in list(_volume_paths(spec))[1:]:
             opens_after.update(dict.fromkeys(places.of_path(key_path)))
@@ -317,17 +365,20 @@ def _build(settings: Settings, observation: Observation) -> Graph:
         )
     _check_cycles({name: node.needs for name, node in volumes.items()}, "volume")
 
+    lies_on: dict[str, tuple[str, ...]] = {}
     pools = {}
     for name, pool in observation.virtualisation.pools.items():
-        found = dict.fromkeys(
-            volume for path in (pool.path, *pool.devices) if path for volume in places.of_path(path)
-        )
-        if pool.vg:
-            found.update(dict.fromkeys(places.of_group(pool.vg)))
+        for path in _pool_paths(pool):
+            if path == pool.path:
+                lies_on[path] = places.of_directory(path)
+            elif path == f"/dev/{pool.vg}":
+                lies_on[path] = places.of_group(pool.vg)
+            else:
+                lies_on[path] = places.of_path(path)
+        found = dict.fromkeys(volume for path in _pool_paths(pool) for volume in lies_on[path])
         pools[name] = PoolNode(pool, tuple(found))
 
     guests = {}
-    lies_on: dict[str, tuple[str, ...]] = {}
     for name in dict.fromkeys((*observation.virtualisation.domains, *settings.guests)):
         domain = observation.virtualisation.domains.get(name)
         needs: dict[str, None] = {}
@@ -339,8 +390,8 @@ def _build(settings: Settings, observation: Observation) -> Graph:
             elif source.pool in pools:
                 used[source.pool] = None
                 needs.update(dict.fromkeys(pools[source.pool].needs))
-                if path := pools[source.pool].pool.volumes.get(source.volume):
-                    needs.update(dict.fromkeys(places.of_path(path)))
+                if target := pools[source.pool].pool.volumes.get(source.volume):
+                    needs.update(dict.fromkeys(places.of_path(target)))
         needs.update(dict.fromkeys(settings.guest(name).needs))
         guests[name] = GuestNode(settings.guest(name), domain, tuple(needs), tuple(used))
     _check_cycles({name: node.spec.after for name, node in guests.items()}, "guest")
@@ -374,36 +425,57 @@ def _mappings(
     A mapping is a volume's when it is LUKS and made of the volume's device, whatever its name. The header's UUID
     decides where the device cannot be looked up: UUIDs alone would confuse a volume with its snapshot or clone.
     """
+    devices = observation.storage.devices
     by_uuid: dict[str, list[BlockDevice]] = {}
     by_lower: dict[str, list[BlockDevice]] = {}
     by_name: dict[str, BlockDevice] = {}
-    for device in observation.storage.devices.values():
+    for device in devices.values():
         if device.dm_name:
             by_name[device.dm_name] = device
         if uuid := device.luks_uuid:
             by_uuid.setdefault(uuid, []).append(device)
-            for lower in device.below:
+            for lower in _data_devices(device, devices):
                 by_lower.setdefault(lower, []).append(device)
     found: dict[str, tuple[BlockDevice | None, str]] = {}
-    for name, spec in settings.volumes.items():
-        kernel_name = observation.storage.links.get(spec.device_path)
-        uuid = _uuid(spec, observation)
-        if kernel_name is not None:
-            candidates = by_lower.get(kernel_name, [])
-            if spec.uuid:
-                candidates = [device for device in candidates if device.luks_uuid == spec.uuid]
-        else:
-            candidates = by_uuid.get(uuid, [])
+    adopted: set[str] = set()
+
+    def find(name: str, candidates: list[BlockDevice]) -> None:
+        candidates = [device for device in candidates if device.name not in adopted]
         named = by_name.get(name)
-        if named is not None and named in candidates:
-            found[name] = (named, "")
-        elif candidates:
-            found[name] = (candidates[0], "")
-        elif named is not None and named.luks_uuid and kernel_name is None and not uuid:
-            found[name] = (named, "")  # nothing contradicts it
+        if candidates:
+            chosen = named if named is not None and named in candidates else candidates[0]
+            adopted.add(chosen.name)
+            found[name] = (chosen, "")
         else:
             found[name] = (None, (named.dm_uuid or named.name) if named else "")
+
+    away = []
+    for name, spec in settings.volumes.items():
+        kernel_name = observation.storage.links.get(spec.device_path)
+        if kernel_name is None:
+            away.append(name)
+            continue
+        candidates = by_lower.get(kernel_name, [])
+        if spec.uuid:
+            candidates = [device for device in candidates if device.luks_uuid == spec.uuid]
+        find(name, candidates)
+    for name in away:
+        uuid = _uuid(settings.volumes[name], observation)
+        candidates = by_uuid.get(uuid, [])
+        named = by_name.get(name)
+        if not uuid and named is not None and named.luks_uuid:
+            candidates = [named]  # nothing contradicts it
+        find(name, candidates)
     return found
+
+
+def _data_devices(mapping: BlockDevice, devices: Mapping[str, BlockDevice]) -> Iterator[str]:
+    """What a LUKS mapping is made of; with integrity there is a mapping of cryptsetup's in between."""
+    for name in mapping.below:
+        yield name
+        lower = devices.get(name)
+        if lower is not None and lower.dm_uuid.startswith("CRYPT-INTEGRITY-"):
+            yield from lower.below
 
 
 def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
@@ -416,7 +488,7 @@ def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]
 
 def _check_cycles(edges: Mapping[str, Iterable[str]], what: str) -> None:
     try:
-        graphlib.TopologicalSorter(edges).prepare()
+        graphlib.TopologicalSorter({n: lower for n, lower in edges.items() if lower}).prepare()
     except graphlib.CycleError as error:
         # CycleError.args[1] lists each node before the one that needs it.
         path = " → ".join(reversed(error.args[1]))

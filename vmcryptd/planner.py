@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import graphlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from vmcryptd.errors import BusyError, GoalError, NoSuchGuestError, NoSuchVolumeError
-from vmcryptd.graph import Graph
+from vmcryptd.graph import Graph, VolumeNode
 from vmcryptd.model import Action, Content, Lock, Plan, Step, Unlock
 
 GOALS = ("boot", "shutdown", "lock-all", "unlock:NAME", "lock:NAME", "start:NAME", "stop:NAME")
@@ -47,32 +47,34 @@ def plan(graph: Graph, goal: str) -> Plan:
 
 def boot_set(graph: Graph) -> tuple[list[str], list[str]]:
     """The volumes and the guests that boot brings up. A keystore (lock = "boot") is a means, not an end."""
-    guests = [
-        name
-        for name, node in graph.guests.items()
-        if node.is_ours and node.starts_at_boot and _may_start(graph, name)
-    ]
     roots = [
         name
         for name, node in graph.volumes.items()
         if node.spec.unlock is Unlock.BOOT and node.spec.lock is not Lock.BOOT
     ]
-    roots += [need for name in guests for need in graph.guests[name].needs]
-    volumes = [
-        name for name in graph.beneath(roots) if graph.volumes[name].spec.lock is not Lock.BOOT
-    ]
+    opened = dict.fromkeys(graph.beneath(roots, still=True))
+    guests: list[str] = []
+    left = [name for name, node in graph.guests.items() if node.is_ours and node.starts_at_boot]
+    while starting := [name for name in left if _may_start(graph, name, opened)]:
+        guests += starting
+        started = set(starting)
+        needs = [need for name in starting for need in graph.guests[name].needs]
+        opened.update(dict.fromkeys(graph.beneath(needs, opened, still=True)))
+        left = [name for name in left if name not in started]
+    volumes = [name for name in opened if graph.volumes[name].spec.lock is not Lock.BOOT]
     return volumes, guests
 
 
-def idle_volumes(graph: Graph, guest: str) -> list[str]:
-    """The open volumes to be closed now that the guest has stopped (lock = "guest")."""
-    return [
-        need
-        for need in graph.guests[guest].needs
-        if graph.volumes[need].spec.lock is Lock.GUEST
-        and graph.volumes[need].is_open
-        and not graph.users(need)
-    ]
+def idle_volumes(graph: Graph, needs: Iterable[str], stopped: str) -> list[str]:
+    """The open volumes to be closed when the guest with these needs has stopped (lock = "guest"), topmost first."""
+    idle: list[str] = []
+    known = [need for need in needs if need in graph.volumes]
+    for name in reversed(graph.beneath(known)):
+        node = graph.volumes[name]
+        gone = {f"guest {stopped}", *(f"volume {upper}" for upper in idle)}
+        if node.spec.lock is Lock.GUEST and node.is_open and gone.issuperset(graph.users(name)):
+            idle.append(name)
+    return idle
 
 
 def check_volume(graph: Graph, name: str) -> None:
@@ -98,12 +100,23 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return "" if names else "; none is configured"
 
 
-def _may_start(graph: Graph, guest: str) -> bool:
-    """A guest on a volume that is opened only when told to does not start by itself, unless it is open."""
+def _may_start(graph: Graph, guest: str, opened: Container[str]) -> bool:
+    """A guest on a volume that is opened only when told to does not start by itself, unless it is open all the same."""
     return all(
-        graph.volumes[need].is_open or graph.volumes[need].spec.unlock is not Unlock.MANUAL
+        need in opened
+        or graph.volumes[need].is_open
+        or graph.volumes[need].spec.unlock is not Unlock.MANUAL
         for need in graph.guests[guest].needs
     )
+
+
+def _is_up(node: VolumeNode) -> bool:
+    match node.spec.content:
+        case Content.LVM:
+            return node.is_usable and node.is_active
+        case Content.FILESYSTEM:
+            return node.is_usable and node.spec.mount in node.mounts
+    return node.is_usable
 
 
 class _Steps:
@@ -113,6 +126,7 @@ class _Steps:
         self._graph = graph
         self._steps: dict[str, Step] = {}
         self._tops: dict[str, tuple[str, ...]] = {}  # volume → the steps that complete its way up
+        self._pools: dict[str, str] = {}  # pool → volume on its way up that it lies on
 
     def __contains__(self, step_id: str) -> bool:
         return step_id in self._steps
@@ -130,6 +144,7 @@ class _Steps:
 
     def sorted(self) -> tuple[Step, ...]:
         """In an order in which they could be taken one by one; what a step names but the plan does not hold is done."""
+        self._start_pools()
         known = self._steps
         for step_id, step in known.items():
             after = tuple(other for other in step.after if other in known)
@@ -144,68 +159,53 @@ class _Steps:
     def up(self, volume: str, reason: str) -> tuple[str, ...]:
         """Open a volume, all it needs, and what the host brings up on it. Returns the steps to wait for."""
         reasons = {volume: reason}
-        chain = self._graph.beneath([volume])
+        chain = self._graph.beneath([volume], self._tops, still=True)
         for name in reversed(chain):
             for lower in self._graph.volumes[name].stands_on:
                 reasons.setdefault(lower, f"{name} lies on it")
             for lower in self._graph.volumes[name].opens_after:
                 reasons.setdefault(lower, f"{name} comes after it")
-        needed = self._still_needed(volume, chain)
         for name in chain:
-            if name not in self._tops and name in needed:
-                self._tops[name] = self._one_up(name, reasons[name])
+            self._tops[name] = self._one_up(name, reasons[name])
         return self._tops.get(volume, ())
-
-    def _still_needed(self, volume: str, chain: list[str]) -> set[str]:
-        """What only opens others (a keystore) is left alone when these are open already."""
-        needed = {volume}
-        for name in reversed(chain):
-            if name in needed:
-                node = self._graph.volumes[name]
-                needed.update(node.stands_on)
-                if not node.is_open or node.suspended:
-                    needed.update(node.opens_after)
-        return needed
 
     def _one_up(self, name: str, reason: str) -> tuple[str, ...]:
         node = self._graph.volumes[name]
-        below = [step for lower in node.needs for step in self._tops.get(lower, ())]
+        below = [step for lower in node.still_needs for step in self._tops.get(lower, ())]
         tops = []
-        if not node.is_open or node.suspended:
+        if not node.is_usable:
             tops.append(self.add(Action.UNLOCK, name, reason, below))
         if node.spec.content is Content.LVM and not node.is_active:
             tops.append(self.add(Action.ACTIVATE, name, f"volume group on {name}", tops or below))
-        mounting = node.spec.content is Content.FILESYSTEM and node.spec.mount not in node.mounts
-        if mounting:
+        if node.spec.content is Content.FILESYSTEM and node.spec.mount not in node.mounts:
             tops.append(
                 self.add(Action.MOUNT, name, f"{node.spec.mount} lies on {name}", tops or below)
             )
         for pool in self._graph.pools_on.get(name, ()):
-            pool_node = self._graph.pools[pool]
+            known = self._graph.pools[pool].pool
             # A pool that libvirt started on the empty mount point must look again.
-            if (mounting or tops) and pool_node.pool.autostart | pool_node.pool.active:
-                self.add(Action.START_POOL, pool, f"storage pool on {name}", tops)
-        return tuple(tops)
+            if tops and (known.autostart or known.active):
+                self._pools.setdefault(pool, f"storage pool on {name}")
+        # Of one that is up itself, what it stands on may still have to be resumed.
+        return tuple(tops or below)
+
+    def _start_pools(self) -> None:
+        """Once all that come up are known: a pool can lie on several volumes."""
+        for pool, reason in self._pools.items():
+            needs = self._graph.pools[pool].needs
+            if all(need in self._tops or _is_up(self._graph.volumes[need]) for need in needs):
+                tops = [step for need in needs for step in self._tops.get(need, ())]
+                self.add(Action.START_POOL, pool, reason, tops)
 
     def start(self, guest: str, reason: str) -> None:
         """Start a guest, its volumes and pools first."""
         node = self._graph.guests[guest]
         before = [step for need in node.needs for step in self.up(need, f"guest {guest} needs it")]
         for pool in node.pools:
-            if f"{Action.START_POOL}:{pool}" in self or not self._graph.pools[pool].pool.active:
-                needs = [
-                    step
-                    for need in self._graph.pools[pool].needs
-                    for step in self._tops.get(need, ())
-                ]
-                before.append(
-                    self.add(Action.START_POOL, pool, f"guest {guest} has a disk in it", needs)
-                )
-        before += [
-            f"{Action.START_POOL}:{pool}"
-            for need in node.needs
-            for pool in self._graph.pools_on.get(need, ())
-        ]
+            if not self._graph.pools[pool].pool.active:
+                self._pools.setdefault(pool, f"guest {guest} has a disk in it")
+        pools = [pool for need in node.needs for pool in self._graph.pools_on.get(need, ())]
+        before += [f"{Action.START_POOL}:{pool}" for pool in (*node.pools, *pools)]
         if not node.is_running:
             order = [f"{Action.START}:{other}" for other in node.spec.after]
             self.add(Action.START, guest, reason, before, order)
@@ -234,9 +234,8 @@ class _Steps:
         for pool in self._graph.pools_on.get(volume, ()):
             if self._graph.pools[pool].pool.active:
                 # A pool that does not stop holds nothing open by itself; what does is told by the unmounting.
-                stops = [f"{Action.STOP}:{guest}" for guest in self._graph.guests_in.get(pool, ())]
                 self.add(
-                    Action.STOP_POOL, pool, f"{volume} is to be closed", order=[*above, *stops]
+                    Action.STOP_POOL, pool, f"{volume} is to be closed", order=self._on_pool(pool)
                 )
         pools = [f"{Action.STOP_POOL}:{pool}" for pool in self._graph.pools_on.get(volume, ())]
         last = above
@@ -247,32 +246,58 @@ class _Steps:
         self.add(Action.LOCK, volume, reason, last, pools)
 
 
+    def _on_pool(self, pool: str) -> list[str]:
+        """The steps that take down what uses a pool."""
+        needs = self._graph.pools[pool].needs
+        guests = dict.fromkeys(self._graph.guests_in.get(pool, ()))
+        uppers: dict[str, None] = {}
+        for need in needs:
+            guests.update(dict.fromkeys(self._graph.guests_on.get(need, ())))
+            uppers.update(dict.fromkeys(self._graph.standing_on.get(need, ())))
+        beneath = set(self._graph.beneath(needs))
+        return [f"{Action.STOP}:{guest}" for guest in guests] + [
+            f"{Action.LOCK}:{upper}" for upper in uppers if upper not in beneath
+        ]
+
+
 def _boot(graph: Graph, steps: _Steps) -> None:
     volumes, guests = boot_set(graph)
     for name in volumes:
-        steps.up(name, "in the boot set")
+        if graph.volumes[name].spec.unlock is Unlock.BOOT:
+            steps.up(name, "in the boot set")
     for name in guests:
         steps.start(
             name,
             "always started" if graph.guests[name].spec.start == "always" else "autostart is set",
         )
+    _close_keystores(graph, steps, volumes)
+
+
+def _close_keystores(graph: Graph, steps: _Steps, volumes: list[str]) -> None:
+    """Close what is only needed to open the boot set (lock = "boot"), once that is open."""
+    reason = "the boot set is open"
     unlocks = [f"{Action.UNLOCK}:{name}" for name in volumes]
     for name, node in graph.volumes.items():
-        if node.spec.lock is Lock.BOOT and (
-            f"{Action.UNLOCK}:{name}" in steps or (node.is_open and not graph.users(name))
-        ):
-            last: list[str] = []
-            if node.mounts or f"{Action.MOUNT}:{name}" in steps:
-                last = [steps.add(Action.UNMOUNT, name, "the boot set is open", (), unlocks)]
-            if node.is_active or f"{Action.ACTIVATE}:{name}" in steps:
-                last = [steps.add(Action.DEACTIVATE, name, "the boot set is open", last, unlocks)]
-            steps.add(
-                Action.LOCK,
-                name,
-                "the boot set is open",
-                last,
-                [*unlocks, f"{Action.UNLOCK}:{name}"],
-            )
+        if node.spec.lock is not Lock.BOOT:
+            continue
+        opens = f"{Action.UNLOCK}:{name}" in steps
+        stays = any(
+            graph.volumes[upper].is_open or f"{Action.UNLOCK}:{upper}" in steps
+            for upper in graph.standing_on.get(name, ())
+        ) or any(f"{Action.START}:{guest}" in steps for guest in graph.guests_on.get(name, ()))
+        stays = stays or name in graph.pools_on
+        if stays or not (opens or node.is_open) or graph.users(name):
+            continue
+        ends = [
+            *unlocks,
+            *(f"{action}:{name}" for action in (Action.UNLOCK, Action.ACTIVATE, Action.MOUNT)),
+        ]
+        last: list[str] = []
+        if node.mounts or f"{Action.MOUNT}:{name}" in steps:
+            last = [steps.add(Action.UNMOUNT, name, reason, (), ends)]
+        if node.is_active or f"{Action.ACTIVATE}:{name}" in steps:
+            last = [steps.add(Action.DEACTIVATE, name, reason, last, ends)]
+        steps.add(Action.LOCK, name, reason, last, ends)
 
 
 def _shutdown(graph: Graph, steps: _Steps) -> None:
@@ -318,11 +343,5 @@ def _stop(graph: Graph, steps: _Steps, name: str) -> None:
     if not node.is_running:
         return
     steps.stop(name, "asked for")
-    for need in node.needs:
-        volume = graph.volumes[need]
-        if (
-            volume.spec.lock is Lock.GUEST
-            and volume.is_open
-            and graph.users(need) == [f"guest {name}"]
-        ):
-            steps.down(need, f"guest {name} was the last to use it")
+    for volume in idle_volumes(graph, node.needs, name):
+        steps.down(volume, f"guest {name} was the last to use it")

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the tests put on a test host: volumes, guests, configuration; and how they look at the result."""
 
+import base64
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.vm import guest
-from tests.vm.host import Vm
+from tests.vm.host import Background, Vm
 
 # A canary: the tests look for it wherever it must never be.
 PASSPHRASE = "canary-Zw7pQ4-correct"
@@ -39,9 +41,7 @@ class Lab:
         return self.vm.run(f"cryptsetup luksUUID {device}").out.strip()
 
     def open(self, device: str, name: str, *, passphrase: str = PASSPHRASE) -> str:
-        self.vm.run(
-            f"cryptsetup open --key-file - {device} {name}", stdin=passphrase.encode()
-        )
+        self.vm.run(f"cryptsetup open --key-file - {device} {name}", stdin=passphrase.encode())
         return f"/dev/mapper/{name}"
 
     def close(self, name: str) -> None:
@@ -58,7 +58,9 @@ class Lab:
     def boot_sector(self, device: str, variant: guest.Variant = guest.Variant.POLITE) -> None:
         """Put the guest that counts onto a device or file."""
         quoted = shlex.quote(device)
-        self.vm.run(f"dd of={quoted} conv=notrunc,fsync status=none", stdin=guest.disk_image(variant))
+        self.vm.run(
+            f"dd of={quoted} conv=notrunc,fsync status=none", stdin=guest.disk_image(variant)
+        )
 
     def domain(self, name: str, *disks: str, autostart: bool = True, xml: str = "") -> None:
         self.vm.put(f"/root/{name}.xml", xml or guest.domain_xml(name, *disks))
@@ -67,7 +69,12 @@ class Lab:
             self.vm.run(f"virsh -q autostart {name}")
 
     def encrypted_guest(
-        self, name: str, device: str, *, variant: guest.Variant = guest.Variant.POLITE, **keys: object
+        self,
+        name: str,
+        device: str,
+        *,
+        variant: guest.Variant = guest.Variant.POLITE,
+        **keys: object,
     ) -> str:
         """One volume on a device and one guest on it, shut off and closed. Returns the volume's name."""
         volume = f"cr_{name}"
@@ -127,3 +134,98 @@ def mappings(vm: Vm) -> list[str]:
     """The names of all LUKS mappings."""
     lines = vm.run("dmsetup info -c --noheadings --separator ' ' -o name,uuid").out.splitlines()
     return [line.split()[0] for line in lines if " CRYPT-LUKS" in line]
+
+
+class Refused(Exception):
+    """The daemon answered a call with an error."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name}: {text}")
+        self.name = name.removeprefix("org.vmcryptd1.Error.")
+        self.text = text
+
+
+class Caller:
+    """A user of the host who makes calls on its bus, with descriptors, and learns the errors' names."""
+
+    def __init__(self, vm: Vm, user: str = "root") -> None:
+        self.vm = vm
+        self._socket = f"/run/caller-{user}"
+        vm.put("/usr/local/lib/caller", Path(__file__).with_name("caller.py").read_bytes())
+        vm.background(["python3", "/usr/local/lib/caller", self._socket, user])
+        vm.wait_until(f"nc -zU {self._socket}")
+
+    def begin(self, member: str, *body: str, key: str | None = None) -> Background:
+        """Make a call whose answer `ended` gives; a key is handed in as a pipe."""
+        request: dict[str, Any] = {
+            "member": member,
+            "signature": "s" * len(body) + "h" * (key is not None),
+            "body": [*body, *([] if key is None else [0])],
+        }
+        if key is not None:
+            request["key"] = base64.b64encode(key.encode()).decode()
+        return self._begin(request)
+
+    def ended(self, call: Background, timeout_s: float = 120) -> list[Any]:
+        """What a call that was begun returned. Raises Refused."""
+        answer = json.loads(call.wait(timeout_s).out)
+        if "error" in answer:
+            raise Refused(answer["error"], answer["text"])
+        assert isinstance(answer["out"], list)
+        return answer["out"]
+
+    def call(self, member: str, *body: str, key: str | None = None) -> list[Any]:
+        """Raises Refused."""
+        return self.ended(self.begin(member, *body, key=key))
+
+    def refusal(self, member: str, *body: str, key: str | None = None) -> Refused:
+        """Make a call that has to fail."""
+        try:
+            result = self.call(member, *body, key=key)
+        except Refused as error:
+            return error
+        raise AssertionError(f"{member} {body} was to be refused, and returned {result}")
+
+    def wait(
+        self, kind: str, name: str, *values: object, prop: str = "State", timeout_s: float = 120
+    ) -> None:
+        """Until a property of a volume or guest (or of the whole, as "manager") is one of these."""
+        interface = f"org.vmcryptd1.{kind.capitalize()}"
+        request: dict[str, Any] = {"until": prop, "interface": interface, "values": list(values)}
+        if kind != "manager":
+            request["path"] = f"/org/vmcryptd1/{kind}/{escaped(name)}"
+        answer = self._ask({**request, "timeout_s": timeout_s}, timeout_s)
+        assert "late" not in answer, (
+            f"{kind} {name}: {prop} did not become {' or '.join(map(str, values))}: {answer}"
+        )
+
+    def question(self, pattern: str, answer: str | None = None, timeout_s: float = 120) -> str:
+        """Wait until systemd's agents are asked this; answer it, if there is an answer. Returns its text."""
+        request: dict[str, Any] = {"question": pattern, "timeout_s": timeout_s}
+        if answer is not None:
+            request["answer"] = base64.b64encode(answer.encode()).decode()
+        found = self._ask(request, timeout_s)
+        assert "late" not in found, f"nobody is asked for {pattern!r}; questions: {found['out']}"
+        return str(found["out"][0])
+
+    def flood(self, count: int, messages: Sequence[Sequence[Any]]) -> dict[str, int]:
+        """Many bad calls in a row: path, interface, member, signature, body, number of descriptors. How they ended."""
+        answer = self._ask({"flood": count, "messages": messages}, 600)
+        assert "error" not in answer, answer
+        counts = answer["out"][0]
+        assert isinstance(counts, dict)
+        return counts
+
+    def _begin(self, request: Mapping[str, Any]) -> Background:
+        line = json.dumps(request).encode() + b"\n"
+        return self.vm.background(["nc", "-U", self._socket], stdin=line)
+
+    def _ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        answer = json.loads(self._begin(request).wait(timeout_s + 60).out)
+        assert isinstance(answer, dict)
+        return answer
+
+
+def escaped(name: str) -> str:
+    """A name as the last part of an object's path."""
+    return "".join(c if c.isalnum() and c.isascii() else f"_{ord(c):02x}" for c in name)

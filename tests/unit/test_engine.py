@@ -1,0 +1,974 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The engine on a simulated host: the way up, one question, the way down, and everything at the wrong moment."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.lib import PATIENCE_S, Host, Running, descriptors, handed_in, opened_by, play
+from vmcryptd import keyed, panic, prompt
+from vmcryptd.errors import (
+    BusyError,
+    CancelledError,
+    ConfigError,
+    DeviceMissingError,
+    GuestError,
+    KeyUnavailableError,
+    KeyUnusableError,
+    NoSuchVolumeError,
+    NotLuksError,
+    StillWaitingError,
+    VmcryptdError,
+    WrongKeyError,
+)
+from vmcryptd.model import GuestState
+
+A, B = opened_by("alpha"), opened_by("beta")
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "AGAIN_S", (0.01, 0.02))
+
+
+def volume(name: str, sim: str = A, **keys: object) -> str:
+    lines = [f"[volume.{name}]", f'device = "/dev/{name}"']
+    for one, value in keys.items():
+        text = str(value).lower() if isinstance(value, bool) else f'"{value}"'
+        lines.append(f"{one} = {value if isinstance(value, list) else text}")
+    return "\n".join([*lines, f"[sim.volume.{name}]", sim, ""])
+
+
+def guest(name: str, *disks: str, sim: str = "autostart = true", **keys: object) -> str:
+    paths = ", ".join(f'"/dev/mapper/{disk}"' for disk in disks)
+    lines = [f"[sim.guest.{name}]", f"disks = [{paths}]", sim]
+    if keys:
+        lines.append(f"[guest.{name}]")
+        lines += [f"{k} = {v if isinstance(v, list) else repr(v)}" for k, v in keys.items()]
+    return "\n".join([*lines, ""])
+
+
+async def failure(work: object) -> VmcryptdError:
+    with pytest.raises(VmcryptdError) as caught:
+        await work  # type: ignore[misc]
+    return caught.value
+
+
+# --- the way up ---
+
+
+@play(volume("a") + volume("b") + guest("g", "a", "b"))
+async def test_one_question_opens_everything(run: Running) -> None:
+    assert (run.state, run.engine.is_console_needed) == ("locked", False)
+    run.engine.boot()
+    assert run.engine.is_console_needed
+    await run.until(lambda: run.host.questions)
+    assert run.host.questions == ["Passphrase for volumes a, b:"]
+    assert run.volumes() == {"a": "waiting", "b": "waiting"}
+    assert (run.state, run.engine.waiting) == ("waiting", ["a", "b"])
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"a": "unlocked", "b": "unlocked"}
+    assert run.guests() == {"g": "running"}
+    assert (run.state, run.volume("a").key_source) == ("ready", "prompt")
+    assert not run.engine.is_console_needed
+    assert len(run.host.questions) == 1
+    await run.until(lambda: "target reached" in run.host.calls)
+    assert run.host.goals() == ("up",)
+
+
+@play(volume("a") + volume("b", B))
+async def test_who_did_not_fit_is_asked_for_by_name(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: len(run.host.questions) == 2)
+    assert run.host.questions[1] == "That did not fit. Passphrase for volume b (/dev/b):"
+    assert run.volumes() == {"a": "unlocked", "b": "waiting"}
+    run.host.answer("beta")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(volume("a"))
+async def test_wrong_answers_do_not_end_the_question(run: Running) -> None:
+    run.engine.boot()
+    for answer in ("x", "y", "z", ""):
+        run.host.answer(answer)
+    await run.until(lambda: len(run.host.questions) == 5)
+    assert run.state == "waiting"
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(volume("outer") + volume("inner", A + '\non = ["outer"]') + volume("low", B))
+async def test_an_answer_is_held_for_what_comes_up_on_it(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.volumes()["inner"] == "unlocked")
+    await run.until(lambda: len(run.host.questions) == 2)
+    run.host.answer("beta")
+    await run.idle()
+    assert [q for q in run.host.questions if "inner" in q] == []
+
+
+@play(volume("a") + volume("b", B))
+async def test_an_answer_is_let_go_when_nothing_needs_it(run: Running) -> None:
+    before = len(descriptors())
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: len(run.host.questions) == 2)
+    await run.until(lambda: len(descriptors()) == before)
+    run.host.answer("beta")
+    await run.idle()
+    assert len(descriptors()) == before
+
+
+CACHE = '[daemon]\nkey_cache = "infinity"\n'
+
+
+@play(CACHE + volume("a") + volume("b", A, unlock="manual"))
+async def test_the_cache_keeps_an_answer_for_late_comers(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    await run.engine.unlock("b")
+    assert len(run.host.questions) == 1
+    await run.engine.shutdown()
+    assert not [link for link in descriptors().values() if "memfd:" in link]
+
+
+@play(CACHE.replace("infinity", "20ms") + volume("a") + volume("b", A, unlock="manual"))
+async def test_the_cache_ends(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    async with asyncio.timeout(PATIENCE_S):
+        while [link for link in descriptors().values() if "memfd:" in link]:
+            await asyncio.sleep(0.005)
+    unlocking = asyncio.ensure_future(run.engine.unlock("b"))
+    await run.until(lambda: len(run.host.questions) == 2)
+    run.host.answer("alpha")
+    await unlocking
+
+
+FILES = 'sources = ["file:/etc/k"]'
+
+
+@play(
+    volume("a", FILES, keys=["file:/etc/none", "file:/etc/k", "prompt"])
+    + volume("b", A, keys=["file:/etc/none", "prompt"])
+    + volume("c", A, keys=["file:/etc/none"])
+    + guest("g", "c") + guest("h", "a")
+)  # fmt: skip
+async def test_sources_in_order_then_a_person_and_without_one_failed(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.host.questions and run.guests()["h"] == "running")
+    assert run.host.questions == ["Passphrase for volume b (/dev/b):"]
+    assert run.volumes() == {"a": "unlocked", "b": "waiting", "c": "failed"}
+    assert run.volume("a").key_source == "file:/etc/k"
+    assert "it gives no key" in run.volume("c").error
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.state == "degraded"
+    assert run.guests() == {"g": "off", "h": "running"}
+    assert "was not tried, because unlock c failed" in run.guest("g").error
+    # Somebody opens it: the guest that should run starts.
+    await keyed.unlock(run.engine, "c", handed_in("alpha"))
+    await run.until(lambda: run.guests()["g"] == "running")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(volume("a", 'fault = "not-luks"') + volume("b", 'fault = "out-of-memory"') + volume("c"))
+async def test_one_failure_hinders_nothing_else(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"a": "failed", "b": "failed", "c": "unlocked"}
+    assert run.state == "degraded"
+    assert isinstance(await failure(run.engine.unlock("a")), NotLuksError)
+
+
+@play(
+    volume("a")
+    + guest("g", "a", sim='autostart = true\nfault = "no such network"')
+    + guest("h", "a")
+)
+async def test_a_guest_that_does_not_start(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.guests() == {"g": "off", "h": "running"}
+    assert (run.state, run.guest("g").error) == (
+        "degraded", "guest g could not be started: no such network"
+    )  # fmt: skip
+    assert isinstance(await failure(run.engine.pursue("start:g")), GuestError)
+
+
+@play(
+    volume("a")
+    + guest("one", "a")
+    + guest("two", "a", after=["one"])
+    + guest("three", "a", after=["two"])
+)
+async def test_guests_start_one_after_another_and_stop_the_other_way_round(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.host.done("start ") == ["start one", "start two", "start three"]
+    await run.engine.shutdown()
+    assert run.host.done("stop ") == ["stop three", "stop two", "stop one"]
+
+
+STORE = volume("store", A, lock="boot", content="filesystem", mount="/run/keys")
+KEYED = FILES.replace("/etc/k", "/run/keys/k")
+
+
+def on_store(name: str) -> str:
+    return volume(name, KEYED, keys=["file:/run/keys/k"])
+
+
+@play(STORE + on_store("a") + on_store("b"))
+async def test_a_keystore_is_closed_when_the_boot_set_is_open(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.host.questions)
+    assert run.host.questions == ["Passphrase for volume store (/dev/store):"]
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"store": "locked", "a": "unlocked", "b": "unlocked"}
+    assert run.state == "ready"
+    done = run.host.done("open", "close ", "mount", "unmount")
+    assert done[:2] == ["open store", "mount store"]
+    assert done[-2:] == ["unmount store", "close store"]
+
+
+@play(STORE + on_store("a") + on_store("b"))
+async def test_a_keystore_is_closed_when_nothing_is_opened_with_it_any_more(run: Running) -> None:
+    run.host.answer("alpha")
+    await run.engine.unlock_all()
+    await run.until(lambda: run.volumes()["store"] == "locked")
+    assert run.volumes() == {"store": "locked", "a": "unlocked", "b": "unlocked"}
+
+
+@play(STORE + on_store("a"))
+async def test_a_keystore_that_somebody_asked_for_stays(run: Running) -> None:
+    run.host.answer("alpha")
+    await run.engine.unlock("store")
+    await run.engine.unlock("a")
+    assert run.volumes() == {"store": "unlocked", "a": "unlocked"}
+
+
+# --- devices that come late, or not ---
+
+
+@play(volume("a", A + "\npresent = false", timeout="30s") + volume("b", B))
+async def test_a_device_appears_late(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["b"])
+    assert run.volumes()["a"] == "missing"
+    run.host.volume("a", present=True)
+    await run.until(lambda: run.engine.waiting == ["a", "b"])
+    run.host.answer("alpha")
+    run.host.answer("beta")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(volume("a", A + "\npresent = false", timeout="10ms") + volume("b") + guest("g", "a"))
+async def test_a_device_appears_after_boot_ended(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"a": "missing", "b": "unlocked"}
+    assert run.state == "degraded"
+    assert set(run.host.goals()) == {"late:a", "up"}
+    assert "did not appear within 0.01 s" in run.volume("a").error
+    run.host.volume("a", present=True)
+    await run.until(lambda: len(run.host.questions) == 2)
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.guests()) == ("ready", {"g": "running"})
+    assert run.host.goals() == ("up",)
+
+
+@play(volume("a", A + "\npresent = false", timeout="10ms") + volume("b", B) + guest("g", "a"))
+async def test_a_device_appears_late_while_boot_waits_for_another(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.volume("a").error and run.engine.waiting == ["b"])
+    run.host.volume("a", present=True)
+    await run.until(lambda: run.engine.waiting == ["a", "b"])
+    run.host.answer("alpha")
+    await run.until(lambda: run.guests()["g"] == "running")
+    run.host.answer("beta")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(volume("a", A + "\npresent = false", timeout="10ms"))
+async def test_a_device_never_appears(run: Running) -> None:
+    assert isinstance(await failure(run.engine.unlock("a")), DeviceMissingError)
+    assert run.volumes() == {"a": "missing"}
+    assert isinstance(
+        await failure(keyed.unlock(run.engine, "a", handed_in("alpha"))), DeviceMissingError
+    )
+
+
+@play(volume("a", A + "\npresent = false", timeout="infinity"))
+async def test_a_key_waits_for_the_device_of_its_volume(run: Running) -> None:
+    unlocking = asyncio.ensure_future(keyed.unlock(run.engine, "a", handed_in("alpha")))
+    await run.until(lambda: run.engine.is_absent("a"))
+    run.host.volume("a", present=True)
+    await unlocking
+    assert run.volumes() == {"a": "unlocked"}
+
+
+@play(volume("low", A + "\npresent = false", timeout="10ms") + volume("a", A, after=["low"]))
+async def test_what_lies_on_what_is_missing(run: Running) -> None:
+    error = await failure(run.engine.unlock("a"))
+    assert isinstance(error, DeviceMissingError)
+
+
+@play(volume("a"))
+async def test_what_somebody_opened_by_hand_is_adopted(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting)
+    run.host.volume("a", open=True)
+    await run.idle()
+    assert (run.state, run.engine.waiting) == ("ready", [])
+
+
+# --- keys that are handed in ---
+
+
+@play(volume("a") + volume("b", B))
+async def test_a_wrong_key_is_told_and_boot_goes_on_waiting(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a", "b"])
+    error = await failure(keyed.unlock(run.engine, "a", handed_in("wrong")))
+    assert isinstance(error, WrongKeyError)
+    await run.until(lambda: run.engine.waiting == ["a", "b"])
+    assert run.state == "waiting"
+    await keyed.unlock(run.engine, "b", handed_in("beta"))
+    assert run.volumes() == {"a": "waiting", "b": "unlocked"}
+    assert run.volume("b").key_source == "key"
+    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await run.idle()
+    assert (run.state, len(run.host.questions)) == ("ready", 1)
+
+
+@play(volume("a"))
+async def test_a_wrong_key_without_boot(run: Running) -> None:
+    assert isinstance(await failure(keyed.unlock(run.engine, "a", handed_in("x"))), WrongKeyError)
+    assert run.volumes() == {"a": "failed"}
+    assert run.host.questions == []
+    assert run.state == "locked"
+    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    assert run.state == "ready"
+
+
+@play(volume("a", FILES, keys=["file:/etc/k"]) + volume("b", FILES, keys=["file:/etc/k"]))
+async def test_a_wrong_key_is_wrong_although_a_source_would_fit(run: Running) -> None:
+    assert isinstance(await failure(keyed.unlock(run.engine, "a", handed_in("x"))), WrongKeyError)
+    assert run.volumes() == {"a": "failed", "b": "locked"}
+
+
+@play(
+    volume("low")
+    + volume("a", A + '\non = ["low"]', after=["low"])
+    + volume("odd", B + '\non = ["low"]')
+)
+async def test_a_key_opens_the_whole_stack(run: Running) -> None:
+    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    assert run.volumes() == {"low": "unlocked", "a": "unlocked", "odd": "locked"}
+    assert isinstance(await failure(keyed.unlock(run.engine, "odd", handed_in("x"))), WrongKeyError)
+    await keyed.unlock(run.engine, "a", handed_in("whatever"))  # it is open already
+
+
+@play(volume("low", B) + volume("a", A + '\non = ["low"]', after=["low"]))
+async def test_a_key_that_opens_only_half_of_the_stack(run: Running) -> None:
+    assert isinstance(
+        await failure(keyed.unlock(run.engine, "a", handed_in("beta"))), WrongKeyError
+    )
+    assert run.volumes() == {"low": "unlocked", "a": "failed"}
+
+
+@play(volume("a") + volume("b", B) + volume("c", A + "\npresent = false"))
+async def test_one_key_for_all(run: Running) -> None:
+    error = await failure(keyed.unlock_all(run.engine, handed_in("x")))
+    assert isinstance(error, WrongKeyError)
+    error = await failure(keyed.unlock_all(run.engine, handed_in("alpha")))
+    assert isinstance(error, StillWaitingError)
+    assert str(error).startswith("opened: a; still locked: b, c;")
+    run.host.volume("c", present=True)
+    run.host.volume("b", digest=run.host._volumes["a"].digest)
+    await keyed.unlock_all(run.engine, handed_in("alpha"))
+    await run.idle()
+    assert run.state == "ready"
+    await keyed.unlock_all(run.engine, handed_in("whatever"))
+
+
+@play(volume("a"))
+async def test_keys_that_cannot_be_used(run: Running) -> None:
+    for work in (
+        keyed.unlock(run.engine, "a", handed_in("")),
+        keyed.unlock_all(run.engine, handed_in("")),
+    ):
+        assert isinstance(await failure(work), KeyUnusableError)
+    assert isinstance(
+        await failure(keyed.unlock(run.engine, "b", handed_in("x"))), NoSuchVolumeError
+    )
+    assert run.host.done("try") == []
+
+
+@play(volume("a") + volume("b"))
+async def test_a_caller_that_goes_away_takes_its_key_along(run: Running) -> None:
+    run.host.hold("try a")
+    unlocking = asyncio.ensure_future(keyed.unlock(run.engine, "a", handed_in("alpha")))
+    await run.until(lambda: run.host.deriving)
+    unlocking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await unlocking
+    run.host.release("try a")
+    await run.idle()
+
+
+# --- many callers ---
+
+
+@play(volume("a"))
+async def test_callers_join(run: Running) -> None:
+    run.engine.boot()
+    callers = [asyncio.ensure_future(run.engine.unlock("a")) for _ in range(5)]
+    await run.until(lambda: run.engine.waiting)
+    run.host.answer("alpha")
+    await asyncio.gather(*callers)
+    await run.idle()
+    assert len(run.host.questions) == 1
+    assert run.host.done("open") == ["open a"]
+
+
+@play(volume("a") + guest("g", "a", sim=""))
+async def test_a_guest_that_nobody_starts_at_boot(run: Running) -> None:
+    run.host.answer("alpha")
+    await run.engine.pursue("start:g")
+    assert (run.guests(), run.state) == ({"g": "running"}, "ready")
+    await run.engine.pursue("stop:g")
+    assert (run.guests(), run.volumes()) == ({"g": "off"}, {"a": "unlocked"})
+
+
+@play(volume("a", FILES, keys=["file:/etc/none"]) + volume("b", A, after=["a"]))
+async def test_a_joined_step_that_fails_by_another(run: Running) -> None:
+    first, second = (asyncio.ensure_future(run.engine.unlock("b")) for _ in range(2))
+    for work in (first, second):
+        assert isinstance(await failure(work), KeyUnavailableError)
+    assert run.volumes() == {"a": "failed", "b": "locked"}
+
+
+# --- people ---
+
+
+@play(volume("a"))
+async def test_who_declines_is_asked_again_but_the_console_is_free(run: Running) -> None:
+    run.engine.boot()
+    assert run.engine.is_console_needed
+    run.host.answer(CancelledError("declined"))
+    await run.until(lambda: len(run.host.questions) == 2)
+    assert not run.engine.is_console_needed
+    run.host.answer(KeyUnavailableError("no agent"))
+    await run.until(lambda: len(run.host.questions) == 3)
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play('[daemon]\non_waiting = ["/bin/mail-me", "root"]\n' + volume("b") + volume("a"))
+async def test_on_waiting(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.host.questions)
+    assert run.host.done("hook") == ["hook /bin/mail-me root {'VMCRYPTD_WAITING': 'a b'}"]
+    run.host.answer("wrong")
+    await run.until(lambda: len(run.host.questions) == 2)
+    assert len(run.host.done("hook")) == 1
+    run.host.answer("alpha")
+    await run.idle()
+
+
+# --- key derivations ---
+
+
+BIG = "memory_kib = 1048576"
+
+
+@play("".join(volume(f"v{i}", f"{A}\n{BIG}") for i in range(6)))
+async def test_key_derivations_stay_within_the_budget(run: Running) -> None:
+    run.host.available_kib = 5 * 1024 * 1024  # half of it is the budget: two at a time
+    run.engine._steps.unlocker._budget._cores = 16
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.state == "ready"
+    assert run.host.most_kib == 2 * 1048576
+
+
+@play(volume("a", f"{A}\n{BIG}") + volume("b", f"{A}\n{BIG}"))
+async def test_one_that_is_too_large_for_the_budget_still_runs(run: Running) -> None:
+    run.host.available_kib = 1000
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.host.most_kib) == ("ready", 0)
+
+
+# --- the way down ---
+
+
+@play(
+    volume("low")
+    + volume("a", A + '\non = ["low"]')
+    + guest("g", "a")
+    + guest("else", sim="running = true")
+)
+async def test_everything_down(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    run.host.hold("closing low")
+    down = asyncio.ensure_future(run.engine.shutdown())
+    await run.until(lambda: run.volumes()["low"] == "locking")
+    assert run.state == "stopping"
+    assert isinstance(await failure(run.engine.unlock("a")), BusyError)
+    with pytest.raises(BusyError):
+        run.engine.boot()
+    run.host.release("closing low")
+    await down
+    assert run.host.done("stop", "close ") == ["stop g", "close a", "close low"]
+    assert run.guests() == {"g": "off", "else": "running"}
+    assert (run.state, run.host.goals(), run.engine.booted) == ("locked", (), False)
+    assert run.host.done("target") == ["target reached", "target left"]
+
+
+def stubborn(how: str) -> str:
+    return guest(
+        "g", "a", sim='running = true\nstop_delay = "infinity"',
+        stop_timeout="10ms", on_stop_timeout=how,
+    )  # fmt: skip
+
+
+@play(volume("a", "open = true") + stubborn("kill") + volume("b", "open = true"))
+async def test_a_guest_that_ignores_the_button_is_killed(run: Running) -> None:
+    await run.engine.shutdown()
+    assert run.host.done("kill", "close ") == ["close b", "kill g", "close a"]
+    assert run.state == "locked"
+
+
+@play(volume("a", "open = true") + stubborn("leave") + volume("b", "open = true"))
+async def test_a_guest_that_ignores_the_button_is_left(run: Running) -> None:
+    error = await failure(run.engine.shutdown())
+    assert "is left running, as configured; its volumes (a) stay open" in str(error)
+    assert run.volumes() == {"a": "unlocked", "b": "locked"}
+    assert "was not tried, because stop g failed" in run.volume("a").error
+
+
+@play('[daemon]\nshutdown_timeout = "10ms"\n' + volume("a", "open = true")
+      + guest("g", "a", sim='running = true\nstop_delay = "infinity"'))  # fmt: skip
+async def test_the_budget_of_the_whole_counts(run: Running) -> None:
+    await run.engine.shutdown()
+    assert run.host.done("kill") == ["kill g"]
+
+
+@play(volume("a", 'open = true\nfault = "busy"') + volume("b", "open = true"))
+async def test_what_cannot_be_closed_is_told_with_its_holder(run: Running) -> None:
+    error = await failure(run.engine.shutdown())
+    assert isinstance(error, BusyError)
+    assert "in use by a simulated process" in str(error)
+    assert run.volumes() == {"a": "unlocked", "b": "locked"}
+
+
+@play(volume("a") + volume("b", "open = true"))
+async def test_shutdown_while_boot_waits(run: Running) -> None:
+    job = run.engine.boot()
+    await run.until(lambda: run.engine.waiting)
+    unlocking = asyncio.ensure_future(run.engine.unlock("a"))
+    await run.until(lambda: len(run.engine.jobs) == 2)
+    await run.engine.shutdown()
+    assert isinstance(await failure(unlocking), CancelledError)
+    assert run.volumes() == {"a": "locked", "b": "locked"}
+    assert (str(job.state), run.engine.waiting, run.state) == ("failed", [], "locked")
+
+
+@play(volume("a"))
+async def test_shutdown_while_a_key_is_tried(run: Running) -> None:
+    run.host.hold("try a")
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.host.deriving)
+    await run.engine.shutdown()
+    assert run.volumes() == {"a": "locked"}
+
+
+@play(volume("a", "open = true") + guest("g", "a"))
+async def test_shutdown_while_a_guest_starts(run: Running) -> None:
+    run.host.hold("starting g")
+    run.engine.boot()
+    await run.until(lambda: run.guests()["g"] == "starting")
+    down = asyncio.ensure_future(run.engine.shutdown())
+    await run.until(lambda: run.state == "stopping")
+    run.host.release("starting g")
+    await down
+    assert (run.guests(), run.volumes()) == ({"g": "off"}, {"a": "locked"})
+
+
+@play(volume("a", "open = true", lock="manual") + volume("b", "open = true"))
+async def test_a_manual_volume_stays(run: Running) -> None:
+    await run.engine.shutdown()
+    assert run.volumes() == {"a": "unlocked", "b": "locked"}
+
+
+@play(volume("a") + volume("b"))
+async def test_boot_after_shutdown(run: Running) -> None:
+    for _ in range(3):
+        run.engine.boot()
+        run.host.answer("alpha")
+        await run.idle()
+        assert run.state == "ready"
+        await run.engine.shutdown()
+        assert run.state == "locked"
+
+
+@play(volume("a"))
+async def test_boot_right_after_everything_was_locked(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting)
+    await run.engine.lock_all()
+    run.engine.boot()
+    await run.until(lambda: len(run.host.questions) == 2)
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.state == "ready"
+
+
+# --- locking ---
+
+
+@play(volume("low", "open = true") + volume("a", 'open = true\non = ["low"]')
+      + guest("g", "a", sim="running = true"))  # fmt: skip
+async def test_lock_is_refused_while_in_use(run: Running) -> None:
+    for work, who in (
+        (run.engine.lock("low"), "volume a"),
+        (run.engine.lock("a"), "guest g"),
+        (run.engine.lock_all(), "guest g"),
+    ):
+        error = await failure(work)
+        assert isinstance(error, BusyError)
+        assert who in str(error)
+    await run.engine.pursue("stop:g")
+    await run.engine.lock("a")
+    await run.engine.lock("low")
+    await run.engine.lock("low")
+    assert run.volumes() == {"low": "locked", "a": "locked"}
+
+
+@play(volume("a") + volume("b"))
+async def test_lock_ends_an_attempt_to_open(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a", "b"])
+    await run.engine.lock("a")
+    assert run.volumes() == {"a": "locked", "b": "waiting"}
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"a": "locked", "b": "unlocked"}
+    assert run.state == "degraded"
+
+
+@play(volume("low", "open = true") + volume("a", A + '\non = ["low"]') + guest("g", "a"))
+async def test_lock_ends_what_comes_up_on_it(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a"])
+    await run.engine.lock("low")
+    assert run.volumes() == {"low": "locked", "a": "locked"}
+    await run.idle()
+    assert run.engine.waiting == []
+
+
+@play(volume("a", "open = true") + guest("g", "a"))
+async def test_lock_while_a_guest_starts(run: Running) -> None:
+    run.host.hold("starting g")
+    run.engine.boot()
+    await run.until(lambda: run.guests()["g"] == "starting")
+    locking = asyncio.ensure_future(run.engine.lock("a"))
+    await run.until(lambda: True)
+    run.host.release("starting g")
+    assert "in use by guest g" in str(await failure(locking))
+    assert run.guests() == {"g": "running"}
+
+
+@play(
+    volume("a", A, unlock="guest", lock="guest") + guest("g", "a", sim="") + guest("h", "a", sim="")
+)
+async def test_the_last_guest_closes_its_volume(run: Running) -> None:
+    run.host.answer("alpha")
+    await run.engine.pursue("start:g")
+    await run.engine.pursue("start:h")
+    await run.engine.pursue("stop:g")
+    assert run.volumes() == {"a": "unlocked"}
+    run.host.guest("h", GuestState.OFF)  # shut down from inside
+    await run.until(lambda: run.volumes() == {"a": "locked"})
+
+
+@play(
+    volume("low", A, lock="guest")
+    + volume("a", A + '\non = ["low"]', lock="guest")
+    + guest("g", "a")
+)
+async def test_a_guest_that_is_gone_closes_the_stack(run: Running) -> None:
+    """Also a transient one, of which libvirt knows nothing any more."""
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    del run.host._guests["g"]
+    run.host.guest_gone()
+    await run.until(lambda: run.volumes() == {"low": "locked", "a": "locked"})
+
+
+@play(volume("a", A, lock="guest") + guest("g", "a", needs=["a"]))
+async def test_libvirt_away_is_not_a_guest_that_stopped(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    run.host.libvirt(False)
+    await run.until(lambda: not run.engine.graph.libvirt_reachable)
+    run.host.libvirt(True)
+    await run.until(lambda: run.engine.graph.libvirt_reachable)
+    assert run.host.done("closing") == []
+    run.host.libvirt(False)
+    await run.until(lambda: not run.engine.graph.libvirt_reachable)
+    run.host._guests["g"].state = GuestState.OFF
+    run.host.libvirt(True)
+    await run.until(lambda: run.volumes() == {"a": "locked"})
+
+
+@play(volume("a", "open = true") + guest("g", "a"))
+async def test_stop_while_a_guest_starts(run: Running) -> None:
+    run.host.hold("starting g")
+    starting = asyncio.ensure_future(run.engine.pursue("start:g"))
+    await run.until(lambda: run.guests()["g"] == "starting")
+    stopping = asyncio.ensure_future(run.engine.pursue("stop:g"))
+    await run.until(lambda: True)
+    run.host.release("starting g")
+    await stopping
+    assert isinstance(await failure(starting), CancelledError)
+    assert run.guests() == {"g": "off"}
+
+
+# --- panic ---
+
+
+@play(volume("low") + volume("a", A + '\non = ["low"]') + volume("b", B) + guest("g", "a"))
+async def test_panic(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.guests()["g"] == "running")
+    await run.until(lambda: run.engine.waiting == ["b"])
+    await run.engine.panic()
+    assert run.host.done("kill", "stop", "close ") == ["kill g", "close a", "close low"]
+    assert (run.state, run.engine.waiting, run.guests()) == ("locked", [], {"g": "off"})
+    assert run.host.goals() == ()
+
+
+@play(
+    volume("a", 'open = true\nfault = "busy"')
+    + volume("b", "open = true")
+    + guest("g", "b", sim="running = true")
+)
+async def test_panic_goes_past_every_error(run: Running) -> None:
+    error = await failure(run.engine.panic())
+    assert "a: a is busy; its key is wiped" in str(error)
+    assert run.volumes() == {"a": "suspended", "b": "locked"}
+    assert run.state == "locked"
+
+
+@play(volume("a", "open = true") + volume("b", "open = true") + guest("g", "a"))
+async def test_panic_does_not_wait_for_what_hangs(run: Running) -> None:
+    run.host.hold("starting g")
+    run.engine.boot()
+    await run.until(lambda: run.guests()["g"] == "starting")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmcryptd.engine.PANIC_CANCEL_S", 0.01)
+        await run.engine.panic()
+    assert run.volumes() == {"a": "locked", "b": "locked"}
+    run.host.release("starting g")
+    await run.idle()
+
+
+@play(volume("a", "open = true") + guest("g", "a", sim='running = true\nstop_delay = "infinity"'))
+async def test_panic_overtakes_a_shutdown(run: Running) -> None:
+    down = asyncio.ensure_future(run.engine.shutdown())
+    await run.until(lambda: run.guests()["g"] == "stopping")
+    await run.engine.panic()
+    assert isinstance(await failure(down), CancelledError)
+    assert (run.guests(), run.volumes()) == ({"g": "off"}, {"a": "locked"})
+    assert run.state == "locked"
+
+
+@play(volume("a", "open = true") + guest("g", "a", sim="running = true"))
+async def test_panic_with_a_libvirt_that_hangs(run: Running) -> None:
+    async def hang(name: str) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(panic, "KILL_S", 0.01)
+        patch.setattr(run.host, "kill", hang)
+        error = await failure(run.engine.panic())
+    assert "guest g could not be killed within 0.01 s" in str(error)
+    assert run.volumes() == {"a": "suspended"}
+
+
+# --- libvirt away ---
+
+
+@play("[sim]\nlibvirt = false\n" + volume("a") + guest("g", "a"))
+async def test_libvirt_away_at_boot_and_back(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.volumes()) == ("degraded", {"a": "unlocked"})
+    assert "libvirt cannot be reached" in run.engine.status_line(run.engine.state)
+    run.host.libvirt(True)
+    await run.until(lambda: run.guests() == {"g": "running"})
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play("[sim]\nlibvirt = false\n" + volume("a", "open = true"))
+async def test_shutdown_without_libvirt(run: Running) -> None:
+    await run.engine.shutdown()
+    assert run.volumes() == {"a": "locked"}
+
+
+# --- a new daemon on the same host ---
+
+
+@play(
+    volume("a")
+    + volume("b", B)
+    + volume("c", A + "\npresent = false", timeout="10ms")
+    + guest("g", "b")
+)
+async def test_a_restart_takes_up_what_was_begun(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.engine.waiting == ["b"] and len(run.host.goals()) == 3)
+    await run.close()
+    assert set(run.host.goals()) == {"boot", "up", "late:c"}
+    assert run.host.done("close", "stop") == []
+    asked = len(run.host.questions)
+    again = Running(run.host)
+    assert again.volumes() == {"a": "unlocked", "b": "locked", "c": "missing"}
+    again.engine.resume()
+    await again.until(lambda: len(run.host.questions) > asked)
+    assert again.engine.waiting == ["b"]
+    run.host.answer("beta")
+    await again.until(lambda: again.guests()["g"] == "running")
+    await again.idle()
+    assert again.state == "degraded"
+    await again.close()
+    third = Running(run.host)
+    third.engine.resume()
+    assert third.engine.booted
+    run.host.volume("c", present=True)
+    await third.until(lambda: third.engine.waiting == ["c"])
+    run.host.answer("alpha")
+    await third.idle()
+    assert third.state == "ready"
+    assert run.host.done("close", "stop") == []
+    run.engine = third.engine
+
+
+@play(volume("a"))
+async def test_goals_that_make_no_sense_any_more(run: Running) -> None:
+    run.host.keep_goals(["unlock:gone", "start:gone", "late:gone", "nonsense", "up"])
+    run.engine.resume()
+    assert (run.engine.booted, run.engine.jobs) == (True, {})
+
+
+# --- another configuration while jobs run ---
+
+
+def reconfigured(text: str) -> object:
+    return Host.parse(text).settings
+
+
+@play(volume("a") + volume("b") + volume("c", A + "\npresent = false"))
+async def test_volumes_are_taken_away_and_come(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a", "b"] and run.engine.is_absent("c"))
+    fresh = reconfigured(volume("b") + volume("d"))
+    more = Host.parse(volume("b") + volume("d"))
+    run.host._volumes["d"] = more._volumes["d"]
+    run.host.settings, run.host._specs = fresh, {**run.host._specs, **fresh.volumes}  # type: ignore[assignment]
+    run.engine.configure(run.host.settings)
+    await run.until(lambda: run.engine.waiting == ["b", "d"])
+    assert run.volumes() == {"b": "waiting", "d": "waiting"}
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"b": "unlocked", "d": "unlocked"}
+    assert run.host.done("open") in (["open b", "open d"], ["open d", "open b"])
+
+
+@play(volume("a"))
+async def test_a_volume_is_taken_away_while_its_key_is_tried(run: Running) -> None:
+    run.host.hold("try a")
+    unlocking = asyncio.ensure_future(keyed.unlock(run.engine, "a", handed_in("alpha")))
+    await run.until(lambda: run.host.deriving)
+    run.engine.configure(reconfigured(""))  # type: ignore[arg-type]
+    assert isinstance(await failure(unlocking), NoSuchVolumeError)
+    assert run.volumes() == {}
+
+
+@play(volume("a", A + "\npresent = false", timeout="10ms"))
+async def test_a_late_comer_is_taken_away(run: Running) -> None:
+    run.engine.boot()
+    await run.idle()
+    run.engine.configure(reconfigured(""))  # type: ignore[arg-type]
+    assert run.host.goals() == ("up",)
+
+
+@play(volume("a") + volume("b"))
+async def test_a_bad_configuration_changes_nothing(run: Running) -> None:
+    circle = reconfigured(volume("a", "", after=["b"]) + volume("b", "", after=["a"]))
+    with pytest.raises(ConfigError):
+        run.engine.configure(circle)  # type: ignore[arg-type]
+    assert run.engine.settings is run.host.settings
+    run.host.answer("alpha")
+    await run.engine.unlock_all()
+
+
+# --- after the end ---
+
+
+@play(volume("a"))
+async def test_nothing_is_begun_after_close(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting)
+    await run.close()
+    with pytest.raises(VmcryptdError, match="vmcryptd is stopping"):
+        run.engine.boot()
+    assert set(run.host.goals()) == {"boot", "up"}
+
+
+@play("")
+async def test_nothing_is_configured(run: Running) -> None:
+    run.engine.boot()
+    await run.idle()
+    assert run.state == "ready"
+    await run.engine.shutdown()
+    await run.engine.panic()
+
+
+@play(volume("a") + guest("g", "a", after=["x"]))
+async def test_plans_do_nothing(run: Running) -> None:
+    assert [step.id for step in run.engine.plan("boot").steps] == ["unlock:a", "start:g"]
+    assert (run.host.calls, run.engine.jobs) == ([], {})

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One question for everything that waits, and how long its answers are held."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from vmcryptd import prompt
+from vmcryptd.errors import VmcryptdError, WrongKeyError
+from vmcryptd.model import Infinity, VolumeSpec
+from vmcryptd.prompt import Answer, Prompt, question
+
+WAITERS: set[asyncio.Task[Answer | None]] = set()  # the volumes' side, which ends with its steps
+WRONG = WrongKeyError("no")
+
+
+@dataclass(eq=False)
+class Token:
+    """A key without a content."""
+
+    closed: int = 0
+
+    def reader(self) -> int:
+        raise AssertionError
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class Person:
+    """Answers when the test says so."""
+
+    questions: list[str] = field(default_factory=list)
+    answers: asyncio.Queue[Token | VmcryptdError] = field(default_factory=asyncio.Queue)
+    waiting: list[list[str]] = field(default_factory=list)
+    interrupted: int = 0
+
+    async def ask(self, message: str) -> Token:
+        self.questions.append(message)
+        try:
+            answer = await self.answers.get()
+        except asyncio.CancelledError:
+            self.interrupted += 1
+            raise
+        if isinstance(answer, VmcryptdError):
+            raise answer
+        return answer
+
+    async def on_waiting(self, names: list[str]) -> None:
+        self.waiting.append(names)
+
+
+Scene = Callable[[Prompt, Person], Awaitable[None]]
+
+
+def play(scene: Scene) -> Callable[[], None]:
+    async def scenes() -> None:
+        person = Person()
+        asked = Prompt(person, lambda: None, person.on_waiting)  # type: ignore[arg-type]
+        async with asyncio.timeout(10):
+            await scene(asked, person)
+        asked.close()
+        await turns()
+        left = asyncio.all_tasks() - {asyncio.current_task()} - WAITERS
+        assert not left
+        for waiter in WAITERS:
+            waiter.cancel()
+        await asyncio.gather(*WAITERS, return_exceptions=True)
+        WAITERS.clear()
+
+    def played() -> None:
+        asyncio.run(scenes())
+
+    played.__name__, played.__doc__ = scene.__name__, scene.__doc__  # type: ignore[attr-defined]
+    return played
+
+
+async def turns() -> None:
+    """All that can happen without time has happened."""
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+def spec(name: str) -> VolumeSpec:
+    return VolumeSpec(name, f"/dev/{name}")
+
+
+def wait(asked: Prompt, *names: str) -> list[asyncio.Task[Answer | None]]:
+    for name in names:
+        asked.expect(name)
+    waiters = [asyncio.create_task(asked.next(spec(name), lambda: True)) for name in names]
+    WAITERS.update(waiters)
+    return waiters
+
+
+def test_the_words() -> None:
+    assert question([spec("a")], False) == "Passphrase for volume a (/dev/a):"
+    assert (
+        question([spec("a"), spec("b")], True) == "That did not fit. Passphrase for volumes a, b:"
+    )
+
+
+@play
+async def test_one_question_for_all(asked: Prompt, person: Person) -> None:
+    tasks = wait(asked, "b", "a")
+    await turns()
+    assert person.questions == ["Passphrase for volumes a, b:"]
+    assert person.waiting == [["a", "b"]]
+    token = Token()
+    person.answers.put_nowait(token)
+    answers = await asyncio.gather(*tasks)
+    assert {answer.key for answer in answers if answer} == {token}
+    asked.release("a")
+    assert not token.closed
+    asked.release("b")
+    assert token.closed
+
+
+@play
+async def test_the_question_waits_for_who_tries_another_source(
+    asked: Prompt, person: Person
+) -> None:
+    asked.expect("slow")
+    asked.trying("slow", True)
+    wait(asked, "a")
+    await turns()
+    assert person.questions == []
+    wait(asked, "slow")
+    await turns()
+    assert person.questions == ["Passphrase for volumes a, slow:"]
+
+
+@play
+async def test_a_slow_source_does_not_hold_up_the_question(asked: Prompt, person: Person) -> None:
+    asked.expect("slow")
+    asked.trying("slow", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt, "GATHER_S", 0.01)
+        wait(asked, "a")
+        while not person.questions:
+            await asyncio.sleep(0.001)
+    assert person.questions == ["Passphrase for volume a (/dev/a):"]
+
+
+@play
+async def test_an_answer_that_fits_nothing_is_dropped(asked: Prompt, person: Person) -> None:
+    [task] = wait(asked, "a")
+    token = Token()
+    person.answers.put_nowait(token)
+    answer = await task
+    assert answer is not None
+    asked.refuse("a", answer, WRONG)
+    assert token.closed
+    wait(asked, "a")
+    await turns()
+    assert person.questions[1] == "That did not fit. Passphrase for volume a (/dev/a):"
+    assert len(person.waiting) == 1
+
+
+@play
+async def test_the_question_ends_when_nobody_wants_an_answer(asked: Prompt, person: Person) -> None:
+    [task] = wait(asked, "a")
+    await turns()
+    task.cancel()
+    asked.release("a")
+    await turns()
+    assert (person.interrupted, asked.waiting) == (1, [])
+    wait(asked, "b")
+    await turns()
+    assert person.questions[1:] == ["Passphrase for volume b (/dev/b):"]
+
+
+@play
+async def test_who_was_opened_meanwhile_wants_no_answer(asked: Prompt, person: Person) -> None:
+    wanted = True
+    asked.expect("a")
+    task = asyncio.create_task(asked.next(spec("a"), lambda: wanted))
+    await turns()
+    wanted = False
+    asked.look_again()
+    assert await task is None
+    assert asked.waiting == []
+
+
+@play
+async def test_a_key_for_one_volume_is_for_no_other(asked: Prompt, person: Person) -> None:
+    asked.expect("a")
+    asked.expect("b")
+    token = Token()
+    answer = asked.offer(token, "key", frozenset(["a"]), "a")
+    assert asked.untried("a") is answer
+    assert asked.untried("b") is None
+    asked.release("a")
+    assert not token.closed  # whoever handed it in takes it back
+    asked.withdraw(answer)
+    asked.withdraw(answer)
+    assert asked.untried("a") is None
+    assert token.closed
+
+
+@play
+async def test_a_key_for_one_volume_goes_before_a_general_one(
+    asked: Prompt, person: Person
+) -> None:
+    asked.expect("a")
+    asked.offer(Token(), "prompt")
+    answer = asked.offer(Token(), "key", frozenset(["a"]), "a")
+    assert asked.untried("a") is answer
+
+
+@play
+async def test_who_asks_nobody_takes_only_what_is_handed_in_for_it(
+    asked: Prompt, person: Person
+) -> None:
+    asked.expect("other")
+    asked.offer(Token(), "prompt")
+    assert asked.untried("a") is None
+    answer = asked.offer(Token(), "key", frozenset(["a"]), "a")
+    assert asked.untried("a") is answer
+
+
+@play
+async def test_the_cache_lets_go_after_a_while(asked: Prompt, person: Person) -> None:
+    asked.key_cache_s = 0.005
+    token = Token()
+    asked.offer(token, "prompt")
+    asked.drop_unneeded()
+    assert not token.closed
+    while not token.closed:
+        await asyncio.sleep(0.001)
+
+
+@play
+async def test_a_late_comer_stops_the_clock_of_the_cache(asked: Prompt, person: Person) -> None:
+    asked.key_cache_s = 0.005
+    token = Token()
+    asked.offer(token, "prompt")
+    asked.drop_unneeded()
+    asked.expect("late")
+    await asyncio.sleep(0.02)
+    assert not token.closed
+    [task] = wait(asked, "late")
+    assert await task is not None
+    asked.release("late")
+    while not token.closed:
+        await asyncio.sleep(0.001)
+
+
+@play
+async def test_wiping_is_final(asked: Prompt, person: Person) -> None:
+    asked.key_cache_s = Infinity
+    tokens = Token(), Token()
+    asked.offer(tokens[0], "prompt")
+    asked.offer(tokens[1], "key", frozenset(["a"]), "a")
+    asked.drop_unneeded()
+    assert not any(token.closed for token in tokens)
+    asked.wipe()
+    assert all(token.closed for token in tokens)
+
+
+@play
+async def test_a_failing_hook_does_not_end_the_asking(asked: Prompt, person: Person) -> None:
+    async def fail(names: list[str]) -> None:
+        asked._on_waiting = person.on_waiting
+        raise OSError("no memory")
+
+    asked._on_waiting = fail
+    [task] = wait(asked, "a")
+    await turns()
+    person.answers.put_nowait(Token())
+    assert await task is not None
+
+
+@play
+async def test_who_comes_just_as_the_asking_ends_is_asked_for(
+    asked: Prompt, person: Person
+) -> None:
+    """In the very turn in which the question found nobody waiting any more."""
+    [task] = wait(asked, "a")
+    token = Token()
+    person.answers.put_nowait(token)
+    await task
+    asked.release("a")
+    for _ in range(10):
+        [late] = wait(asked, "b")
+        await asyncio.sleep(0)
+        late.cancel()
+        asked.release("b")
+        await asyncio.sleep(0)
+    asked_before = len(person.questions)
+    wait(asked, "c")
+    await turns()
+    assert person.questions[asked_before:] == ["Passphrase for volume c (/dev/c):"]

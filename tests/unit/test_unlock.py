@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The budget of key derivations, and what can go wrong between device and mapping."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.lib import Running, handed_in, opened_by, play
+from vmcryptd import keyed
+from vmcryptd.errors import BusyError, DamagedHeaderError, VmcryptdError, WrongUuidError
+from vmcryptd.unlock import KdfBudget
+
+A = opened_by("alpha")
+GIB = 1024 * 1024
+
+
+class Derivations:
+    """Start when the budget lets them, end when the test says so."""
+
+    def __init__(self, budget: KdfBudget, share: float = 0.5) -> None:
+        self.budget, self.share = budget, share
+        self.running: list[int] = []
+        self.ends: dict[int, asyncio.Event] = {}
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def start(self, *sizes: int) -> None:
+        for size in sizes:
+            number = len(self.tasks)
+            self.ends[number] = asyncio.Event()
+            self.tasks.append(asyncio.create_task(self._derive(number, size)))
+
+    async def _derive(self, number: int, size: int) -> None:
+        async with self.budget.take(size, self.share):
+            self.running.append(number)
+            try:
+                await self.ends[number].wait()
+            finally:
+                self.running.remove(number)
+
+    async def settle(self) -> list[int]:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return sorted(self.running)
+
+    async def end(self, number: int) -> list[int]:
+        self.ends[number].set()
+        return await self.settle()
+
+
+def test_as_many_as_fit() -> None:
+    async def test() -> None:
+        derivations = Derivations(KdfBudget(lambda: 4 * GIB, cores=16))
+        derivations.start(GIB, GIB, GIB, GIB // 2)
+        assert await derivations.settle() == [0, 1]
+        assert await derivations.end(0) == [1, 2]
+        assert await derivations.end(1) == [2, 3]
+        assert await derivations.end(2) == [3]
+        assert await derivations.end(3) == []
+
+    asyncio.run(test())
+
+
+def test_the_kernel_has_not_counted_yet_what_has_only_just_started() -> None:
+    """The budget is a share of what was there before: not of that and what is on its way to be used, too."""
+
+    async def test() -> None:
+        derivations = Derivations(KdfBudget(lambda: 8 * GIB, cores=16))
+        derivations.start(*[GIB] * 10)
+        assert await derivations.settle() == [0, 1, 2, 3]
+        for number in range(10):
+            assert len(await derivations.end(number)) <= 4
+
+    asyncio.run(test())
+
+
+def test_memory_that_others_have_taken_meanwhile() -> None:
+    async def test() -> None:
+        available = [8 * GIB]
+        derivations = Derivations(KdfBudget(lambda: available[0], cores=16))
+        derivations.start(GIB)
+        await derivations.settle()
+        available[0] = GIB // 2
+        derivations.start(GIB)
+        assert await derivations.settle() == [0]
+        assert await derivations.end(0) == [1]  # a single one always runs
+        await derivations.end(1)
+
+    asyncio.run(test())
+
+
+def test_no_more_than_there_are_cores() -> None:
+    async def test() -> None:
+        derivations = Derivations(KdfBudget(lambda: 64 * GIB, cores=2))
+        derivations.start(0, 0, 0)
+        assert await derivations.settle() == [0, 1]
+        assert await derivations.end(1) == [0, 2]
+        await derivations.end(0)
+        await derivations.end(2)
+
+    asyncio.run(test())
+
+
+def test_a_cancelled_one_gives_back_what_it_held() -> None:
+    async def test() -> None:
+        derivations = Derivations(KdfBudget(lambda: 2 * GIB, cores=16))
+        derivations.start(GIB, GIB)
+        assert await derivations.settle() == [0]
+        derivations.tasks[0].cancel()
+        assert await derivations.settle() == [1]
+        derivations.start(GIB)
+        derivations.tasks[2].cancel()  # while it waits
+        assert await derivations.settle() == [1]
+        assert await derivations.end(1) == []
+
+    asyncio.run(test())
+
+
+# --- between device and mapping ---
+
+
+def volume(name: str, sim: str = A, more: str = "") -> str:
+    return f'[volume.{name}]\ndevice = "/dev/{name}"\n{more}\n[sim.volume.{name}]\n{sim}\n'
+
+
+async def failure(run: Running, name: str) -> VmcryptdError:
+    with pytest.raises(VmcryptdError) as caught:
+        await keyed.unlock(run.engine, name, handed_in("alpha"))
+    return caught.value
+
+
+UUID = "3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"
+
+
+@play(volume("a", A, f'uuid = "{UUID}"'))
+async def test_another_header_than_the_configured_one(run: Running) -> None:
+    error = await failure(run, "a")
+    assert isinstance(error, WrongUuidError)
+    assert f"the configuration says {UUID}" in str(error)
+    assert run.volumes() == {"a": "failed"}
+    assert run.host.done("try") == []
+
+
+@play(volume("a", 'fault = "damaged"'))
+async def test_a_damaged_header(run: Running) -> None:
+    assert isinstance(await failure(run, "a"), DamagedHeaderError)
+
+
+@play(volume("a"))
+async def test_the_uuid_is_shown_once_the_header_was_read(run: Running) -> None:
+    assert run.volume("a").uuid == ""
+    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    assert run.volume("a").uuid == "00000000-0000-0000-0000-000000000000"
+
+
+@play(volume("a"))
+async def test_somebody_else_was_quicker_with_the_key(run: Running) -> None:
+    async def taken(*_: object) -> None:
+        run.host.volume("a", open=True)
+        raise BusyError("device a already exists")
+
+    run.host.open = taken  # type: ignore[method-assign]
+    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    assert (run.volumes(), run.volume("a").error) == ({"a": "unlocked"}, "")
+
+
+@play(volume("a"))
+async def test_a_suspended_volume_is_resumed(run: Running) -> None:
+    run.host.volume("a", open=True, suspended=True)
+    await run.until(lambda: run.volumes() == {"a": "suspended"})
+    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    assert run.volumes() == {"a": "unlocked"}

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The main job: from powered-off to running guests and back, again and again on the same disks."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.vm import guest, lab
+from tests.vm.conftest import HostFactory
+from tests.vm.host import Host, Vm
+
+CLOSED_LOUDLY = "STILL OPEN"
+
+
+@pytest.fixture(scope="module")
+def host(module_host: HostFactory) -> Host:
+    """Off, guests shut off. `cr_imap` lies on a logical volume on `cr_outer`; so does the disk of `web`."""
+    host = module_host(disks=["200M"])
+    with host.boot() as vm:
+        setup = lab.Lab(vm)
+        setup.luks(lab.disk(0))
+        outer = setup.open(lab.disk(0), "cr_outer")
+        vm.run(
+            f"pvcreate -q {outer} && vgcreate -q inner {outer}"
+            " && lvcreate -q -y -L 20M -n web inner && lvcreate -q -y -L 60M -n imap inner"
+        )
+        setup.volume("cr_outer", lab.disk(0), content="lvm", vg="inner")
+        setup.encrypted_guest("imap", "/dev/inner/imap")
+        setup.boot_sector("/dev/inner/web")
+        setup.domain("web", "/dev/inner/web")
+        vm.run("vgchange -q -an inner")
+        setup.close("cr_outer")
+        vm.put(
+            "/usr/local/bin/on-waiting", "#!/bin/sh\necho $VMCRYPTD_WAITING >>/root/waited\n", 0o755
+        )
+        setup.write_config('[daemon]\non_waiting = ["/usr/local/bin/on-waiting"]\n')
+        vm.run("systemctl disable --now libvirt-guests.service")
+        vm.poweroff()
+    return host
+
+
+def boot_locked(host: Host) -> Vm:
+    vm = host.boot(wait=False)
+    vm.wait_unit("vmcryptd.service")
+    assert lab.mappings(vm) == []
+    return vm
+
+
+def assert_running(vm: Vm, starts: int, clean_stops: int) -> None:
+    lab.wait_state(vm, "ready")
+    vm.wait_unit("vmcryptd.target")
+    expected = guest.Counters(starts, clean_stops)
+    vm.wait_counters("/dev/mapper/cr_imap", expected)
+    vm.wait_counters("/dev/inner/web", expected)
+    assert lab.volume_states(vm) == {"cr_outer": "unlocked", "cr_imap": "unlocked"}
+    assert lab.guest_states(vm) == {"imap": "running", "web": "running"}
+
+
+def assert_closed(host: Host, vm: Vm) -> None:
+    """What the last shutdown of the host left behind."""
+    journal = host.journal_path(host.boots).read_text()
+    assert "volume cr_imap is closed" in journal
+    assert "volume cr_outer is closed" in journal
+    assert CLOSED_LOUDLY not in vm.console.transcript
+    # A thief of the disk finds nothing of what the guest reads.
+    assert guest.boot_sector() not in host.disk_path(0).read_bytes()
+
+
+def managed_objects(vm: Vm) -> dict[str, dict[str, Any]]:
+    """What busctl tells of every object, its properties by interface."""
+    command = (
+        "busctl --json=short call org.vmcryptd1 /org/vmcryptd1"
+        " org.freedesktop.DBus.ObjectManager GetManagedObjects"
+    )
+    [objects] = json.loads(vm.run(command).out)["data"]
+    return {
+        path: {
+            interface: {name: value["data"] for name, value in properties.items()}
+            for interface, properties in interfaces.items()
+        }
+        for path, interfaces in objects.items()
+    }
+
+
+def test_one_answer_at_the_console(host: Host) -> None:
+    with boot_locked(host) as vm:
+        vm.console.expect(r"Passphrase for volume cr_outer \(.*\):")
+        lab.type_secret(vm, lab.WRONG)
+        vm.console.expect(r"That did not fit\. Passphrase for volume cr_outer")
+        lab.type_secret(vm, lab.PASSPHRASE)
+        vm.console.expect("login:")
+        assert_running(vm, starts=1, clean_stops=0)
+        assert json.loads(vm.run("vmcryptctl plan boot --json").out)["steps"] == []
+
+        told = lab.status(vm)
+        objects = managed_objects(vm)
+        for volume in told["volumes"]:
+            path = f"/org/vmcryptd1/volume/{volume['name'].replace('_', '_5f')}"
+            properties = objects[path]["org.vmcryptd1.Volume"]
+            assert properties["State"] == volume["state"]
+            assert properties["Uuid"] == volume["uuid"]
+            assert properties["NeededBy"] == volume["needed_by"]
+            assert properties["KeySource"] == volume["key_source"] == "prompt"
+        for domain in told["guests"]:
+            properties = objects[f"/org/vmcryptd1/guest/{domain['name']}"]["org.vmcryptd1.Guest"]
+            assert properties["State"] == domain["state"]
+            assert properties["Needs"] == domain["needs"]
+            assert properties["StartsAtBoot"] is domain["starts_at_boot"] is True
+        text = vm.run("vmcryptctl status").out
+        assert all(name in text for name in ("ready", "cr_outer", "cr_imap", "imap", "web"))
+
+        # For the next boot: nobody will be there.
+        vm.run("sed -i 's/^.daemon.$/&\\nconsole_prompt = \"3s\"/' /etc/vmcryptd/vmcryptd.toml")
+        vm.run("systemctl enable libvirt-guests.service && rm -f /root/waited")
+        vm.power_button()
+        assert vm.wait_off() == "guest-shutdown"
+        assert_closed(host, vm)
+
+
+def test_nobody_at_the_console(host: Host) -> None:
+    with boot_locked(host) as vm:
+        vm.console.expect("login:")
+        vm.wait_unit("ssh.service")
+        lab.wait_state(vm, "waiting")
+        vm.wait_until("grep -qx cr_outer /root/waited")
+        assert lab.status(vm)["waiting"] == ["cr_outer"]
+        assert vm.run("vmcryptctl wait --timeout 1s", check=False).code == 6
+        assert vm.run("systemctl is-active vmcryptd.target", check=False).out == "inactive\n"
+
+        vm.console.type("root\n")
+        vm.console.expect(r"root@.*# ")
+        vm.console.type("vmcryptctl unlock; echo exit=$?\n")
+        vm.console.expect("Passphrase for (volume )?cr_outer.*:")
+        lab.type_secret(vm, lab.PASSPHRASE)
+        vm.console.expect("exit=0")
+        assert_running(vm, starts=2, clean_stops=1)
+        assert vm.run("vmcryptctl wait").code == 0
+
+        # The daemon dies a second before: the way down is the same, without it.
+        vm.run(
+            "systemctl kill --kill-whom=main -s KILL vmcryptd.service; systemctl poweroff --no-block"
+        )
+        assert vm.wait_off() == "guest-shutdown"
+        assert_closed(host, vm)
+
+
+def test_keys_over_standard_input_and_bus(host: Host) -> None:
+    with boot_locked(host) as vm:
+        vm.wait_booted()
+        lab.wait_state(vm, "waiting")
+        assert lab.unlock(vm, passphrase=lab.WRONG, check=False) == 3
+        assert lab.unlock(vm, "cr_outer", passphrase=lab.WRONG, check=False) == 3
+        assert lab.volume_states(vm) == {"cr_outer": "waiting", "cr_imap": "locked"}
+
+        # busctl takes a descriptor only as one it was itself handed as LISTEN_FDS.
+        call = f"busctl call {lab.MANAGER} UnlockWithKey sh cr_outer 3"
+        script = f"exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$BASHPID exec {call}"
+        vm.run(["bash", "-c", script], stdin=lab.PASSPHRASE.encode())
+        vm.wait_until("vmcryptctl status --json cr_imap | grep -q waiting")
+        assert vm.run("virsh domstate web").out.strip() in ("running", "shut off")
+
+        assert lab.unlock(vm) == 0
+        assert_running(vm, starts=3, clean_stops=2)
+        assert vm.reboot() == "guest-reset"
+        assert_closed(host, vm)
+
+
+def test_a_power_cut_leaves_nothing_behind(host: Host) -> None:
+    with boot_locked(host) as vm:
+        lab.wait_state(vm, "waiting")
+        assert lab.unlock(vm) == 0
+        assert_running(vm, starts=4, clean_stops=3)
+        vm.power_cut()
+    with boot_locked(host) as vm:
+        lab.wait_state(vm, "waiting")
+        assert lab.unlock(vm) == 0
+        assert_running(vm, starts=5, clean_stops=3)
+        assert vm.poweroff() == "guest-shutdown"
+        assert_closed(host, vm)
