@@ -12,7 +12,6 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -119,7 +118,7 @@ def _vg_name(value: str) -> str:
 def _key_source(value: str) -> str:
     kind, _, argument = value.partition(":")
     if kind not in tuple(SourceKind):
-        known = ", ".join(("prompt", "file:/path", "credential:name", "exec:/command"))
+        known = "prompt, file:/path, credential:name, exec:/command"
         raise ValueError(
             f'"{value}" is no key source: expected one of {known}{_hint(kind, SourceKind)}'
         )
@@ -200,12 +199,14 @@ class DaemonTable(_Table):
     )
     key_cache: Duration = Field(
         0.0,
-        description="How long an answer is held, for volumes whose device appears late, after nothing waits for it any more.",
+        description="How long an answer is held, for volumes whose device appears late, "
+        "after nothing waits for it any more.",
         json_schema_extra={"shown": "0"},
     )
     on_waiting: list[str] = Field(
         [],
-        description="A command (argument vector, absolute path first) that is run when volumes start to wait for a person. "
+        description="A command (argument vector, absolute path first) that is run when volumes start to wait "
+        "for a person. "
         "VMCRYPTD_WAITING in its environment holds their names, separated by spaces.",
         json_schema_extra={"shown": ["/usr/local/bin/mail-me"]},
     )
@@ -232,7 +233,8 @@ class VolumeTable(_Table):
     keys: list[Source] = Field(
         ["prompt"],
         min_length=1,
-        description="Where the key comes from, in order, each tried for a bounded time: file:/path (owned by root, mode 0600), "
+        description="Where the key comes from, in order, each tried for a bounded time: "
+        "file:/path (owned by root, mode 0600), "
         "credential:name (systemd credentials), exec:/command (its standard output is the key), prompt (ask a person). "
         'A person is asked after all others have failed; without "prompt" nobody is asked and the volume has failed.',
         json_schema_extra={"shown": ["file:/etc/vmcryptd/keys/imap", "prompt"]},
@@ -258,7 +260,8 @@ class VolumeTable(_Table):
     )
     vg: VgName | None = Field(
         None,
-        description='The volume group on it, so that /dev/VG/… is known to lie here while this is still locked; content = "lvm" only.',
+        description="The volume group on it, so that /dev/VG/… is known to lie here while this is still locked; "
+        'content = "lvm" only.',
         json_schema_extra={"shown": "inner"},
     )
     discard: bool = Field(
@@ -313,7 +316,8 @@ class GuestTable(_Table):
     )
     ready: Ready = Field(
         "running",
-        description='When guests after this one may start: running, agent (the guest agent answers) or "tcp:HOST:PORT".',
+        description="When guests after this one may start: running, agent (the guest agent answers) "
+        'or "tcp:HOST:PORT".',
     )
     stop_timeout: Duration = Field(
         180.0,
@@ -475,7 +479,8 @@ def _sentences(file: str, error: ValidationError) -> Iterable[str]:
         # A table is [daemon] or [volume.NAME]; what follows is the key in it, and an index into a list.
         size = 1 if path[:1] == ["daemon"] else 2
         if len(path) <= 1 and item["type"] == "extra_forbidden":
-            yield f"{file}: [{path[0]}]: unknown table{_hint(path[0], TABLES)}; expected [daemon], [volume.NAME] or [guest.NAME]"
+            unknown = f"{file}: [{path[0]}]: unknown table{_hint(path[0], TABLES)}"
+            yield f"{unknown}; expected [daemon], [volume.NAME] or [guest.NAME]"
             continue
         table, rest = path[:size], path[size:]
         where = f"{file}: [{'.'.join(table)}]"

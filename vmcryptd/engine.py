@@ -8,22 +8,26 @@ are new, and plans again when a step has ended or the world has changed, until n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 from vmcryptd import planner
 from vmcryptd.errors import (
     BusyError,
+    DependencyError,
     DeviceMissingError,
     InternalError,
+    KeyUnavailableError,
     LibvirtError,
+    ShuttingDownError,
     VmcryptdError,
 )
 from vmcryptd.graph import Graph
-from vmcryptd.jobs import Job, JobState, is_rising
-from vmcryptd.model import Action, HostState, Infinity, Lock, Plan, Settings, VolumeState
+from vmcryptd.jobs import Job, JobState, is_rising, outcome
+from vmcryptd.model import Action, HostState, Infinity, Lock, Plan, Settings, Unlock, VolumeState
 from vmcryptd.panic import panic
 from vmcryptd.ports import Key, Ports
 from vmcryptd.prompt import Prompt
@@ -42,6 +46,10 @@ from vmcryptd.world import World
 log = logging.getLogger(__name__)
 
 LIBVIRT_TIMEOUT_S = 30.0
+# Whatever does not end within this is left to end by itself: the keys do not wait for it.
+PANIC_CANCEL_S = 2.0
+
+_RISING_VOLUME = (Action.UNLOCK, Action.ACTIVATE, Action.MOUNT)
 
 
 class Engine:
@@ -62,16 +70,26 @@ class Engine:
         self._late: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._libvirt_error: VmcryptdError | None = None
-        self._was_running: set[str] = set()
+        self._was_running: dict[str, tuple[str, ...]] = {}  # guest → what it needs
+        self._was_usable: set[str] = set()
+        self._boot_set: tuple[list[str], list[str]] = [], []
+        self._boot_set_of: Graph | None = None
+        self._keystores: set[str] = set()  # opened for others, to be closed when nothing comes up
         self._target_reached: bool | None = None
         self._rebuilt = asyncio.Event()
-        self._is_stopping = False
+        self._stopping = 0  # requests to go down that are under way
         self._is_closed = False
         self._told_status = ""
         self.prompt = Prompt(ports.keys, self._touch, self._on_waiting)
         self._activities = Activities(settings.volumes)
         self._steps = Steps(
-            ports, self.world, self.prompt, self._activities, self._may_ask, self._touch
+            ports,
+            self.world,
+            self.prompt,
+            self._activities,
+            self._may_ask,
+            self._touch,
+            self._open_for,
         )
 
     @property
@@ -97,17 +115,24 @@ class Engine:
         for task, _ in self._running.values():
             task.cancel()
         self.prompt.close()
+        self._replan()
 
     def configure(self, settings: Settings) -> None:
         """Take a new configuration. Raises GraphError, and then the old one stays."""
         self.world.configure(settings)
+        for step_id, (task, job) in self._running.items():
+            action, _, name = step_id.partition(":")
+            if action in _RISING_VOLUME and name not in settings.volumes and job.is_rising:
+                task.cancel()
         self._configured()
+        self._keep_goals()
         self._replan()
 
     def _configured(self) -> None:
         settings = self.settings
         self.prompt.key_cache_s = settings.daemon.key_cache_s
         self._activities.configure(settings.volumes)
+        self._late &= set(settings.volumes)
         self._after_look()
         self._touch()
 
@@ -149,14 +174,9 @@ class Engine:
                 self._late.discard(name)
             elif activity.doing is None:
                 activity.key_source = ""
-        running = {name for name, node in self.graph.guests.items() if node.is_running}
-        for name in running:
-            self._activities.guest(name).error = None
-        if not self._is_stopping:
-            for name in (self._was_running - running) & set(self.graph.guests):
-                for volume in planner.idle_volumes(self.graph, name):
-                    self._spawn(self._lock_idle(volume, name))
-        self._was_running = running
+        self._after_guests()
+        self._after_opening()
+        self.prompt.look_again()  # what waits may have been opened by hand
         if self.booted and any(self.graph.volumes[name].device for name in self._late):
             self._late = {name for name in self._late if not self.graph.volumes[name].device}
             self._begin_quietly("boot")
@@ -164,6 +184,30 @@ class Engine:
             self._libvirt_error = None
             if self.booted:
                 self._begin_quietly("boot")
+
+    def _after_guests(self) -> None:
+        running = {name: node.needs for name, node in self.graph.guests.items() if node.is_running}
+        for name in running:
+            self._activities.guest(name).error = None
+        if not self.graph.libvirt_reachable:
+            return  # what is not seen now has not stopped for that
+        stopped = {name: needs for name, needs in self._was_running.items() if name not in running}
+        self._was_running = running
+        for name, needs in stopped.items():
+            if not self._is_stopping and (idle := planner.idle_volumes(self.graph, needs, name)):
+                self._spawn(self._lock_idle(idle, f"guest {name} was the last to use it"))
+
+    def _after_opening(self) -> None:
+        """Guests that boot could not start because a volume was locked start when somebody opens that."""
+        usable = {name for name, node in self.graph.volumes.items() if node.is_usable}
+        fresh, self._was_usable = usable - self._was_usable, usable
+        if not self.booted or self._is_stopping:
+            return
+        for name in dict.fromkeys(g for v in fresh for g in self.graph.guests_on.get(v, ())):
+            node, activity = self.graph.guests[name], self._activities.guest(name)
+            failed = isinstance(activity.error, DependencyError) and activity.doing is None
+            if failed and node.starts_at_boot and usable.issuperset(node.needs):
+                self._begin_quietly(f"start:{name}")
 
     def _touch(self) -> None:
         """Something visible changed: wake who waits for it, and tell the bus."""
@@ -197,6 +241,13 @@ class Engine:
     # --- telling ---
 
     @property
+    def boot_set(self) -> tuple[list[str], list[str]]:
+        """The volumes and guests that boot brings up, as planner.boot_set; worked out once a graph."""
+        if self._boot_set_of is not self.graph:
+            self._boot_set_of, self._boot_set = self.graph, planner.boot_set(self.graph)
+        return self._boot_set
+
+    @property
     def waiting(self) -> list[str]:
         return self.prompt.waiting
 
@@ -211,7 +262,7 @@ class Engine:
 
     @property
     def state(self) -> HostState:
-        volumes, guests = planner.boot_set(self.graph)
+        volumes, guests = self.boot_set
         return host_state(
             (volume_state(self.graph, name, self._activities.volumes[name]) for name in volumes),
             (
@@ -255,9 +306,14 @@ class Engine:
 
     def boot(self) -> Job:
         """Bring up the boot set; returns at once."""
-        self.booted = True
+        before, self.booted = self.booted, True
+        try:
+            job = self.begin("boot")
+        except VmcryptdError:
+            self.booted = before
+            raise
         self.prompt.declined = False
-        return self.begin("boot")
+        return job
 
     async def unlock(self, name: str) -> None:
         """Open a volume and what it needs, asking where necessary. Raises what kept it closed."""
@@ -265,15 +321,20 @@ class Engine:
 
     async def pursue(self, goal: str) -> None:
         """Reach a goal and wait for its end. Raises what it failed by."""
+        verb, _, name = goal.partition(":")
+        if verb == "stop":
+            await self._cancel({f"{Action.START}:{name}"})
         job = self.begin(goal)
         await self.wait(job)
 
     async def unlock_all(self) -> None:
         """Open the whole boot set, asking where necessary."""
         self.world.observe()
-        volumes, _ = planner.boot_set(self.graph)
+        volumes, _ = self.boot_set
         jobs = [
-            self.begin(f"unlock:{name}") for name in volumes if not self.graph.volumes[name].is_open
+            self.begin(f"unlock:{name}", look=False)
+            for name in volumes
+            if not self.graph.volumes[name].is_open
         ]
         await asyncio.gather(*(self.ended(job) for job in jobs))
         for job in jobs:
@@ -297,12 +358,8 @@ class Engine:
 
     async def shutdown(self) -> None:
         """The whole way down. What fails is told at the end; the rest is closed all the same."""
-        self._is_stopping = True
-        try:
+        with self._going_down():
             await self._shutdown()
-        finally:
-            self._is_stopping = False
-            self._touch()
 
     async def _shutdown(self) -> None:
         self._touch()
@@ -335,22 +392,30 @@ class Engine:
 
     async def panic(self) -> None:
         """Now: guests killed, keys wiped, mappings closed; goes on past every error and tells them at the end."""
-        self._is_stopping = True
-        try:
+        with self._going_down():
             await self._panic()
-        finally:
-            self._is_stopping = False
-            self._touch()
 
     async def _panic(self) -> None:
         self._touch()
         self._forget_boot()
-        for task, _ in list(self._running.values()):
-            task.cancel()
-        await self._cancel_rising()
+        self._stop_rising_jobs()
+        await self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S)
         self.world.observe()
         if errors := await panic(self.world, self._ports):
             raise BusyError("; ".join(errors))
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stopping > 0
+
+    @contextlib.contextmanager
+    def _going_down(self) -> Iterator[None]:
+        self._stopping += 1
+        try:
+            yield
+        finally:
+            self._stopping -= 1
+            self._touch()
 
     # --- jobs ---
 
@@ -361,16 +426,25 @@ class Engine:
         self._libvirt_error = None
         self.prompt.wipe()
 
-    def begin(self, goal: str, *, may_ask: bool = True, deadline: float = Infinity) -> Job:
+    def begin(
+        self, goal: str, *, may_ask: bool = True, deadline: float = Infinity, look: bool = True
+    ) -> Job:
+        """Pursue a goal, or join who pursues it; `look` first, unless that was just done.
+
+        Raises VmcryptdError.
+        """
+        if self._is_closed:
+            raise ShuttingDownError("vmcryptd is stopping; ask again when it is back")
+        if is_rising(goal) and self._is_stopping:
+            raise BusyError("everything is being stopped and closed; try again when that is done")
+        if look:
+            self.world.observe()
         for job in self.jobs.values():
-            if job.goal == goal and goal != "panic":
+            if job.goal == goal and not job.is_stopped:
                 job.may_ask = job.may_ask or may_ask
                 job.forget_failures()  # asked for again: tried again
                 self._replan()
                 return job
-        if is_rising(goal) and self._is_stopping:
-            raise BusyError("everything is being stopped and closed; try again when that is done")
-        self.world.observe()
         first = planner.plan(self.graph, goal)
         job = self._register(Job(next(self._numbers), goal, may_ask, deadline))
         self._add_steps(job, first)
@@ -399,7 +473,10 @@ class Engine:
         self._ports.memory.keep_goals(goals)
 
     async def _pursue(self, job: Job) -> None:
-        libvirt = asyncio.create_task(self._libvirt_known()) if job.goal == "boot" else None
+        libvirt = None
+        if job.goal == "boot":
+            libvirt = asyncio.create_task(self._libvirt_known())
+            libvirt.add_done_callback(lambda _: self._replan())
         try:
             while True:
                 rebuilt = self._rebuilt
@@ -419,19 +496,34 @@ class Engine:
     def _finish(self, job: Job) -> None:
         job.state = JobState.FAILED if job.error else JobState.DONE
         self.jobs.pop(job.id, None)
-        if job.goal == "boot":
-            self._late.update(
+        if job.is_rising and job.goal != "boot":
+            self._keystores.update(
                 name
-                for name in self.graph.volumes
-                if isinstance(self._activities.volumes[name].error, DeviceMissingError)
+                for name, node in self.graph.volumes.items()
+                if node.spec.lock is Lock.BOOT
                 and f"{Action.UNLOCK}:{name}" in job.tasks
+                and job.goal != f"unlock:{name}"
             )
+        if self._keystores and not any(job.is_rising for job in self.jobs.values()):
+            keystores, self._keystores = self._keystores, set()
+            if not self._is_stopping and not self._is_closed:
+                idle = [
+                    name
+                    for name in keystores
+                    if name in self.graph.volumes
+                    and self.graph.volumes[name].is_open
+                    and not self.graph.users(name)
+                ]
+                self._spawn(self._lock_idle(idle, "nothing is opened with it any more"))
         self._keep_goals()
         self._touch()
 
     def _plan_again(self, job: Job) -> Plan:
+        if job.planned is not None and job.planned[0] is self.graph:
+            return job.planned[1]
         try:
-            return planner.plan(self.graph, job.goal)
+            job.planned = self.graph, planner.plan(self.graph, job.goal)
+            return job.planned[1]
         except VmcryptdError:
             return Plan(job.goal)  # what it was about is gone, or in use by now: no new steps
 
@@ -440,7 +532,7 @@ class Engine:
             if step.id in job.tasks or job.is_stopped:
                 continue
             running = self._running.get(step.id)
-            if running is None:
+            if running is None or running[0].done():
                 task = asyncio.create_task(self._steps.run(job, step), name=step.id)
                 self._running[step.id] = (task, job)
                 task.add_done_callback(self._step_done)
@@ -452,7 +544,10 @@ class Engine:
 
     def _step_done(self, task: asyncio.Task[None]) -> None:
         step_id = task.get_name()
+        if self._running.get(step_id, (task,))[0] is not task:
+            return  # begun again meanwhile
         self._running.pop(step_id, None)
+        self._note_late(step_id, task)
         if step_id.startswith(f"{Action.UNLOCK}:"):
             self.prompt.release(step_id.partition(":")[2])
         self._touch()
@@ -463,6 +558,21 @@ class Engine:
             and not isinstance(error, VmcryptdError)
         ):
             log.error("%s failed by a fault of vmcryptd", task.get_name(), exc_info=error)
+
+    def _note_late(self, step_id: str, task: asyncio.Task[None]) -> None:
+        """A volume of the boot set whose device did not come in time is opened when it comes."""
+        action, _, name = step_id.partition(":")
+        if self.booted and action == Action.UNLOCK and name in self.graph.volumes:
+            missing = isinstance(outcome(task), DeviceMissingError)
+            if missing and name in self.boot_set[0]:
+                self._late.add(name)
+                self._keep_goals()
+
+    async def _open_for(self, job: Job, volume: str) -> None:
+        """Open a volume that a step of the job turned out to need."""
+        if job.goal == "boot" and self.settings.volumes[volume].unlock is Unlock.MANUAL:
+            raise KeyUnavailableError(f"{volume} is opened only when told to")
+        await self.wait(self.begin(f"unlock:{volume}", may_ask=job.may_ask))
 
     async def _libvirt_known(self) -> None:
         if not self.world.needs_libvirt or self._ports.domains.current().reachable:
@@ -501,30 +611,42 @@ class Engine:
         if job.error is not None:
             raise job.error
 
-    async def _cancel_rising(self) -> None:
-        """End every attempt to bring something up, and wait until it has ended."""
+    def _stop_rising_jobs(self) -> None:
         for job in self.jobs.values():
             job.is_stopped = job.is_stopped or job.is_rising
-        rising = [task for task, job in self._running.values() if job.is_rising]
-        for task in rising:
-            task.cancel()
-        if rising:
-            await asyncio.wait(rising)
-        self._replan()
+
+    async def _cancel_rising(self) -> None:
+        """End every attempt to bring something up, and wait until it has ended."""
+        self._stop_rising_jobs()
+        rising = {step_id for step_id, (_, job) in self._running.items() if job.is_rising}
+        await self._cancel(rising, timeout_s=self.settings.daemon.shutdown_timeout_s)
 
     async def _give_up(self, volume: str) -> None:
-        """End an attempt to open the volume that is still under way."""
-        running = self._running.get(f"{Action.UNLOCK}:{volume}")
-        if running is not None:
-            running[0].cancel()
-            await asyncio.wait({running[0]})
+        """End what is under way to open the volume, or to bring up something on it."""
+        above = [volume]
+        for name in above:
+            above += [u for u in self.graph.standing_on.get(name, ()) if u not in above]
+        steps = {f"{action}:{name}" for name in above for action in _RISING_VOLUME}
+        steps |= {
+            f"{Action.START}:{g}" for name in above for g in self.graph.guests_on.get(name, ())
+        }
+        await self._cancel(steps)
 
-    async def _lock_idle(self, volume: str, guest: str) -> None:
-        log.info("volume %s: guest %s was the last to use it, it is closed", volume, guest)
-        try:
-            await self.pursue(f"lock:{volume}")
-        except BusyError as error:
-            log.warning("%s", error)
+    async def _cancel(self, step_ids: set[str], timeout_s: float = Infinity) -> None:
+        tasks = [task for step_id, (task, _) in self._running.items() if step_id in step_ids]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=None if timeout_s == Infinity else timeout_s)
+        self._replan()
+
+    async def _lock_idle(self, volumes: Iterable[str], why: str) -> None:
+        for name in volumes:
+            log.info("volume %s is closed: %s", name, why)
+            try:
+                await self.pursue(f"lock:{name}")
+            except VmcryptdError as error:
+                log.warning("%s", error)
 
     async def _on_waiting(self, names: list[str]) -> None:
         log.warning("waiting for the key of %s; `vmcryptctl unlock` takes it", ", ".join(names))

@@ -177,7 +177,7 @@ def wanted_paths(
         paths.update(_pool_paths(pool))
         paths.update(pool.volumes.values())
     for domain in virtualisation.domains.values():
-        paths.update(source.path for source in domain.sources if source.path)
+        paths.update(path for s in domain.sources if (path := virtualisation.path_of(s)))
     for chain in chains.values():
         paths.update(chain)
     return paths
@@ -390,8 +390,9 @@ def _build(settings: Settings, observation: Observation) -> Graph:
             elif source.pool in pools:
                 used[source.pool] = None
                 needs.update(dict.fromkeys(pools[source.pool].needs))
-                if target := pools[source.pool].pool.volumes.get(source.volume):
-                    needs.update(dict.fromkeys(places.of_path(target)))
+                if target := pools[source.pool].pool.path_of(source.volume):
+                    lies_on[target] = places.of_path(target)
+                    needs.update(dict.fromkeys(lies_on[target]))
         needs.update(dict.fromkeys(settings.guest(name).needs))
         guests[name] = GuestNode(settings.guest(name), domain, tuple(needs), tuple(used))
     _check_cycles({name: node.spec.after for name, node in guests.items()}, "guest")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vmcryptd.errors import CancelledError, DependencyError, InternalError, VmcryptdError
-from vmcryptd.model import Infinity
+from vmcryptd.graph import Graph
+from vmcryptd.model import Infinity, Plan
 
 
 class JobState(StrEnum):
@@ -30,6 +31,7 @@ class Job:
     error: VmcryptdError | None = None
     is_stopped: bool = False  # overtaken by another request: nothing new is begun
     task: asyncio.Task[None] | None = None
+    planned: tuple[Graph, Plan] | None = None  # the latest plan, and what it was made from
 
     @property
     def is_rising(self) -> bool:
@@ -48,16 +50,14 @@ class Job:
         }
 
     def failures(self) -> dict[str, VmcryptdError]:
-        """Step → why it failed, without those that only failed because another did."""
-        found = {}
-        for step_id, task in self.tasks.items():
-            if (
-                task.done()
-                and (error := outcome(task)) is not None
-                and not isinstance(error, DependencyError)
-            ):
-                found[step_id] = error
-        return found
+        """Step → why it failed, without those that only failed because another did, if it is among them."""
+        found = {
+            step_id: error
+            for step_id, task in self.tasks.items()
+            if task.done() and (error := outcome(task)) is not None
+        }
+        own = {k: error for k, error in found.items() if not isinstance(error, DependencyError)}
+        return own or found
 
 
 def is_rising(goal: str) -> bool:

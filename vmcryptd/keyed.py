@@ -23,18 +23,26 @@ async def unlock(engine: Engine, name: str, fd: int) -> None:
         os.close(fd)
         raise
     key = await engine.receive(fd)
-    closed = _closed(engine, engine.graph.beneath([name]))
+    try:
+        planner.check_volume(engine.graph, name)  # the configuration may be another by now
+    except VmcryptdError:
+        key.close()
+        raise
+    closed = _closed(engine, engine.graph.beneath([name], still=True))
     answer = engine.prompt.offer(key, "key", frozenset(closed), name)
     try:
         if not closed:
             return
         job = engine.begin(f"unlock:{name}", may_ask=False)
-        await _tried(engine, [job], answer, closed)
+        await _tried(engine, [job], answer, closed, patient=True)
         if name in answer.accepted:
             await engine.wait(job)
+        elif not engine.is_running(f"{Action.UNLOCK}:{name}"):
+            await engine.ended(job)
     finally:
         engine.prompt.withdraw(answer)
-    if engine.graph.volumes[name].is_usable:
+    planner.check_volume(engine.graph, name)
+    if not _closed(engine, [name]):
         return
     for volume in reversed(closed):
         if volume in answer.refused:
@@ -49,12 +57,12 @@ async def unlock_all(engine: Engine, fd: int) -> None:
     """
     key = await engine.receive(fd)
     engine.world.observe()
-    volumes, _ = planner.boot_set(engine.graph)
+    volumes, _ = engine.boot_set
     closed = _closed(engine, [*volumes, *engine.waiting])
     answer = engine.prompt.offer(key, "key")
     try:
-        jobs = [engine.begin(f"unlock:{name}", may_ask=False) for name in closed]
-        await _tried(engine, jobs, answer, closed)
+        jobs = [engine.begin(f"unlock:{name}", may_ask=False, look=False) for name in closed]
+        await _tried(engine, jobs, answer, closed, patient=False)
     except VmcryptdError:
         engine.prompt.withdraw(answer)
         raise
@@ -77,24 +85,39 @@ async def unlock_all(engine: Engine, fd: int) -> None:
 
 
 def _closed(engine: Engine, names: Sequence[str]) -> list[str]:
-    return [name for name in dict.fromkeys(names) if not engine.graph.volumes[name].is_usable]
+    volumes = engine.graph.volumes
+    return [
+        name for name in dict.fromkeys(names) if name in volumes and not volumes[name].is_usable
+    ]
 
 
-async def _tried(engine: Engine, jobs: list[Job], answer: Answer, volumes: list[str]) -> None:
-    """Wait until each volume has tried the answer, or cannot because something else keeps it."""
+async def _tried(
+    engine: Engine, jobs: list[Job], answer: Answer, volumes: list[str], *, patient: bool
+) -> None:
+    """Wait until each volume has tried the answer, or cannot because something else keeps it.
+
+    `patient`: devices that are not there are waited for, for as long as their volumes say.
+    """
+
+    def is_absent(name: str) -> bool:
+        return not patient and engine.is_absent(name)
 
     def is_settled(name: str) -> bool:
-        if not engine.is_running(f"{Action.UNLOCK}:{name}") or name in answer.refused:
+        if not engine.is_running(f"{Action.UNLOCK}:{name}"):
             return True
+        if name in answer.refused:
+            return name in engine.waiting  # else it is about to fail
+        if name not in engine.graph.volumes:
+            return False  # its step is about to be cancelled
         if name in answer.accepted:
             return False  # its step is about to end
-        if engine.is_absent(name):
+        if is_absent(name):
             # What comes up now may bring its device.
             return not any(
                 step.startswith((Action.ACTIVATE, Action.MOUNT)) for step in engine.running
             )
         beneath = engine.graph.beneath([name])[:-1]
-        return any(lower in answer.refused or engine.is_absent(lower) for lower in beneath)
+        return any(lower in answer.refused or is_absent(lower) for lower in beneath)
 
     while any(job.id in engine.jobs for job in jobs) and not all(map(is_settled, volumes)):
         await engine.world.move()

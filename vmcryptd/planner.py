@@ -146,11 +146,17 @@ class _Steps:
         """In an order in which they could be taken one by one; what a step names but the plan does not hold is done."""
         self._start_pools()
         known = self._steps
+        placed: set[str] = set()
+        is_sorted = True  # as they were added, which they are on most ways up
         for step_id, step in known.items():
             after = tuple(other for other in step.after if other in known)
             order = tuple(other for other in step.order if other in known and other not in after)
             if (after, order) != (step.after, step.order):
                 known[step_id] = Step(step.action, step.object, after, order, step.reason)
+            is_sorted = is_sorted and placed.issuperset(after) and placed.issuperset(order)
+            placed.add(step_id)
+        if is_sorted:
+            return tuple(known.values())
         sorter = graphlib.TopologicalSorter(
             {step_id: (*step.after, *step.order) for step_id, step in known.items()}
         )
@@ -158,6 +164,8 @@ class _Steps:
 
     def up(self, volume: str, reason: str) -> tuple[str, ...]:
         """Open a volume, all it needs, and what the host brings up on it. Returns the steps to wait for."""
+        if volume in self._tops:
+            return self._tops[volume]
         reasons = {volume: reason}
         chain = self._graph.beneath([volume], self._tops, still=True)
         for name in reversed(chain):
@@ -167,7 +175,7 @@ class _Steps:
                 reasons.setdefault(lower, f"{name} comes after it")
         for name in chain:
             self._tops[name] = self._one_up(name, reasons[name])
-        return self._tops.get(volume, ())
+        return self._tops[volume]
 
     def _one_up(self, name: str, reason: str) -> tuple[str, ...]:
         node = self._graph.volumes[name]
@@ -245,7 +253,6 @@ class _Steps:
             last = [self.add(Action.DEACTIVATE, volume, f"{volume} is to be closed", last, pools)]
         self.add(Action.LOCK, volume, reason, last, pools)
 
-
     def _on_pool(self, pool: str) -> list[str]:
         """The steps that take down what uses a pool."""
         needs = self._graph.pools[pool].needs
@@ -276,21 +283,29 @@ def _boot(graph: Graph, steps: _Steps) -> None:
 def _close_keystores(graph: Graph, steps: _Steps, volumes: list[str]) -> None:
     """Close what is only needed to open the boot set (lock = "boot"), once that is open."""
     reason = "the boot set is open"
-    unlocks = [f"{Action.UNLOCK}:{name}" for name in volumes]
-    for name, node in graph.volumes.items():
-        if node.spec.lock is not Lock.BOOT:
+    keystores = [name for name, node in graph.volumes.items() if node.spec.lock is Lock.BOOT]
+    unlocks = [f"{Action.UNLOCK}:{name}" for name in (*volumes, *keystores)]
+    closing: set[str] = set()
+    for name in reversed(graph.beneath(keystores)):
+        if name not in keystores:
             continue
-        opens = f"{Action.UNLOCK}:{name}" in steps
-        stays = any(
-            graph.volumes[upper].is_open or f"{Action.UNLOCK}:{upper}" in steps
-            for upper in graph.standing_on.get(name, ())
-        ) or any(f"{Action.START}:{guest}" in steps for guest in graph.guests_on.get(name, ()))
-        stays = stays or name in graph.pools_on
-        if stays or not (opens or node.is_open) or graph.users(name):
+        node = graph.volumes[name]
+        uppers = [upper for upper in graph.standing_on.get(name, ()) if upper not in closing]
+        guests = graph.guests_on.get(name, ())
+        is_used = (
+            any(graph.volumes[upper].is_open for upper in uppers)
+            or any(graph.guests[guest].is_running for guest in guests)
+            or any(f"{Action.UNLOCK}:{upper}" in steps for upper in uppers)
+            or any(f"{Action.START}:{guest}" in steps for guest in guests)
+            or name in graph.pools_on
+        )
+        if is_used or not (node.is_open or f"{Action.UNLOCK}:{name}" in steps):
             continue
+        closing.add(name)
         ends = [
             *unlocks,
-            *(f"{action}:{name}" for action in (Action.UNLOCK, Action.ACTIVATE, Action.MOUNT)),
+            *(f"{Action.LOCK}:{upper}" for upper in graph.standing_on.get(name, ())),
+            *(f"{action}:{name}" for action in (Action.ACTIVATE, Action.MOUNT)),
         ]
         last: list[str] = []
         if node.mounts or f"{Action.MOUNT}:{name}" in steps:

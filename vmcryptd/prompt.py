@@ -55,6 +55,7 @@ class Prompt:
         self._timers: dict[Answer, asyncio.TimerHandle] = {}
         self._moved = asyncio.Event()  # any of the above changed
         self._asking: asyncio.Task[None] | None = None
+        self._is_closed = False
         self.key_cache_s = 0.0
         self.declined = False
 
@@ -89,15 +90,16 @@ class Prompt:
         fitting = [a for a in self._answers if a.is_for(volume)]
         # A key that was handed in for just this volume goes before the others.
         return next(
-            (a for a in fitting if a.only is not None), fitting[0] if fitting and is_expected else None
+            (a for a in fitting if a.only is not None),
+            fitting[0] if fitting and is_expected else None,
         )
 
-    async def next(self, spec: VolumeSpec) -> Answer:
-        """The next answer to try; the volume waits until there is one."""
-        while (answer := self.untried(spec.name)) is None:
+    async def next(self, spec: VolumeSpec, is_wanted: Callable[[], bool]) -> Answer | None:
+        """The next answer to try; the volume waits until there is one, or None is wanted any more."""
+        while (answer := self.untried(spec.name)) is None and is_wanted():
             self._waiting[spec.name] = spec
             self.trying(spec.name, False)
-            if self._asking is None:
+            if self._asking is None and not self._is_closed:
                 self._asking = asyncio.create_task(self._ask())
                 self._asking.add_done_callback(self._asked)
             self._changed()
@@ -106,6 +108,10 @@ class Prompt:
         self.trying(spec.name, True)
         self._changed()
         return answer
+
+    def look_again(self) -> None:
+        """What waits may want no answer any more."""
+        self._notify()
 
     def refuse(self, volume: str, answer: Answer, error: VmcryptdError) -> None:
         answer.refused[volume] = error
@@ -160,7 +166,8 @@ class Prompt:
             self.withdraw(answer)
 
     def close(self) -> None:
-        """Stop asking and let go of everything."""
+        """Stop asking for good and let go of everything."""
+        self._is_closed = True
         if self._asking is not None:
             self._asking.cancel()
         self.wipe()

@@ -31,6 +31,7 @@ class KdfBudget:
     def __init__(self, available_kib: Callable[[], int], cores: int = os.cpu_count() or 1) -> None:
         self._available_kib = available_kib
         self._cores = cores
+        self._idle_kib = 0
         self._used_kib = 0
         self._running = 0
         self._freed = asyncio.Event()
@@ -51,11 +52,16 @@ class KdfBudget:
             freed.set()
 
     def _fits(self, memory_kib: int, share: float) -> bool:
+        available_kib = self._available_kib()
         if self._running == 0:
+            # Measured while nothing runs: one that has just started has not yet taken what it is going to take.
+            self._idle_kib = available_kib
             return True
-        # What the running ones hold is no longer counted as available, but belongs to the budget.
-        limit_kib = (self._available_kib() + self._used_kib) * share
-        return self._running < self._cores and self._used_kib + memory_kib <= limit_kib
+        return (
+            self._running < self._cores
+            and self._used_kib + memory_kib <= self._idle_kib * share
+            and memory_kib <= available_kib
+        )
 
 
 class Unlocker:
@@ -90,17 +96,25 @@ class Unlocker:
                 f"volume {name}: the LUKS header on {spec.device} has the UUID {header.uuid}, the configuration says "
                 f"{spec.uuid}; is it the right device? If so, correct `uuid`"
             )
-        if (
-            self._world.graph.volumes[name].is_open
-            and not self._world.graph.volumes[name].suspended
-        ):
+        if self._is_usable(name):
             return ""  # somebody else was quicker
         if taken_by := self._world.graph.volumes[name].taken_by:
             raise BusyError(
                 f"volume {name}: the mapping name {name} is taken by something else ({taken_by}); "
                 f"`dmsetup info {name}` tells more, remove or rename it"
             )
-        return await self._try_all(spec, header, may_ask)
+        try:
+            return await self._try_all(spec, header, may_ask)
+        except BusyError:
+            # Somebody else may have been quicker just now.
+            self._world.observe()
+            if self._is_usable(name):
+                return ""
+            raise
+
+    def _is_usable(self, name: str) -> bool:
+        node = self._world.graph.volumes.get(name)
+        return node is not None and node.is_usable
 
     async def _wait_for_device(self, spec: VolumeSpec) -> None:
         def is_there() -> bool:
@@ -123,10 +137,10 @@ class Unlocker:
     async def _try_all(self, spec: VolumeSpec, header: Header, may_ask: Callable[[], bool]) -> str:
         failures: list[VmcryptdError] = []
         given = self._prompt.untried(spec.name)
-        if given is not None and given.only is not None:
-            # A key that somebody handed in for this volume goes before its sources.
-            if await self._try_answer(spec, header, given, failures):
-                return given.source
+        # A key that somebody handed in for this volume goes before its sources.
+        is_ours = given is not None and given.only is not None
+        if given is not None and is_ours and await self._try_answer(spec, header, given, failures):
+            return given.source
         if given is None or given.target != spec.name:
             for source in spec.keys:
                 if source.kind is SourceKind.PROMPT:
@@ -147,7 +161,9 @@ class Unlocker:
                 if not (spec.asks and may_ask()):
                     raise self._exhausted(spec, failures)
                 self._doing(spec.name, False)
-                answer = await self._prompt.next(spec)
+                answer = await self._prompt.next(spec, lambda: not self._is_usable(spec.name))
+                if answer is None:
+                    return ""
                 self._doing(spec.name, True)
             if await self._try_answer(spec, header, answer, failures):
                 return answer.source
@@ -167,7 +183,8 @@ class Unlocker:
     def _exhausted(self, spec: VolumeSpec, failures: list[VmcryptdError]) -> VmcryptdError:
         if not failures:
             return KeyUnavailableError(
-                f"volume {spec.name}: it has no key source that works without a person; `vmcryptctl unlock {spec.name}` asks"
+                f"volume {spec.name}: it has no key source that works without a person; "
+                f"`vmcryptctl unlock {spec.name}` asks"
             )
         if len(failures) == 1 and isinstance(failures[0], WrongKeyError):
             return failures[0]
@@ -178,7 +195,8 @@ class Unlocker:
         )
         told = "; ".join(str(error) for error in failures)
         return cls(
-            f"volume {spec.name}: none of its key sources opened it: {told}; `vmcryptctl unlock {spec.name}` takes a passphrase"
+            f"volume {spec.name}: none of its key sources opened it: {told}; "
+            f"`vmcryptctl unlock {spec.name}` takes a passphrase"
         )
 
     async def _try(self, spec: VolumeSpec, header: Header, key: Key) -> None:

@@ -23,7 +23,7 @@ from vmcryptd.errors import (
     VmcryptdError,
     WrongKeyError,
 )
-from vmcryptd.model import GuestState
+from vmcryptd.model import GuestState, Settings
 
 A, B = opened_by("alpha"), opened_by("beta")
 
@@ -897,7 +897,7 @@ async def test_goals_that_make_no_sense_any_more(run: Running) -> None:
 # --- another configuration while jobs run ---
 
 
-def reconfigured(text: str) -> object:
+def reconfigured(text: str) -> Settings:
     return Host.parse(text).settings
 
 
@@ -908,7 +908,7 @@ async def test_volumes_are_taken_away_and_come(run: Running) -> None:
     fresh = reconfigured(volume("b") + volume("d"))
     more = Host.parse(volume("b") + volume("d"))
     run.host._volumes["d"] = more._volumes["d"]
-    run.host.settings, run.host._specs = fresh, {**run.host._specs, **fresh.volumes}  # type: ignore[assignment]
+    run.host.settings, run.host._specs = fresh, {**run.host._specs, **fresh.volumes}
     run.engine.configure(run.host.settings)
     await run.until(lambda: run.engine.waiting == ["b", "d"])
     assert run.volumes() == {"b": "waiting", "d": "waiting"}
@@ -923,7 +923,7 @@ async def test_a_volume_is_taken_away_while_its_key_is_tried(run: Running) -> No
     run.host.hold("try a")
     unlocking = asyncio.ensure_future(keyed.unlock(run.engine, "a", handed_in("alpha")))
     await run.until(lambda: run.host.deriving)
-    run.engine.configure(reconfigured(""))  # type: ignore[arg-type]
+    run.engine.configure(reconfigured(""))
     assert isinstance(await failure(unlocking), NoSuchVolumeError)
     assert run.volumes() == {}
 
@@ -932,7 +932,7 @@ async def test_a_volume_is_taken_away_while_its_key_is_tried(run: Running) -> No
 async def test_a_late_comer_is_taken_away(run: Running) -> None:
     run.engine.boot()
     await run.idle()
-    run.engine.configure(reconfigured(""))  # type: ignore[arg-type]
+    run.engine.configure(reconfigured(""))
     assert run.host.goals() == ("up",)
 
 
@@ -940,7 +940,7 @@ async def test_a_late_comer_is_taken_away(run: Running) -> None:
 async def test_a_bad_configuration_changes_nothing(run: Running) -> None:
     circle = reconfigured(volume("a", "", after=["b"]) + volume("b", "", after=["a"]))
     with pytest.raises(ConfigError):
-        run.engine.configure(circle)  # type: ignore[arg-type]
+        run.engine.configure(circle)
     assert run.engine.settings is run.host.settings
     run.host.answer("alpha")
     await run.engine.unlock_all()

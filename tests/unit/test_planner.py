@@ -352,6 +352,16 @@ def test_a_keystore_after_a_keystore() -> None:
     assert host.open == {"a", "b"}
 
 
+def test_a_keystore_on_a_keystore() -> None:
+    host = Host().volume("low", lock=Lock.BOOT).volume("store", "low", lock=Lock.BOOT)
+    host.volume("a", after=("store",))
+    assert host.ids("boot") == [
+        "unlock:low", "unlock:store", "unlock:a", "lock:store", "lock:low",
+    ]  # fmt: skip
+    host.apply(host.plan("boot"))
+    assert host.open == {"a"}
+
+
 # --- one volume, one guest ---
 
 

@@ -61,7 +61,7 @@ Scene = Callable[[Prompt, Person], Awaitable[None]]
 def play(scene: Scene) -> Callable[[], None]:
     async def scenes() -> None:
         person = Person()
-        asked = Prompt(person, lambda: None, person.on_waiting)  # type: ignore[arg-type]
+        asked = Prompt(person, lambda: None, person.on_waiting)
         async with asyncio.timeout(10):
             await scene(asked, person)
         asked.close()

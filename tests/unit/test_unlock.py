@@ -160,8 +160,9 @@ async def test_somebody_else_was_quicker_with_the_key(run: Running) -> None:
         run.host.volume("a", open=True)
         raise BusyError("device a already exists")
 
-    run.host.open = taken  # type: ignore[method-assign]
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.host, "open", taken)
+        await keyed.unlock(run.engine, "a", handed_in("alpha"))
     assert (run.volumes(), run.volume("a").error) == ({"a": "unlocked"}, "")
 
 

@@ -35,7 +35,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vmcryptd.adapters.keys import SystemKeys
 from vmcryptd.adapters.run import run
@@ -119,6 +119,7 @@ class Simulation:
 
     def __init__(self, settings: Settings, table: dict[str, Any], path: Path | None = None) -> None:
         self.settings = settings
+        self._specs = dict(settings.volumes)  # also of volumes that a reload took away
         self._path = path
         self._libvirt = bool(table.get("libvirt", True))
         self._volumes = {
@@ -132,7 +133,7 @@ class Simulation:
         self.calls: list[str] = []  # what was done, in order
 
     @classmethod
-    def load(cls, path: Path) -> Simulation:
+    def load(cls, path: Path) -> Self:
         """Read a description. Raises ConfigError."""
         try:
             return cls.parse(path.read_text(encoding="utf-8"), str(path), path)
@@ -140,9 +141,12 @@ class Simulation:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
 
     @classmethod
-    def parse(cls, text: str, name: str = "simulation", path: Path | None = None) -> Simulation:
+    def parse(cls, text: str, name: str = "simulation", path: Path | None = None) -> Self:
         settings, table = _parse(text, name)
-        return cls(settings, table, path)
+        try:
+            return cls(settings, table, path)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"{name}: [sim]: {error}") from None
 
     def ports(self) -> Ports:
         return Ports(blocks=self, crypt=self, keys=self, domains=self, host=self, memory=self)
@@ -156,6 +160,7 @@ class Simulation:
         for name, guest in fresh._guests.items():
             self._guests.setdefault(name, guest)
         self.settings = fresh.settings
+        self._specs |= fresh.settings.volumes
         return self.settings
 
     def _tell(self) -> None:
@@ -182,9 +187,9 @@ class Simulation:
         links: dict[str, str] = {}
         mounts = []
         for number, (name, volume) in enumerate(self._volumes.items()):
+            spec = self._specs[name]
             if not self._is_there(volume):
                 continue
-            spec = self.settings.volumes[name]
             below = tuple(f"dm-{lower}" for lower in volume.on)
             devices[f"sim-{name}"] = BlockDevice(f"sim-{name}", below=below)
             links[spec.device_path] = f"sim-{name}"
@@ -223,7 +228,18 @@ class Simulation:
         self._set(volume.name, f"unmount {volume.name}", mounted=False)
 
     async def holders(self, mapping: str) -> tuple[str, ...]:
-        return ("a simulated process",) if self._volumes[mapping].fault == "busy" else ()
+        volume, path = self._volumes[mapping], self._specs[mapping].mapper_path
+        used = {
+            "a simulated process": volume.fault == "busy",
+            f"volume group of {mapping}": volume.active,
+            f"mounted at {self._specs[mapping].mount}": volume.mounted,
+            **{n: v.open and mapping in v.on for n, v in self._volumes.items()},
+            **{
+                n: path in guest.disks and guest.state is not GuestState.OFF
+                for n, guest in self._guests.items()
+            },
+        }
+        return tuple(holder for holder, is_true in used.items() if is_true)
 
     def _set(self, name: str, call: str, **values: bool) -> None:
         self.calls.append(call)
@@ -272,9 +288,9 @@ class Simulation:
         return bool(volume.digest) and done.out.split()[:1] == [volume.digest]
 
     async def close(self, mapping: str) -> None:
-        if self._volumes[mapping].fault == "busy":
+        if await self.holders(mapping):
             raise BusyError(f"{mapping} is busy")
-        self._set(mapping, f"close {mapping}", open=False, active=False, mounted=False)
+        self._set(mapping, f"close {mapping}", open=False, suspended=False)
 
     async def wipe(self, mapping: str) -> None:
         self._set(mapping, f"wipe {mapping}", suspended=True)
@@ -329,8 +345,8 @@ class Simulation:
             raise GuestError(f"guest {name} could not be started: {guest.fault}")
         for path in guest.disks:
             if not any(
-                self.settings.volumes[v].mapper_path == path and s.open
-                for v, s in self._volumes.items()
+                self._specs[name].mapper_path == path and volume.open
+                for name, volume in self._volumes.items()
             ):
                 raise GuestError(f"guest {name} could not be started: cannot access {path}")
         self._guest(name, GuestState.RUNNING, f"start {name}")
