@@ -49,8 +49,8 @@ types: $(VENV)/stamp
 
 # The bus tests run once with each library: which one a host has is a matter of its Python.
 unit: $(VENV)/stamp
-	$(RUN) -m pytest
-	VMCRYPTD_BUS_LIBRARY=dbus_fast $(RUN) -m pytest tests/bus
+	$(RUN) -m pytest -n 2
+	VMCRYPTD_BUS_LIBRARY=dbus_fast $(RUN) -m pytest -n 2 tests/bus
 
 test:
 	$(MAKE) check

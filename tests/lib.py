@@ -17,7 +17,7 @@ from vmcryptd.model import GuestState, VolumeSpec
 from vmcryptd.ports import Key
 from vmcryptd.state import GuestView, VolumeView
 
-PATIENCE_S = 3.0
+PATIENCE_S = 30.0
 
 
 def digest(passphrase: str) -> str:

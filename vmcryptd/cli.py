@@ -371,7 +371,9 @@ def _extend_stop() -> None:
     with contextlib.suppress(Exception):  # then the unit's own time has to do
         from vmcryptd import settings
 
-        _notify_longer(settings.load(validated=settings.VALIDATED).daemon.shutdown_timeout_s + CLOSING_S)
+        _notify_longer(
+            settings.load(validated=settings.VALIDATED).daemon.shutdown_timeout_s + CLOSING_S
+        )
 
 
 async def _console(arguments: Namespace) -> int:

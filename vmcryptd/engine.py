@@ -130,7 +130,7 @@ class Engine:
 
     def _configured(self) -> None:
         settings = self.settings
-        self.prompt.key_cache_s = settings.daemon.key_cache_s
+        self.prompt.cache(settings.daemon.key_cache_s)
         self._activities.configure(settings.volumes)
         self._late &= set(settings.volumes)
         self._after_look()
@@ -481,7 +481,8 @@ class Engine:
             while True:
                 rebuilt = self._rebuilt
                 self._add_steps(job, self._plan_again(job))
-                if job.is_idle and (libvirt is None or libvirt.done() or job.is_stopped):
+                is_known = libvirt is None or libvirt.done()
+                if job.is_idle and (job.is_stopped or (is_known and not self._is_undone(job))):
                     break
                 await rebuilt.wait()
             job.error = next(iter(job.failures().values()), None)
@@ -492,6 +493,15 @@ class Engine:
             if libvirt is not None:
                 libvirt.cancel()
             self._finish(job)
+
+    def _is_undone(self, job: Job) -> bool:
+        """Whether what the job wants to be up is open still, but just being closed."""
+        verb, _, name = job.goal.partition(":")
+        if verb != "unlock" or name not in self.graph.volumes:
+            return False
+        closing = (Action.UNMOUNT, Action.DEACTIVATE, Action.LOCK)
+        wanted = self.graph.beneath([name])
+        return any(f"{action}:{volume}" in self._running for action in closing for volume in wanted)
 
     def _finish(self, job: Job) -> None:
         job.state = JobState.FAILED if job.error else JobState.DONE

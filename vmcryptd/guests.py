@@ -7,7 +7,7 @@ import asyncio
 import logging
 
 from vmcryptd.errors import DeadlineError, GuestError, VmcryptdError
-from vmcryptd.model import Infinity, OnStopTimeout, SourceType
+from vmcryptd.model import GuestSpec, Infinity, OnStopTimeout, SourceType
 from vmcryptd.ports import Domains
 from vmcryptd.world import World
 
@@ -25,6 +25,7 @@ class Guests:
     def __init__(self, domains: Domains, world: World) -> None:
         self._domains = domains
         self._world = world
+        self._waited_for: set[str] = set()  # running guests that are ready, or were given up
 
     async def start(self, name: str, wait_until_ready: bool) -> None:
         """Start a guest whose volumes are open. Raises GuestError."""
@@ -33,6 +34,7 @@ class Guests:
             raise GuestError(
                 f"guest {name}: libvirt knows no such domain; define it, or take it out of the configuration"
             )
+        await self._ready_before(node.spec)
         disks = [source.path for source in node.domain.sources if source.type is SourceType.BLOCK]
         if not all(map(self._world.exists, disks)):
             await self._world.until(lambda: all(map(self._world.exists, disks)), DISK_TIMEOUT_S)
@@ -43,17 +45,33 @@ class Guests:
             # libvirt goes on starting it; who overtook us (a shutdown) must find it running, not about to run.
             await asyncio.wait({starting})
             raise
-        if not wait_until_ready:
-            return
+        self._waited_for.discard(name)
+        if wait_until_ready:
+            await self._ready(node.spec)
+
+    async def _ready_before(self, guest: GuestSpec) -> None:
+        """Guests that this one starts after, and that libvirt or somebody else has started."""
+        guests = self._world.graph.guests
+        nodes = [guests[other] for other in guest.after if other in guests]
+        self._waited_for -= {node.spec.name for node in nodes if not node.is_running}
+        waits = [
+            self._ready(node.spec)
+            for node in nodes
+            if node.is_running and node.spec.name not in self._waited_for
+        ]
+        await asyncio.gather(*waits)
+
+    async def _ready(self, guest: GuestSpec) -> None:
         try:
-            await self._domains.ready(node.spec, READY_TIMEOUT_S)
+            await self._domains.ready(guest, READY_TIMEOUT_S)
         except VmcryptdError as error:
             # It runs; guests after it are only ordered behind it, they do not need it to live.
             log.warning(
                 "guest %s was started, but is not ready: %s; guests after it start all the same",
-                name,
+                guest.name,
                 error,
             )
+        self._waited_for.add(guest.name)
 
     async def stop(self, name: str, deadline: float) -> None:
         """Stop a guest by `deadline` (event loop time), or sooner if its own timeout says so. Raises GuestError."""

@@ -91,6 +91,12 @@ class OnStopTimeout(StrEnum):
     LEAVE = "leave"
 
 
+def _udev_encoded(value: str) -> str:
+    """As udev writes a label into the name of a link (libudev, udev_util_encode_string)."""
+    safe = "#+-.:=@_"
+    return "".join(c if c.isalnum() or c in safe else f"\\x{ord(c):02x}" for c in value)
+
+
 @dataclass(frozen=True)
 class VolumeSpec:
     """One `[volume.NAME]` table; the name is the mapping's name."""
@@ -119,7 +125,7 @@ class VolumeSpec:
         tag, sep, value = self.device.partition("=")
         if not sep:
             return self.device
-        return f"/dev/disk/by-{tag.lower()}/{value}"
+        return f"/dev/disk/by-{tag.lower()}/{_udev_encoded(value)}"
 
     @property
     def asks(self) -> bool:
@@ -274,6 +280,10 @@ class Pool:
     vg: str = ""
     volumes: Mapping[str, str] = field(default_factory=dict)  # volume name → path, when active
 
+    def path_of(self, volume: str) -> str:
+        """Where the volume is; while the pool is off, where pools with a path keep theirs. Else empty."""
+        return self.volumes.get(volume) or (f"{self.path}/{volume}" if self.path else "")
+
 
 @dataclass(frozen=True)
 class Virtualisation:
@@ -282,6 +292,11 @@ class Virtualisation:
     reachable: bool = False
     domains: Mapping[str, Domain] = field(default_factory=dict)
     pools: Mapping[str, Pool] = field(default_factory=dict)
+
+    def path_of(self, source: DiskSource) -> str:
+        """Where a guest's disk is, also one in a pool; empty when nobody can tell."""
+        pool = self.pools.get(source.pool)
+        return source.path or (pool.path_of(source.volume) if pool else "")
 
 
 @dataclass(frozen=True)

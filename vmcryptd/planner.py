@@ -344,6 +344,9 @@ def _lock(graph: Graph, steps: _Steps, names: list[str]) -> None:
             for user in graph.users(name)
             if user.removeprefix("volume ") not in going or user.startswith("guest ")
         ]
+        # Its own mount goes with it; what somebody else mounted, somebody else needs.
+        node = graph.volumes[name]
+        users += [f"mounted at {mount}" for mount in node.mounts if mount != node.spec.mount]
         if users:
             raise BusyError(
                 f"volume {name} is in use by {', '.join(users)}; stop or lock these first"

@@ -97,7 +97,10 @@ class Keys(Protocol):
         """
 
     async def receive(self, fd: int) -> Key:
-        """Read a caller's descriptor to its end, in the background, bounded; `fd` is closed. Raises KeyUnusableError."""
+        """Read a caller's descriptor to its end, in the background, bounded; `fd` is closed.
+
+        Raises KeyUnusableError.
+        """
 
 
 class Domains(Protocol):

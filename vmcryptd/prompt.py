@@ -143,6 +143,15 @@ class Prompt:
         answer.key.close()
         self._notify()
 
+    def cache(self, seconds: float) -> None:
+        """How long answers are held that nothing needs any more; also those that are held by now."""
+        if seconds != self.key_cache_s:
+            self.key_cache_s = seconds
+            for timer in self._timers.values():
+                timer.cancel()
+            self._timers.clear()
+            self.drop_unneeded()
+
     def drop_unneeded(self) -> None:
         """Let go of the answers that nothing on its way up can still use (after `key_cache_s`)."""
         for answer in list(self._answers):

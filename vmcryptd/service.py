@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmcryptd import __version__, keyed
 from vmcryptd.bus import object_path
@@ -170,22 +171,46 @@ def manager_properties(engine: Engine) -> dict[str, object]:
     }
 
 
-def volume_properties(view: VolumeView) -> dict[str, object]:
-    return _camel(asdict(view))
+@dataclass(frozen=True)
+class JobView:
+    """One running job as the bus shows it."""
+
+    name: str
+    goal: str
+    state: str
+    error: str
 
 
-def guest_properties(view: GuestView) -> dict[str, object]:
-    return _camel(asdict(view))
+View = VolumeView | GuestView | JobView
+_INTERFACES: dict[type[View], type[Interface]] = {
+    VolumeView: Volume,
+    GuestView: Guest,
+    JobView: RunningJob,
+}
 
 
-def _camel(values: dict[str, object]) -> dict[str, object]:
-    named = {
+def _properties(view: View) -> dict[str, object]:
+    named: dict[str, object] = {
         "".join(part.capitalize() for part in key.split("_")): value
-        for key, value in values.items()
+        for key, value in vars(view).items()
     }
     named["LastError"] = named.pop("Error")
     named["State"] = str(named["State"])
+    if isinstance(view, JobView):
+        del named["Name"]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in named.items()}
+
+
+def _path(view: View) -> str:
+    if isinstance(view, JobView):
+        return f"{ROOT}/job/{view.name}"
+    return object_path("volume" if isinstance(view, VolumeView) else "guest", view.name)
+
+
+class _Shown(NamedTuple):
+    view: View
+    interface: Interface
+    path: str
 
 
 class Service:
@@ -196,7 +221,7 @@ class Service:
     ) -> None:
         self._engine = engine
         self._objects = objects
-        self._shown: dict[str, Interface] = {}
+        self._shown: dict[tuple[type[View], str], _Shown] = {}
         self._due: asyncio.Handle | None = None
         self._manager = Manager(engine, reload)
         objects.export(ROOT, self._manager)
@@ -212,25 +237,21 @@ class Service:
             self._due.cancel()
             self._due = None
         engine = self._engine
-        wanted: dict[str, tuple[type[Interface], dict[str, object]]] = {}
-        for volume in engine.volume_views():
-            wanted[object_path("volume", volume.name)] = (Volume, volume_properties(volume))
-        for guest in engine.guest_views():
-            wanted[object_path("guest", guest.name)] = (Guest, guest_properties(guest))
-        for job in engine.jobs.values():
-            properties: dict[str, object] = {
-                "Goal": job.goal,
-                "State": str(job.state),
-                "LastError": str(job.error or ""),
-            }
-            wanted[job_path(job)] = (RunningJob, properties)
-        for path in [path for path in self._shown if path not in wanted]:
-            self._objects.unexport(path)
-            del self._shown[path]
-        for path, (interface, values) in wanted.items():
-            if shown := self._shown.get(path):
-                shown.changed(**values)
-            else:
-                self._shown[path] = interface(**values)
-                self._objects.export(path, self._shown[path])
+        jobs = [
+            JobView(str(job.id), job.goal, str(job.state), str(job.error or ""))
+            for job in engine.jobs.values()
+        ]
+        views: list[View] = [*engine.volume_views(), *engine.guest_views(), *jobs]
+        wanted = {(type(view), view.name): view for view in views}
+        for key in [key for key in self._shown if key not in wanted]:
+            self._objects.unexport(self._shown.pop(key).path)
+        for key, view in wanted.items():
+            shown = self._shown.get(key)
+            if shown is None:
+                interface = _INTERFACES[type(view)](**_properties(view))
+                self._shown[key] = _Shown(view, interface, _path(view))
+                self._objects.export(self._shown[key].path, interface)
+            elif view != shown.view:  # most are as they were
+                shown.interface.changed(**_properties(view))
+                self._shown[key] = shown._replace(view=view)
         self._manager.changed(**manager_properties(engine))

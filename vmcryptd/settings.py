@@ -66,7 +66,10 @@ def load(directory: Path = DIRECTORY, validated: Path | None = None) -> Settings
     content = {"version": __version__, "texts": texts, "settings": asdict(settings)}
     try:
         temporary = validated.with_suffix(".new")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+        # Not for everybody: the arguments of a fetcher may tell more than they should.
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            json.dump(content, file)
         os.replace(temporary, validated)
     except OSError as error:
         log.debug("%s cannot be written, the next start takes longer: %s", validated, error)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
+from vmcryptd import planner
 from vmcryptd.errors import BusyError, DependencyError, VmcryptdError
 from vmcryptd.graph import VolumeNode
 from vmcryptd.guests import Guests
@@ -32,6 +33,7 @@ class Steps:
         activities: Activities,
         may_ask: Callable[[str], bool],
         touch: Callable[[], None],
+        open_for: Callable[[Job, str], Awaitable[None]],
     ) -> None:
         self.unlocker = Unlocker(ports.crypt, ports.keys, prompt, world, self._unlocking)
         self._ports = ports
@@ -39,6 +41,7 @@ class Steps:
         self._activities = activities
         self._may_ask = may_ask
         self._touch = touch
+        self._open_for = open_for
         self._guests = Guests(ports.domains, world)
 
     async def run(self, job: Job, step: Step) -> None:
@@ -70,6 +73,7 @@ class Steps:
         match step.action:
             case Action.START:
                 self._show(activity, GuestState.STARTING)
+                await self._open_late_needs(job, step)
                 guests = self._world.graph.guests
                 await self._guests.start(name, any(name in o.spec.after for o in guests.values()))
                 log.info("guest %s is started", name)
@@ -83,6 +87,31 @@ class Steps:
                 await domains.stop_pool(name)
             case _ if name in self._world.graph.volumes:
                 await self._do_volume(step, self._world.graph.volumes[name], activity)
+
+    async def _open_late_needs(self, job: Job, step: Step) -> None:
+        """What a disk image is backed by shows only once that can be read: when the plan is long made."""
+        tried: set[str] = set()
+        while True:
+            await self._world.chains_known()
+            graph = self._world.graph
+            needs = graph.guests[step.object].needs
+            late = [
+                need
+                for need in needs
+                if need not in tried and planner.plan(graph, f"unlock:{need}").steps
+            ]
+            if not late:
+                return
+            tried.update(late)
+            for need in late:
+                log.info("guest %s needs volume %s, as its disk images tell", step.object, need)
+                try:
+                    await self._open_for(job, need)
+                except VmcryptdError as error:
+                    raise DependencyError(
+                        f"{step.action} {step.object} was not tried, "
+                        f"because unlock {need} failed: {error}"
+                    ) from None
 
     async def _do_volume(self, step: Step, node: VolumeNode, activity: Activity) -> None:
         name, blocks = step.object, self._ports.blocks

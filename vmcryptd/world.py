@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from vmcryptd import graph as graphs
@@ -17,7 +17,7 @@ from vmcryptd.ports import Blocks, Domains, Memory
 log = logging.getLogger(__name__)
 
 # One look serves all events within this time: a mapping that comes makes about five.
-COALESCE_S = 0.02
+COALESCE_S = 0.05
 
 
 class World:
@@ -35,6 +35,8 @@ class World:
         self._domains = domains
         self._memory = memory
         self._chains: dict[str, tuple[str, ...]] = {}
+        # Of each chain the members that were there when it was read: those beneath could be read.
+        self._chains_read: dict[str, frozenset[str]] = {}
         self._observation = Observation()
         self._moved = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
@@ -64,6 +66,8 @@ class World:
         self._memory.publish(
             {name: spec.content == "guest" for name, spec in settings.volumes.items()}
         )
+        self._remember()
+        self._read_chains()
 
     def changed(self) -> None:
         """Something is different: look soon."""
@@ -136,9 +140,8 @@ class World:
                 uuids[name] = node.uuid
             if node.device:
                 paths[node.spec.device_path] = node.stands_on
-        for path, volumes in self.graph.lies_on.items():
-            if path in storage.links or path in storage.files:
-                paths[path] = volumes
+        is_seen = storage.links.keys() | storage.files.keys()
+        paths |= {path: on for path, on in self.graph.lies_on.items() if path in is_seen}
         paths = {path: volumes for path, volumes in paths.items() if volumes}
         if (paths, uuids) != (old.paths, old.uuids):
             self._observation = replace(self._observation, remembered=Remembered(paths, uuids))
@@ -146,27 +149,41 @@ class World:
 
     def _read_chains(self) -> None:
         """Follow the backing chains of disk files that have become readable."""
-        files = self._observation.storage.files
-        unread = [
-            source
-            for domain in self._observation.virtualisation.domains.values()
-            for source in domain.sources
-            if source.type is SourceType.FILE
-            and source.path in files
-            and source.path not in self._chains
-        ]
+        unread = {}
+        for domain in self._observation.virtualisation.domains.values():
+            for source in domain.sources:
+                path = self._observation.virtualisation.path_of(source)
+                if source.type is not SourceType.BLOCK and self._is_unread(path):
+                    unread[path] = source
         if unread:
-            self._chains.update((source.path, ()) for source in unread)
+            for path in unread:
+                self._chains_read[path] = self._readable(path)
             task = asyncio.create_task(self._read(unread))
             self._reading.add(task)
             task.add_done_callback(self._reading.discard)
 
-    async def _read(self, sources: list[DiskSource]) -> None:
-        for source in sources:
+    def _readable(self, path: str) -> frozenset[str]:
+        files = self._observation.storage.files
+        return frozenset(member for member in self._chains.get(path, ()) if member in files)
+
+    def _is_unread(self, path: str) -> bool:
+        if path not in self._observation.storage.files:
+            return False
+        return path not in self._chains_read or not self._readable(path) <= self._chains_read[path]
+
+    async def _read(self, sources: Mapping[str, DiskSource]) -> None:
+        for path, source in sources.items():
             try:
                 chain = await self._domains.chain(source)
             except VmcryptdError as error:
-                log.warning("what %s is backed by cannot be read: %s", source.path, error)
+                log.warning("what %s is backed by cannot be read: %s", path, error)
                 continue
-            self._chains[source.path] = tuple(member.path for member in chain if member.path)
+            self._chains[path] = tuple(member.path for member in chain if member.path)
         self.changed()
+
+    async def chains_known(self) -> None:
+        """Wait until the backing chains of all disk files that are there have been read."""
+        self.observe()
+        while self._reading:
+            await asyncio.wait(self._reading)
+            self.observe()

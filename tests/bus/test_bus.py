@@ -393,23 +393,24 @@ def test_thousands_of_refusals_cost_no_memory_and_no_time(run: Any) -> None:
     run(test())
 
 
-@pytest.mark.skipif(bus._LIBRARY != "dbus_next", reason="dbus_fast parses fast enough")
-def test_a_huge_message_is_not_parsed(run: Any) -> None:
-    async def test() -> None:
-        async with serving() as it:
-            assert await it.refused("Plan", "s", "x" * 10_000_000) == "LimitsExceeded"
-            assert await it.refused("Plan", "as", ["x"] * 100_000) == "LimitsExceeded"
-            assert await it.refused("Plan", "s", "x", path="/a" * 100_000) == "LimitsExceeded"
-            # What is called at a path of 200 kB is called at "/".
-            assert await it.refused("Nope", path="/a" * 100_000) == "UnknownInterface"
-            # An answer may be as large as it likes.
-            it.manager.changed(Waiting=["x" * 100] * 2000)
-            assert (
-                len((await it.ask("GetAll", "s", MANAGER, interface=PROPERTIES))[0]["Waiting"])
-                == 2000
-            )
+if bus._LIBRARY == "dbus_next":  # dbus_fast parses fast enough
 
-    run(test())
+    def test_a_huge_message_is_not_parsed(run: Any) -> None:
+        async def test() -> None:
+            async with serving() as it:
+                assert await it.refused("Plan", "s", "x" * 10_000_000) == "LimitsExceeded"
+                assert await it.refused("Plan", "as", ["x"] * 100_000) == "LimitsExceeded"
+                assert await it.refused("Plan", "s", "x", path="/a" * 100_000) == "LimitsExceeded"
+                # What is called at a path of 200 kB is called at "/".
+                assert await it.refused("Nope", path="/a" * 100_000) == "UnknownInterface"
+                # An answer may be as large as it likes.
+                it.manager.changed(Waiting=["x" * 100] * 2000)
+                assert (
+                    len((await it.ask("GetAll", "s", MANAGER, interface=PROPERTIES))[0]["Waiting"])
+                    == 2000
+                )
+
+        run(test())
 
 
 def test_one_sender_cannot_pile_up_calls(run: Any) -> None:

@@ -7,7 +7,6 @@ import asyncio
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -386,7 +385,6 @@ async def main():
         print("unreachable")
 asyncio.run(main())
 """
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -396,7 +394,6 @@ asyncio.run(main())
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "unreachable\n", "")
-    assert time.monotonic() - started < 15
 
 
 def test_libvirt_is_not_imported_before_it_is_used() -> None:

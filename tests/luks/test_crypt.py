@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import shutil
 import subprocess
 from dataclasses import replace
@@ -186,21 +185,3 @@ def test_closing_what_is_not_open() -> None:
 def test_memory(tmp_path: Path) -> None:
     assert Cryptsetup().available_memory_kib() > 1000
     assert Cryptsetup(meminfo=tmp_path / "none").available_memory_kib() == 0
-
-
-def test_own_cpu_beside_the_child(place: Path) -> None:
-    """The daemon's part of an attempt, key and process, is small against the cheapest child there is."""
-
-    def used(who: int) -> float:
-        usage = resource.getrusage(who)
-        return usage.ru_utime + usage.ru_stime
-
-    async def go() -> None:
-        for _ in range(10):
-            await attempt(volume(place, "two"), place / "right")
-
-    own, children = used(resource.RUSAGE_SELF), used(resource.RUSAGE_CHILDREN)
-    asyncio.run(go())
-    own, children = used(resource.RUSAGE_SELF) - own, used(resource.RUSAGE_CHILDREN) - children
-    print(f"own {own * 100:.2f} ms, child {children * 100:.2f} ms")
-    assert own <= 0.1 * children + 0.01

@@ -369,3 +369,8 @@ def test_unreadable_files_are_refused(folder: Path) -> None:
     (folder / "conf.d" / "a.toml").mkdir()
     with pytest.raises(ConfigError, match=r"conf.d/a.toml: cannot be read: .*directory"):
         configuration_files.load(folder)
+
+
+def test_a_label_is_looked_up_as_udev_links_it() -> None:
+    settings = config.parse({"f": '[volume.a]\ndevice = "LABEL=my disk (é)"\n'})
+    assert settings.volumes["a"].device_path == r"/dev/disk/by-label/my\x20disk\x20\x28é\x29"

@@ -683,6 +683,22 @@ async def test_lock_ends_an_attempt_to_open(run: Running) -> None:
     assert run.state == "degraded"
 
 
+@play(volume("a", "open = true\nsources = []\n" + A))
+async def test_unlock_while_it_is_being_closed(run: Running) -> None:
+    run.host.hold("closing a")
+    closing = asyncio.ensure_future(run.engine.lock("a"))
+    await run.until(lambda: run.volumes() == {"a": "locking"})
+    opening = asyncio.ensure_future(run.engine.unlock("a"))
+    for _ in range(20):  # turns of the loop: as long as it is still open, but about to go
+        await asyncio.sleep(0)
+    assert not opening.done()
+    run.host.release("closing a")
+    await run.until(lambda: run.engine.waiting == ["a"])
+    run.host.answer("alpha")
+    await asyncio.gather(closing, opening)
+    assert run.volumes() == {"a": "unlocked"}
+
+
 @play(volume("low", "open = true") + volume("a", A + '\non = ["low"]') + guest("g", "a"))
 async def test_lock_ends_what_comes_up_on_it(run: Running) -> None:
     run.engine.boot()

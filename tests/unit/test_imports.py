@@ -56,7 +56,11 @@ COMMAND_LINE = {"check", "cli", "client", "render", "survey", "terminal", "unloc
 
 # Inside functions only: few calls need these, and each call would wait for them. Without a daemon
 # "vmcryptctl shutdown" does its work in its own process.
-LAZY = {"cli": {"check", "daemon", "settings", "unlocking"}, "settings": {"config"}, "unlocking": {"adapters.memfd"}}
+LAZY = {
+    "cli": {"check", "daemon", "settings", "unlocking"},
+    "settings": {"config"},
+    "unlocking": {"adapters.memfd"},
+}
 
 # What is simulated is the host, not the way from a key source to a descriptor.
 REUSED = {"adapters.sim": {"adapters.keys", "config"}}

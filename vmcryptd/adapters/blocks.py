@@ -39,6 +39,7 @@ class SysfsBlocks:
     def __init__(self, roots: Roots = Roots()) -> None:  # noqa: B008 (frozen)
         self._roots = roots
         self._threads = DaemonThreads()
+        self._lasting: sysfs.Lasting = {}
         self._watches = contextlib.ExitStack()
 
     def watch(self, changed: Changed) -> None:
@@ -65,7 +66,7 @@ class SysfsBlocks:
         self._watches.close()
 
     def observe(self, paths: Iterable[str]) -> Storage:
-        return sysfs.observe(self._roots, paths)
+        return sysfs.observe(self._roots, paths, self._lasting)
 
     async def settle(self) -> None:
         try:

@@ -147,7 +147,7 @@ class Cryptsetup:
     ) -> None:
         reader = key.reader()
         try:
-            done = await run(argv, stdin=reader, timeout_s=OPEN_TIMEOUT_S)
+            done = await run(argv, stdin=reader, timeout_s=OPEN_TIMEOUT_S, expendable=True)
         finally:
             os.close(reader)
         if done.code != 0:

@@ -49,18 +49,14 @@ class Libvirt:
         await self._link.close()
 
     async def chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
-        path = source.path or self._pool_path(source)
+        path = self._link.known.path_of(source)
         formats = (
             image_format
             for known in self._link.formats.values()
             for other, image_format in known.items()
-            if path and path == (other.path or self._pool_path(other))
+            if path and path == self._link.known.path_of(other)
         )
         return await images.chain(path, next(formats, ""))
-
-    def _pool_path(self, source: DiskSource) -> str:
-        pool = self._link.known.pools.get(source.pool)
-        return "" if pool is None else pool.volumes.get(source.volume, "")
 
     # --- domains ---
 

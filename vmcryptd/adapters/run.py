@@ -69,8 +69,11 @@ async def run(
     timeout_s: float,
     environment: Mapping[str, str] | None = None,
     stderr_to_journal: bool = False,
+    expendable: bool = False,
 ) -> Completed:
     """Run a program to its end. Raises CommandError, DeadlineError.
+
+    `expendable`: it may need a lot of memory; when there is none left, it dies before all others.
 
     Descriptors stay the caller's. When the deadline passes or the task is cancelled, the whole
     process group is killed and the child reaped.
@@ -94,6 +97,8 @@ async def run(
         except (OSError, ValueError) as error:
             text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
             raise CommandError(f"The program {argv[0]} cannot be started: {text}") from None
+        if expendable:
+            _expend(child.pid)
         out.started()
         err.started()
         ended = _exit_of(child, loop)
@@ -195,6 +200,12 @@ def _exit_of(
 
     loop.add_reader(pidfd, exited)
     return ended
+
+
+def _expend(pid: int) -> None:
+    # It would inherit the daemon's own OOMScoreAdjust=, and guests would be killed for its memory.
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+        file.write("1000")
 
 
 async def _kill(child: subprocess.Popen[bytes], ended: asyncio.Future[None]) -> None:

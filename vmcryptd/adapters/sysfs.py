@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import stat
@@ -29,8 +30,14 @@ class Roots:
     mountinfo: str = "/proc/self/mountinfo"
 
 
-def observe(roots: Roots, paths: Iterable[str]) -> Storage:
-    devices = block_devices(roots.sys_block)
+# What a disk or partition looks like never changes while it is there; its entry's inode tells that
+# it still is the same one.
+Lasting = dict[tuple[str, int], BlockDevice]
+
+
+def observe(roots: Roots, paths: Iterable[str], lasting: Lasting | None = None) -> Storage:
+    """`lasting` is kept from look to look: most of a host's devices need no second one."""
+    devices = block_devices(roots.sys_block, {} if lasting is None else lasting)
     mounts = parse_mounts(read_file(roots.mountinfo))
     names = {device.number: name for name, device in devices.items()}
     places = MountTable(mounts)
@@ -39,6 +46,10 @@ def observe(roots: Roots, paths: Iterable[str]) -> Storage:
     reals: dict[str, str] = {}
     for path in paths:
         if not path.startswith("/"):
+            continue
+        # udev's links stay in /dev, so nearly all paths are done with one call.
+        if path.startswith("/dev/") and (name := names.get(_rdev(path))):
+            links[path] = name
             continue
         real, there = places.follow(path)
         if real != path:
@@ -60,16 +71,29 @@ def observe(roots: Roots, paths: Iterable[str]) -> Storage:
     return Storage(devices, links, files, reals, mounts)
 
 
-def block_devices(sys_block: str) -> dict[str, BlockDevice]:
+def block_devices(sys_block: str, lasting: Lasting) -> dict[str, BlockDevice]:
     found: dict[str, BlockDevice] = {}
+    known = dict(lasting)
+    lasting.clear()
     try:
         entries = list(os.scandir(sys_block))
     except OSError:
         return found
     for entry in entries:
-        if device := _block_device(entry.name, entry.path):
+        identity = entry.name, entry.inode()
+        device = known.get(identity) or _block_device(entry.name, entry.path)
+        if device is not None:
             found[device.name] = device
+            if identity in known or _lasts(entry.name, entry.path):
+                lasting[identity] = device
     return found
+
+
+def _lasts(name: str, path: str) -> bool:
+    """Not what is put together in software: that gets and loses members, files and names."""
+    if name.startswith(("dm-", "loop")):
+        return False
+    return any(os.path.exists(f"{path}/{sign}") for sign in ("partition", "device"))
 
 
 def _block_device(name: str, path: str) -> BlockDevice | None:
@@ -96,6 +120,7 @@ def _block_device(name: str, path: str) -> BlockDevice | None:
     return BlockDevice(name, number, below, dm_name, dm_uuid, suspended, backing_file)
 
 
+@functools.lru_cache(maxsize=1)
 def parse_mounts(text: str) -> tuple[Mount, ...]:
     """proc_pid_mountinfo(5): id parent major:minor root target options optional… - type source."""
     found = []

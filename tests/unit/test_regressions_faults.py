@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the tests of faults in the virtual machine have found, as small as it gets."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.unit.test_prompt import Person, Token
+from vmcryptd import graph, planner
+from vmcryptd.adapters.run import run
+from vmcryptd.errors import BusyError
+from vmcryptd.model import (
+    BlockDevice,
+    Content,
+    Infinity,
+    Mount,
+    Observation,
+    Settings,
+    Storage,
+    VolumeSpec,
+)
+from vmcryptd.prompt import Prompt
+
+
+def test_a_shorter_key_cache_holds_for_keys_that_are_held_already() -> None:
+    async def scene() -> None:
+        person = Person()
+        prompt = Prompt(person, lambda: None, person.on_waiting)
+        prompt.cache(Infinity)
+        long, short = Token(), Token()
+        prompt.offer(long, "key")
+        prompt.drop_unneeded()
+        prompt.cache(3600)
+        prompt.offer(short, "key")
+        prompt.drop_unneeded()
+        assert (long.closed, short.closed) == (0, 0)
+        prompt.cache(0)
+        assert (long.closed, short.closed) == (1, 1)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("target", "users"), [("/srv/vm", None), ("/mnt", "mounted at /mnt; stop")]
+)
+def test_what_somebody_else_mounted_is_not_unmounted_by_a_lock(
+    target: str, users: str | None
+) -> None:
+    spec = VolumeSpec("a", "/dev/sda", content=Content.FILESYSTEM, mount="/srv/vm")
+    devices = {
+        "sda": BlockDevice("sda", "8:0"),
+        "dm-0": BlockDevice("dm-0", "9:0", ("sda",), "a", f"CRYPT-LUKS2-{1:032x}-a"),
+    }
+    storage = Storage(
+        devices, {"/dev/sda": "sda", spec.mapper_path: "dm-0"}, mounts=(Mount("9:0", target),)
+    )
+    seen = graph.build(Settings(volumes={"a": spec}), Observation(storage=storage))
+    if users is None:
+        assert [step.id for step in planner.plan(seen, "lock:a").steps] == ["unmount:a", "lock:a"]
+        return
+    for goal in ("lock:a", "lock-all"):
+        with pytest.raises(BusyError, match=users):
+            planner.plan(seen, goal)
+    assert [step.id for step in planner.plan(seen, "shutdown").steps] == ["unmount:a", "lock:a"]
+
+
+def test_a_child_that_may_need_much_memory_is_the_first_to_die() -> None:
+    """Not the daemon, whose OOMScoreAdjust= it would inherit; and above all no guest."""
+    script = "until grep -qx 1000 /proc/$$/oom_score_adj; do sleep 0.01; done"
+    done = asyncio.run(run(["sh", "-c", script], timeout_s=10, expendable=True))
+    assert done.code == 0
