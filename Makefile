@@ -65,8 +65,8 @@ vm: $(VENV)/stamp
 bench: $(VENV)/stamp
 	$(RUN) -m tests.bench
 
-demo: $(VENV)/stamp
-	packaging/demo/run
+demo: deb
+	$(PYTHON) packaging/demo/run
 
 docs: $(VENV)/stamp
 	$(RUN) packaging/docs.py
@@ -81,7 +81,7 @@ clean:
 	rm -rf build/man build/venv build/pytest build/mypy build/ruff build/vmcryptd.egg-info dist
 
 SHELL_SCRIPTS := .ci/run packaging/build-deb packaging/install-host-packages units/vmcryptd.shutdown \
-	$(wildcard packaging/demo/run packaging/image/customize config/completion/vmcryptctl.bash)
+	$(wildcard packaging/image/customize config/completion/vmcryptctl.bash)
 
 # --- installation: the one list of what goes where; packaging/debian and the spec use it ---
 

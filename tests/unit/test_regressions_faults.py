@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from tests.unit.test_prompt import Person, Token
-from vmcryptd import graph, planner
+from vmcryptd import graph, luksheader, planner
+from vmcryptd.adapters.crypt import Cryptsetup
 from vmcryptd.adapters.run import run
-from vmcryptd.errors import BusyError
+from vmcryptd.errors import BusyError, NotLuksError
 from vmcryptd.model import (
     BlockDevice,
     Content,
@@ -71,3 +75,28 @@ def test_a_child_that_may_need_much_memory_is_the_first_to_die() -> None:
     script = "until grep -qx 1000 /proc/$$/oom_score_adj; do sleep 0.01; done"
     done = asyncio.run(run(["sh", "-c", script], timeout_s=10, expendable=True))
     assert done.code == 0
+
+
+def test_a_device_without_a_header_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """Errors are kept, for as long as the volume has failed; what was read of the device is not."""
+    device = tmp_path / "device"
+    device.write_bytes(bytes(luksheader.WHOLE_SIZE))
+    crypt, errors = Cryptsetup(), []
+
+    async def scene() -> None:
+        for _ in range(3):
+            try:
+                await crypt.header(VolumeSpec("a", f"{device}"))
+            except NotLuksError as error:
+                errors.append(error)
+
+    gc.disable()
+    tracemalloc.start()
+    try:
+        asyncio.run(scene())
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert len(errors) == 3
+    assert held < luksheader.WHOLE_SIZE / 4

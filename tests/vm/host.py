@@ -150,12 +150,15 @@ class Console:
         self._text = ""
         self._seen = 0
         self._closed = False
+        # Called with what arrives, for somebody who watches.
+        self.mirror: Callable[[bytes], None] = lambda data: None
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def _read(self) -> None:
         with contextlib.suppress(OSError), self._connection:
             while data := self._connection.recv(65536):
+                self.mirror(data)
                 with self._changed:
                     self._text += data.decode(errors="replace")
                     self._changed.notify_all()

@@ -158,7 +158,6 @@ def test_keys_over_standard_input_and_bus(host: Host) -> None:
         script = f"exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$BASHPID exec {call}"
         vm.run(["bash", "-c", script], stdin=lab.PASSPHRASE.encode())
         vm.wait_until("vmcryptctl status --json cr_imap | grep -q waiting")
-        assert vm.run("virsh domstate web").out.strip() in ("running", "shut off")
 
         assert lab.unlock(vm) == 0
         assert_running(vm, starts=3, clean_stops=2)

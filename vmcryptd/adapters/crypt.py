@@ -192,13 +192,17 @@ class Cryptsetup:
 def read_header(path: str) -> Header:
     """Blocks. Raises OSError, NotLuksError, DamagedHeaderError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    failure = NotLuksError("nothing was read")
     try:
-        try:
-            return luksheader.parse(_read(fd, luksheader.USUAL_SIZE))
-        except NotLuksError:
-            return luksheader.parse(_read(fd, luksheader.WHOLE_SIZE))
+        for size in (luksheader.USUAL_SIZE, luksheader.WHOLE_SIZE):
+            try:
+                return luksheader.parse(_read(fd, size))
+            except NotLuksError as error:
+                # Anew: errors are kept, and the traceback of this one keeps all that was read.
+                failure = type(error)(str(error))
     finally:
         os.close(fd)
+    raise failure
 
 
 def failure(done: Completed, volume: str, device: str, header: str | None = None) -> VmcryptdError:

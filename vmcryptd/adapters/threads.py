@@ -51,6 +51,8 @@ class DaemonThreads:
                 failure = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, result, failure)
+            # The error's traceback has this frame, which would keep it until a garbage collection.
+            result = failure = None
 
         thread = threading.Thread(target=work, name="vmcryptd-blocking", daemon=True)
         thread.start()
