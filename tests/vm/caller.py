@@ -28,6 +28,7 @@ ROOT = "/org/vmcryptd1"
 MANAGER = "org.vmcryptd1.Manager"
 BUS_SOCKET = "/run/dbus/system_bus_socket"
 QUESTIONS = Path("/run/systemd/ask-password")
+ANSWERED: set[str] = set()  # the sockets of questions that have their answer
 WINDOW = 60  # the bus delivers no more descriptors to one receiver than some hundreds at once
 
 Json = dict[str, Any]
@@ -92,7 +93,7 @@ async def until(bus: MessageBus, request: Json) -> Json:
 
 
 def questions() -> dict[str, str]:
-    """The socket for the answer → the text of each question that systemd's agents are to ask."""
+    """The socket for the answer → the text of each question that waits for one."""
     found = {}
     for path in QUESTIONS.glob("ask.*"):
         try:
@@ -100,7 +101,7 @@ def questions() -> dict[str, str]:
         except FileNotFoundError:
             continue
         fields = dict(line.split("=", 1) for line in lines if "=" in line)
-        if "Socket" in fields:  # else it is being written
+        if fields.get("Socket", "") not in {"", *ANSWERED}:  # none: it is being written
             found[fields["Socket"]] = fields["Message"]
     return found
 
@@ -117,6 +118,7 @@ async def answer(request: Json) -> Json:
                         if "answer" in request:
                             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
                                 agent.sendto(b"+" + base64.b64decode(request["answer"]), address)
+                            ANSWERED.add(address)
                         return {"out": [text]}
                 await asyncio.sleep(0.05)
     except TimeoutError:

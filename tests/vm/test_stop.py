@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The way down when something resists it: deaf guests, dead daemons, holders of mappings."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.vm import guest, lab
+from tests.vm.conftest import HostFactory
+from tests.vm.host import Vm
+
+NAMES = ("polite", "deaf", "left")
+
+
+@pytest.fixture(scope="module")
+def vm(module_host: HostFactory) -> Iterator[Vm]:
+    """One guest that stops, one that is killed for not stopping, one that is left; and a file system."""
+    with module_host(disks=["64M"] * 4).boot() as vm:
+        setup = lab.Lab(vm)
+        for index, name in enumerate(NAMES):
+            variant = guest.Variant.POLITE if name == "polite" else guest.Variant.DEAF
+            setup.encrypted_guest(name, lab.disk(index), variant=variant)
+        setup.table("guest.deaf", {"stop_timeout": "2s"})
+        setup.table("guest.left", {"stop_timeout": "2s", "on_stop_timeout": "leave"})
+        setup.luks(lab.disk(3))
+        vm.run(f"mke2fs -q {setup.open(lab.disk(3), 'cr_fs')}")
+        setup.close("cr_fs")
+        setup.volume("cr_fs", lab.disk(3), content="filesystem", mount="/srv/fs")
+        setup.write_config(reload=True)
+        yield vm
+
+
+@pytest.fixture
+def up(vm: Vm) -> Vm:
+    """Everything is open and runs."""
+    vm.run("vmcryptctl boot")
+    if lab.status(vm)["state"] != "ready":
+        vm.wait_until('vmcryptctl status --json | grep -qE \'"state": *"(waiting|ready)"\'')
+        assert lab.unlock(vm) == 0
+    lab.wait_state(vm, "ready")
+    assert set(lab.guest_states(vm).values()) == {"running"}
+    vm.run("mountpoint -q /srv/fs")
+    return vm
+
+
+def destroy_left(vm: Vm) -> None:
+    """What `on_stop_timeout = "leave"` left is the administrator's to end."""
+    vm.run("virsh -q destroy left")
+    vm.wait_until("vmcryptctl lock cr_left")
+    assert lab.mappings(vm) == []
+
+
+def test_deaf_guests_and_the_others(up: Vm) -> None:
+    before = lab.counters(up, "cr_polite")
+    done = up.run("vmcryptctl shutdown", check=False)
+    assert done.code == 1
+    assert "left" in done.err
+    assert "left running" in done.err
+    assert lab.guest_states(up) == {"polite": "off", "deaf": "off", "left": "running"}
+    # What it holds stays, all else is closed.
+    assert lab.mappings(up) == ["cr_left"]
+    up.run("! mountpoint -q /srv/fs")
+    journal = up.run("journalctl -b -u vmcryptd.service").out
+    assert "guest deaf did not stop within 2 s: it is killed now" in journal
+    destroy_left(up)
+
+    up.run("vmcryptctl boot")
+    lab.wait_state(up, "waiting")
+    assert lab.unlock(up) == 0
+    lab.wait_state(up, "ready")
+    up.wait_counters(
+        "/dev/mapper/cr_polite", guest.Counters(before.starts + 1, before.clean_stops + 1)
+    )
+
+
+def test_one_guest_and_one_volume_at_a_time(up: Vm) -> None:
+    refused = up.run("vmcryptctl lock cr_deaf", check=False)
+    assert refused.code == 1
+    assert "in use by guest deaf" in refused.err
+    up.run("vmcryptctl stop deaf")
+    up.run("vmcryptctl lock cr_deaf")
+    assert "cr_deaf" not in lab.mappings(up)
+
+
+def test_holders_are_named(up: Vm) -> None:
+    up.run("vmcryptctl stop polite")
+    holder = up.background("exec 3</dev/mapper/cr_polite; exec tail -f /dev/null")
+    up.wait_until("pgrep -x tail")
+    refused = up.run("vmcryptctl lock cr_polite", check=False)
+    assert refused.code == 1
+    assert "tail" in refused.err
+    assert "cr_polite" in lab.mappings(up)
+    holder.signal()
+    holder.wait(check=False)
+
+    busy = up.background("cd /srv/fs; exec tail -f /dev/null")
+    up.wait_until("pgrep -x tail")
+    refused = up.run("vmcryptctl lock cr_fs", check=False)
+    assert refused.code == 1
+    assert "tail" in refused.err
+    busy.signal()
+    busy.wait(check=False)
+    up.run("vmcryptctl lock cr_polite cr_fs")
+    assert not {"cr_polite", "cr_fs"} & set(lab.mappings(up))
+
+
+@pytest.mark.parametrize(
+    ("kill", "revive"),
+    [
+        (
+            (
+                "systemctl mask --runtime vmcryptd; systemctl kill -s KILL vmcryptd;"
+                " systemctl stop vmcryptd"
+            ),
+            "systemctl unmask --runtime vmcryptd; systemctl start vmcryptd",
+        ),
+        # As hard as it gets: the bus accepts connections, and never answers.
+        ("pkill -STOP -x dbus-daemon", "pkill -CONT -x dbus-daemon"),
+    ],
+    ids=["daemon", "bus"],
+)
+def test_without_daemon_or_bus(up: Vm, kill: str, revive: str) -> None:
+    up.run(kill)
+    done = up.run("vmcryptctl shutdown", check=False, timeout_s=300)
+    left = lab.mappings(up)
+    up.run(revive)
+    assert left == ["cr_left"], done
+    assert done.code == 1
+    assert "left running" in done.err
+    lab.wait_state(up, "locked")
+    destroy_left(up)
+
+
+def test_panic(up: Vm) -> None:
+    busy = up.background("cd /srv/fs; exec tail -f /dev/null")
+    up.wait_until("pgrep -x tail")
+    done = up.run("vmcryptctl panic", check=False)
+    assert done.code == 1
+    assert "cr_fs" in done.err
+    assert set(lab.guest_states(up).values()) == {"off"}
+    # The one that could not be closed has no key any more, and lets nobody read or write.
+    assert lab.mappings(up) == ["cr_fs"]
+    assert lab.volume_states(up)["cr_fs"] == "suspended"
+    assert up.run("dmsetup table --showkeys cr_fs").out.split()[4] == "-"
+    busy.signal(9)
+    assert lab.unlock(up, "cr_fs") == 0
+    assert lab.volume_states(up)["cr_fs"] == "unlocked"
+    up.run("ls /srv/fs")
+    busy.wait(check=False)
+    up.run("vmcryptctl lock cr_fs")
+    assert lab.mappings(up) == []
