@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Faults that volumes stacked on a real host had shown."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from tests.lib import Host, Running, opened_by
+from vmcryptd.graph import build, wanted_paths
+from vmcryptd.model import (
+    Content,
+    DiskSource,
+    Domain,
+    GuestSpec,
+    GuestState,
+    Observation,
+    Pool,
+    Remembered,
+    Settings,
+    SourceType,
+    Storage,
+    Virtualisation,
+    VolumeSpec,
+)
+
+STORE = VolumeSpec("store", "/dev/store", content=Content.FILESYSTEM, mount="/vm")
+BASE = VolumeSpec("base", "/dev/base", content=Content.FILESYSTEM, mount="/base")
+IN_POOL = DiskSource(SourceType.POOL, pool="vms", volume="web.qcow2")
+
+
+def test_what_backs_a_pools_volume_is_remembered() -> None:
+    """While the volumes are locked, libvirt lists nothing in the pool, and nothing can be read."""
+    settings = Settings(volumes={"store": STORE, "base": BASE})
+    known = Virtualisation(
+        True,
+        {"web": Domain("web", "web", GuestState.OFF, sources=(IN_POOL,))},
+        {"vms": Pool("vms", active=True, path="/vm")},
+    )
+    assert "/vm/web.qcow2" in wanted_paths(settings, known, {})
+    seen = Observation(
+        storage=Storage(), virtualisation=known, chains={"/vm/web.qcow2": ("/base/img",)}
+    )
+    lies_on = build(settings, seen).lies_on
+    assert lies_on["/vm/web.qcow2"] == ("store", "base")
+    later = Observation(
+        storage=Storage(), virtualisation=known, remembered=Remembered(paths=dict(lies_on))
+    )
+    assert build(settings, later).guests["web"].needs == ("store", "base")
+
+
+class Images(Host):
+    """A guest in image files: the base image is known when the store is mounted, not before."""
+
+    def observe(self, paths: Any) -> Storage:
+        storage = super().observe(paths)
+        mounts = {"/vm": self._volumes["store"].mounted, "/base": self._volumes["base"].mounted}
+        files = {
+            path: "0:1"
+            for path in paths
+            if any(path.startswith(f"{top}/") and mounted for top, mounted in mounts.items())
+        }
+        return replace(storage, files={**storage.files, **files})
+
+    def current(self) -> Virtualisation:
+        known = super().current()
+        domains = {name: replace(d, sources=(IN_POOL,)) for name, d in known.domains.items()}
+        return replace(known, domains=domains, pools={"vms": Pool("vms", True, path="/vm")})
+
+    async def start_pool(self, name: str) -> None:
+        self.calls.append(f"start pool {name}")
+
+    async def chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
+        return (DiskSource(SourceType.FILE, path="/base/img"),)
+
+
+IMAGES = f"""
+[volume.store]
+device = "/dev/store"
+content = "filesystem"
+mount = "/vm"
+[volume.base]
+device = "/dev/base"
+content = "filesystem"
+mount = "/base"
+unlock = "guest"
+keys = ["file:/key", "prompt"]
+[sim.volume.store]
+{opened_by("one")}
+[sim.volume.base]
+sources = ["file:/key"]
+[sim.guest.web]
+autostart = true
+"""
+
+
+def test_a_guest_waits_for_what_its_image_turns_out_to_be_backed_by() -> None:
+    async def scene() -> None:
+        running = Running(Images.parse(IMAGES))
+        running.engine.boot()
+        running.host.answer("one")
+        await running.until(lambda: running.guests() == {"web": "running"})
+        done = running.host.done("mount", "start web")
+        assert done == ["mount store", "mount base", "start web"]
+        await running.idle()
+        assert running.state == "ready"
+        await running.close()
+
+    asyncio.run(scene())
+
+
+class Slow(Host):
+    """A guest that libvirt has started, and that is ready when the test says so."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.is_ready = asyncio.Event()
+        self.asked = 0
+
+    async def ready(self, guest: GuestSpec, timeout_s: float) -> None:
+        self.asked += guest.name == "dns"
+        await self.is_ready.wait()
+
+
+AFTER = f"""
+[guest.dns]
+ready = "tcp:192.0.2.1:53"
+[guest.imap]
+after = ["dns"]
+[guest.web]
+after = ["dns"]
+[volume.a]
+device = "/dev/a"
+[volume.b]
+device = "/dev/b"
+[sim.volume.a]
+{opened_by("one")}
+[sim.volume.b]
+{opened_by("one")}
+[sim.guest.dns]
+running = true
+[sim.guest.imap]
+autostart = true
+disks = ["/dev/mapper/a"]
+[sim.guest.web]
+autostart = true
+disks = ["/dev/mapper/b"]
+"""
+
+
+def test_a_guest_starts_after_one_that_runs_already_is_ready() -> None:
+    async def scene() -> None:
+        running = Running(Slow.parse(AFTER))
+        host = running.host
+        assert isinstance(host, Slow)
+        running.engine.boot()
+        host.answer("one")
+        await running.until(lambda: host.asked == 2)
+        assert host.done("start") == []
+        host.is_ready.set()
+        await running.until(lambda: set(running.guests().values()) == {"running"})
+        assert sorted(host.done("start ")) == ["start imap", "start web"]
+        await running.idle()
+        await running.close()
+
+    asyncio.run(scene())
