@@ -117,6 +117,19 @@ def test_autostart_shows_at_the_next_refresh(run: Any, outsider: Any) -> None:
     run(work())
 
 
+def test_what_no_event_tells_shows_after_a_while(
+    run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libvirtlink, "LOOK_S", 0.05)
+
+    async def work() -> None:
+        async with observing() as observer:
+            outsider.lookupByName("test").setAutostart(1)
+            await observer.sees(lambda known: known.domains["test"].autostart)
+
+    run(work())
+
+
 def test_a_reboot_is_no_stop(run: Any, outsider: Any) -> None:
     async def work() -> None:
         async with observing() as observer:
@@ -374,6 +387,7 @@ def test_hanging_call_does_not_keep_the_process() -> None:
 import asyncio, sys, threading
 import libvirt
 libvirt.open = lambda uri: threading.Event().wait()
+from vmcryptd.adapters import libvirtlink
 from vmcryptd.adapters.domains import Libvirt
 from vmcryptd.errors import LibvirtError
 async def main():

@@ -28,6 +28,9 @@ T = TypeVar("T")
 OPEN_S = 30.0  # systemd may have to start the service behind the socket first
 READ_S = 60.0  # a thousand domains take some seconds
 CLOSE_S = 2.0
+# There is no event for a change of autostart. And should any other event be lost, what is wrong with
+# what is known is not wrong for long: after a restart of libvirtd none came at all, once.
+LOOK_S = 30.0
 BACK_OFF_S = (1.0, 30.0)
 
 log = logging.getLogger(__name__)
@@ -171,7 +174,11 @@ class Link:
             pools, self._stale_pools = self._stale_pools, set()
             if domains or pools:
                 await self._read(session, domains, pools)
-            await self._stale.wait()
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._stale.wait()
+            except TimeoutError:
+                await self._read(session)
             self._stale.clear()
         raise LibvirtError("the connection was closed")
 
