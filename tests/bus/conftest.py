@@ -43,7 +43,7 @@ def run() -> Run:
 
     def within(coroutine: Coroutine[Any, Any, Any]) -> Any:
         async def bounded() -> Any:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(240):
                 return await coroutine
 
         return asyncio.run(bounded())
@@ -107,7 +107,7 @@ async def _owned(name: str, address: str) -> None:
     await connection.match(changed, sender=bus.DRIVER, member="NameOwnerChanged", arg0=name)
     body = [name]
     driver = bus.DRIVER, bus.DRIVER_PATH, bus.DRIVER
-    if not (await connection.call(*driver, "NameHasOwner", "s", body, timeout_s=10))[0]:
-        async with asyncio.timeout(20):
+    if not (await connection.call(*driver, "NameHasOwner", "s", body, timeout_s=60))[0]:
+        async with asyncio.timeout(120):
             await appeared.wait()
     await connection.disconnect()

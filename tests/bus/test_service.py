@@ -141,7 +141,7 @@ class Daemon:
         async def reached() -> bool:
             return bool(await self.get("State") == wanted)
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             await self.until(reached)
 
     def descriptors(self) -> int:
@@ -195,7 +195,7 @@ def start(bus_address: str, tmp_path: Path) -> Iterator[Start]:
             sender=bus.DRIVER, member="NameOwnerChanged", arg0=NAME,
         )  # fmt: skip
         sim = spawn(text)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             await owned.wait()
         end()
         try:

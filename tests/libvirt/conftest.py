@@ -16,7 +16,7 @@ from vmcryptd.adapters.domains import Libvirt
 from vmcryptd.model import Virtualisation
 
 DEFAULT = "test:///default"
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 NODE = """<node>
   <domain type="test">

@@ -62,7 +62,7 @@ def play(scene: Scene) -> Callable[[], None]:
     async def scenes() -> None:
         person = Person()
         asked = Prompt(person, lambda: None, person.on_waiting)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             await scene(asked, person)
         asked.close()
         await turns()
