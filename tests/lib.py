@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 from collections.abc import Awaitable, Callable
@@ -213,7 +214,15 @@ def play(text: str) -> Callable[[Callable[[Running], Awaitable[None]]], Callable
             assert descriptors() == before
 
         def played() -> None:
-            asyncio.run(scene())
+            forgotten: list[str] = []
+            with asyncio.Runner() as runner:
+                # What asyncio would only write to the log: above all, an error that nobody looked at.
+                runner.get_loop().set_exception_handler(
+                    lambda _, context: forgotten.append(f"{context}")
+                )
+                runner.run(scene())
+                gc.collect()
+            assert not forgotten
 
         played.__name__, played.__doc__ = test.__name__, test.__doc__  # type: ignore[attr-defined]
         return played

@@ -44,6 +44,8 @@ class Guests:
         except asyncio.CancelledError:
             # libvirt goes on starting it; who overtook us (a shutdown) must find it running, not about to run.
             await asyncio.wait({starting})
+            if not starting.cancelled() and (error := starting.exception()):
+                log.info("%s; nobody waits for it any more", error)
             raise
         self._waited_for.discard(name)
         if wait_until_ready:

@@ -447,7 +447,8 @@ def test_who_leaves_is_not_asked_any_more_but_what_runs_goes_on(run: Any) -> Non
                 await it.ask("Plan", "s", "x")  # a round trip, so that the other call has come
             await runner.disconnect()
             await asker.disconnect()
-            await asyncio.wait([running, asking])
+            ends = await asyncio.gather(running, asking, return_exceptions=True)
+            assert all(isinstance(end, Exception) for end in ends)
             while it.gate.cancelled < 1:
                 await it.ask("Plan", "s", "x")
             it.manager.go.set()

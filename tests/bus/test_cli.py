@@ -203,8 +203,15 @@ class Fake:
     async def vanish(self) -> None:
         await self.connection.disconnect()
 
+    async def end(self) -> None:
+        await self.vanish()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
     def stop(self) -> None:
-        self.wait_for(self.vanish())
+        self.wait_for(self.end())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
         self.loop.close()
