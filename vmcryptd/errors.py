@@ -145,7 +145,7 @@ class GuestError(VmcryptdError):
 
 
 class LibvirtError(VmcryptdError):
-    """libvirt cannot be reached."""
+    """libvirt cannot be reached, or does not answer."""
 
     name = "LibvirtUnreachable"
 

@@ -76,7 +76,10 @@ class Guests:
         self._waited_for.add(guest.name)
 
     async def stop(self, name: str, deadline: float) -> None:
-        """Stop a guest by `deadline` (event loop time), or sooner if its own timeout says so. Raises GuestError."""
+        """Stop a guest by `deadline` (event loop time), or sooner if its own timeout says so.
+
+        Raises GuestError, and LibvirtError when nobody knows whether it runs.
+        """
         node = self._world.graph.guests[name]
         now = asyncio.get_running_loop().time()
         timeout_s = min(

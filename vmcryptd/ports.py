@@ -119,7 +119,7 @@ class Domains(Protocol):
         """The backing chain below a file or block source (readable now), without the source itself."""
 
     async def start(self, name: str) -> None:
-        """Start the domain; one that runs is fine. Raises GuestError with libvirt's sentence."""
+        """Start the domain; one that runs is fine. Raises GuestError with libvirt's sentence, LibvirtError."""
 
     async def ready(self, guest: GuestSpec, timeout_s: float) -> None:
         """Wait until the guest is ready in its own sense. Raises DeadlineError."""
@@ -128,13 +128,13 @@ class Domains(Protocol):
         """Ask the guest to stop (agent and ACPI) and wait until it is off. Raises DeadlineError, GuestError."""
 
     async def kill(self, name: str) -> None:
-        """Destroy the domain; one that is off is fine. Raises GuestError."""
+        """Destroy the domain; one that is off is fine. Raises GuestError; LibvirtError if nothing was answered."""
 
     async def start_pool(self, name: str) -> None:
-        """Start and refresh the pool. Raises GuestError."""
+        """Start and refresh the pool. Raises GuestError, LibvirtError."""
 
     async def stop_pool(self, name: str) -> None:
-        """Stop the pool, its content stays. Raises GuestError."""
+        """Stop the pool, its content stays. Raises GuestError, LibvirtError."""
 
 
 class Host(Protocol):

@@ -373,7 +373,7 @@ def test_hanging_call_holds_up_nobody(
             with monkeypatch.context() as patched:
                 patched.setattr(libvirt.virDomain, "isActive", hang)
                 patched.setattr(module, "START_S", 0.2)
-                with pytest.raises(GuestError, match="libvirt did not answer: no answer within"):
+                with pytest.raises(LibvirtError, match="libvirt did not answer: no answer within"):
                     await observer.domains.start("test")
             ticking.cancel()
             assert ticks > 5

@@ -17,6 +17,7 @@ from vmcryptd.errors import (
     GuestError,
     KeyUnavailableError,
     KeyUnusableError,
+    LibvirtError,
     NoSuchVolumeError,
     NotLuksError,
     StillWaitingError,
@@ -570,6 +571,25 @@ async def test_a_guest_that_ignores_the_button_is_left(run: Running) -> None:
     assert "is left running, as configured; its volumes (a) stay open" in str(error)
     assert run.volumes() == {"a": "unlocked", "b": "locked"}
     assert "was not tried, because stop g failed" in run.volume("a").error
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_the_kernel_knows_what_libvirt_does_not_tell(is_dead: bool) -> None:
+    """libvirtd ends a guest, and then waits for a bus that hangs: nothing is answered, and the guest is gone."""
+
+    @play(volume("a", "open = true") + stubborn("kill"))
+    async def scene(run: Running) -> None:
+        async def kill(name: str) -> None:
+            if is_dead:
+                run.host.guest(name, GuestState.OFF)
+            raise LibvirtError(f"guest {name} could not be ended: libvirt did not answer")
+
+        run.host.kill = kill  # type: ignore[method-assign]
+        error = await failure(run.engine.shutdown())
+        assert isinstance(error, LibvirtError)
+        assert run.volumes() == {"a": "locked" if is_dead else "unlocked"}
+
+    scene()
 
 
 @play('[daemon]\nshutdown_timeout = "10ms"\n' + volume("a", "open = true")

@@ -198,7 +198,8 @@ class Libvirt:
         try:
             yield
         except Refused as error:
-            raise GuestError(f"{what}: {error}; {advice}") from None
+            kind = LibvirtError if error.silent else GuestError
+            raise kind(f"{what}: {error}; {advice}") from None
 
 
 def _now() -> float:

@@ -37,8 +37,11 @@ class Event(Enum):
 class Refused(Exception):
     """libvirt said no: an error of libvirt as values, free of libvirt's objects."""
 
-    def __init__(self, text: str, *, lost: bool = False, forever: bool = False) -> None:
+    def __init__(
+        self, text: str, *, lost: bool = False, forever: bool = False, silent: bool = False
+    ) -> None:
         super().__init__(text)
+        self.silent = silent  # it did not even say no
         self.lost = lost  # the connection is of no more use
         self.forever = forever  # the same question will get the same answer
 

@@ -232,7 +232,7 @@ class Link:
             try:
                 return await self._threads.call(max(left, 0.0), call)
             except DeadlineError as error:
-                raise Refused(f"libvirt did not answer: {error}") from None
+                raise Refused(f"libvirt did not answer: {error}", silent=True) from None
             except Refused as error:
                 if not error.lost:
                     raise
