@@ -11,6 +11,7 @@ import graphlib
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from vmcryptd import collector
 from vmcryptd.errors import GraphError
 from vmcryptd.model import (
     BlockDevice,
@@ -301,6 +302,7 @@ class _Places:
         return None
 
 
+@collector.paused
 def build(settings: Settings, observation: Observation) -> Graph:
     """Build the graph. Raises GraphError for a cycle, naming its path."""
     try:

@@ -10,6 +10,7 @@ import difflib
 import graphlib
 from collections.abc import Container, Iterable
 
+from vmcryptd import collector
 from vmcryptd.errors import BusyError, GoalError, NoSuchGuestError, NoSuchVolumeError
 from vmcryptd.graph import Graph, VolumeNode
 from vmcryptd.model import Action, Content, Lock, Plan, Step, Unlock
@@ -17,6 +18,7 @@ from vmcryptd.model import Action, Content, Lock, Plan, Step, Unlock
 GOALS = ("boot", "shutdown", "lock-all", "unlock:NAME", "lock:NAME", "start:NAME", "stop:NAME")
 
 
+@collector.paused
 def plan(graph: Graph, goal: str) -> Plan:
     """The steps that reach the goal. Raises GoalError, NoSuchVolumeError, NoSuchGuestError, BusyError."""
     verb, _, name = goal.partition(":")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmcryptd import collector, planner
 from vmcryptd import graph as graphs
-from vmcryptd import planner
 from vmcryptd.errors import BusyError, GoalError, NoSuchGuestError, NoSuchVolumeError
 from vmcryptd.graph import Graph
 from vmcryptd.model import (
@@ -665,3 +666,25 @@ def test_a_tower_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs.VolumeNode, "needs", property(counted))
     assert len(planner.plan(graph, "boot").steps) == 300
     assert looks <= 300 * 6
+
+
+def test_the_collector_waits_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    @collector.paused
+    def inner(fails: bool) -> None:
+        seen.append(gc.isenabled())
+        if fails:
+            raise GoalError("no")
+
+    @collector.paused
+    def outer() -> None:
+        inner(False)
+        seen.append(gc.isenabled())
+
+    outer()
+    assert gc.isenabled()
+    with pytest.raises(GoalError):
+        inner(True)
+    assert gc.isenabled()
+    assert seen == [False] * 3
