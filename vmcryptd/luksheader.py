@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vmcryptd.errors import DamagedHeaderError, NotLuksError
-from vmcryptd.model import Header, KeySlot
+from vmcryptd.model import Header, KeySlot, Token
 
 USUAL_SIZE = 32 * 1024  # both copies of a LUKS2 header with the default JSON area; enough for LUKS1
 WHOLE_SIZE = 8 * 1024 * 1024  # both copies of the largest
@@ -37,6 +37,10 @@ LUKS1_SLOTS = 8
 LUKS1_ACTIVE, LUKS1_INACTIVE = 0x00AC71F3, 0x0000DEAD
 
 LARGEST = 2**32 - 1
+
+# Whether a token asks for a PIN, as systemd-cryptenroll writes it down; a PKCS#11 token always does.
+PIN_FLAGS = {"systemd-tpm2": "tpm2-pin", "systemd-fido2": "fido2-clientPin-required"}
+PIN_ALWAYS = {"systemd-pkcs11"}
 
 
 def parse(data: bytes) -> Header:
@@ -75,6 +79,13 @@ def slots(metadata: object) -> tuple[KeySlot, ...]:
     return tuple(sorted(found, key=lambda slot: slot.number))
 
 
+def tokens(metadata: object) -> tuple[Token, ...]:
+    """The tokens in LUKS2 metadata. One that is not understood is left out: passphrases work without it."""
+    found = metadata.get("tokens") if isinstance(metadata, dict) else None
+    read = [_token(*item) for item in found.items()] if isinstance(found, dict) else []
+    return tuple(sorted((token for token in read if token), key=lambda token: token.number))
+
+
 def _luks1(data: bytes) -> Header:
     if len(data) < LUKS1.size + LUKS1_SLOTS * LUKS1_SLOT.size:
         raise DamagedHeaderError("the LUKS1 header is cut short")
@@ -108,22 +119,25 @@ def _luks2(data: bytes, offset: int) -> Iterator[tuple[int, Header]]:
         return
     try:
         metadata = json.loads(copy[BINARY_SIZE:].split(b"\0", 1)[0])
-        yield sequence, Header(2, _uuid(uuid), slots(metadata))
+        yield sequence, Header(2, _uuid(uuid), slots(metadata), tokens(metadata))
     except (ValueError, RecursionError, DamagedHeaderError):
         return
 
 
 def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
     """One slot; none for those without a key derivation, which re-encryption uses."""
-    plain = number.isascii() and number.isdigit() and len(number) < 4
-    if not plain or not isinstance(value, dict):
+    if not _is_number(number) or not isinstance(value, dict):
         raise DamagedHeaderError("a key slot in the LUKS2 metadata is malformed")
     kdf = value.get("kdf")
     if value.get("type") != "luks2" or not isinstance(kdf, dict):
         return
-    kind = kdf.get("type")
+    kind, priority = kdf.get("type"), value.get("priority", 1)
+    if priority not in (0, 1, 2):
+        raise DamagedHeaderError(f"key slot {number} has an unknown priority")
     if kind == "pbkdf2":
-        yield KeySlot(int(number), "pbkdf2", iterations=_number(kdf, "iterations"))
+        yield KeySlot(
+            int(number), "pbkdf2", iterations=_number(kdf, "iterations"), priority=priority
+        )
     elif kind in ("argon2i", "argon2id"):
         yield KeySlot(
             int(number),
@@ -131,9 +145,26 @@ def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
             memory_kib=_number(kdf, "memory"),
             threads=_number(kdf, "cpus"),
             iterations=_number(kdf, "time"),
+            priority=priority,
         )
     else:
         raise DamagedHeaderError(f"key slot {number} has an unknown key derivation")
+
+
+def _token(number: str, value: Any) -> Token | None:
+    if not _is_number(number) or not isinstance(value, dict):
+        return None
+    kind, slots = value.get("type"), value.get("keyslots")
+    if not isinstance(kind, str) or not isinstance(slots, list):
+        return None
+    if not all(isinstance(slot, str) and _is_number(slot) for slot in slots):
+        return None
+    needs_pin = kind in PIN_ALWAYS or value.get(PIN_FLAGS.get(kind, "")) is True
+    return Token(int(number), kind, tuple(map(int, slots)), needs_pin)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 4
 
 
 def _number(kdf: dict[str, Any], key: str) -> int:

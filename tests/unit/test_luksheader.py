@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vmcryptd import luksheader
 from vmcryptd.errors import DamagedHeaderError, NotLuksError
-from vmcryptd.model import KeySlot
+from vmcryptd.model import KeySlot, Token
 
 UUID = "0b7d6a2e-94a5-4c1e-a5a7-6b7c3b3a1f00"
 ARGON = {"type": "argon2id", "time": 4, "memory": 65536, "cpus": 2, "salt": ""}
@@ -64,6 +64,38 @@ def test_luks2() -> None:
     assert header.memory_kib == 65536
 
 
+def test_tokens() -> None:
+    metadata = {
+        "keyslots": {"0": {"type": "luks2", "kdf": ARGON, "priority": 2}},
+        "tokens": {
+            "3": {"type": "clevis", "keyslots": ["2"], "jwe": {}},
+            "0": {"type": "systemd-tpm2", "keyslots": ["1"], "tpm2-pin": True},
+            "1": {"type": "systemd-fido2", "keyslots": ["0"], "fido2-clientPin-required": False},
+            "2": {"type": "systemd-pkcs11", "keyslots": []},
+            "x": {"type": "clevis", "keyslots": ["2"]},
+            "5": {"type": 5, "keyslots": ["2"]},
+            "6": {"type": "clevis", "keyslots": "2"},
+            "7": {"type": "clevis", "keyslots": ["-1"]},
+            "8": None,
+        },
+    }
+    header = luksheader.parse(copy(metadata=metadata))
+    assert header.tokens == (
+        Token(0, "systemd-tpm2", (1,), needs_pin=True),
+        Token(1, "systemd-fido2", (0,)),
+        Token(2, "systemd-pkcs11", (), needs_pin=True),
+        Token(3, "clevis", (2,)),
+    )
+    assert [slot.priority for slot in header.slots] == [2]
+    assert luksheader.parse(copy(metadata={"keyslots": SLOTS, "tokens": []})).tokens == ()
+
+
+def test_what_a_slot_costs() -> None:
+    cheap, dear = luksheader.parse(copy()).slots[::-1]
+    assert cheap.cost < dear.cost
+    assert KeySlot(0, "pbkdf2", iterations=2_000_000).cost > dear.cost
+
+
 def test_luks1() -> None:
     header = luksheader.parse(bytes(luks1()))
     assert (header.version, header.uuid) == (1, UUID)
@@ -106,6 +138,10 @@ def test_the_copy_written_last_counts() -> None:
         pytest.param(
             copy(metadata={"keyslots": {"1": {"type": "luks2", "kdf": {"type": "scrypt"}}}}),
             id="unknown key derivation",
+        ),
+        pytest.param(
+            copy(metadata={"keyslots": {"1": {"type": "luks2", "kdf": PBKDF, "priority": 7}}}),
+            id="unknown priority",
         ),
     ],
 )
@@ -160,3 +196,4 @@ def test_whatever_is_on_the_disk(data: st.DataObject) -> None:
 def test_whatever_the_metadata_says(metadata: object) -> None:
     with contextlib.suppress(DamagedHeaderError):
         luksheader.slots(metadata)
+        luksheader.tokens(metadata)

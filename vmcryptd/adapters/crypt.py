@@ -179,8 +179,9 @@ class Cryptsetup:
         )
         if dump.code == 0 and uuid.code == 0:
             try:
-                slots = luksheader.slots(json.loads(dump.out))
-                return Header(2, uuid.out.strip().lower(), slots)
+                metadata = json.loads(dump.out)
+                slots, tokens = luksheader.slots(metadata), luksheader.tokens(metadata)
+                return Header(2, uuid.out.strip().lower(), slots, tokens)
             except (ValueError, DamagedHeaderError) as error:
                 log.info("cryptsetup's dump of %s is not understood: %s", path, error)
         raise DamagedHeaderError(
