@@ -187,7 +187,10 @@ def shutdown_here() -> None:
         settings = configuration.load(validated=configuration.VALIDATED)
         engine = Engine(settings, real_ports(settings))
         engine.start()
-        await engine.shutdown()
+        try:
+            await engine.shutdown()
+        finally:
+            await engine.settled()
 
     asyncio.run(run())
 

@@ -76,6 +76,8 @@ class Engine:
         self._boot_set_of: Graph | None = None
         self._keystores: set[str] = set()  # opened for others, to be closed when nothing comes up
         self._target_reached: bool | None = None
+        self._target_told: bool | None = None
+        self._is_telling_target = False
         self._rebuilt = asyncio.Event()
         self._stopping = 0  # requests to go down that are under way
         self._is_closed = False
@@ -214,15 +216,33 @@ class Engine:
         self.world.moved()
         state = self.state
         if state is HostState.READY and self._target_reached is not True:
-            self._target_reached = True
-            self._spawn(self._ports.host.reach_target(True))
+            self._tell_target(True)
         elif state in (HostState.STOPPING, HostState.LOCKED) and self._target_reached is True:
-            self._target_reached = False
-            self._spawn(self._ports.host.reach_target(False))
+            self._tell_target(False)
         if (line := self.status_line(state)) != self._told_status:
             self._told_status = line
             self._ports.host.status(line)
         self.changed()
+
+    def _tell_target(self, is_reached: bool) -> None:
+        self._target_reached = is_reached
+        if not self._is_telling_target:
+            self._is_telling_target = True
+            self._spawn(self._move_target())
+
+    async def _move_target(self) -> None:
+        """One after the other: two at once could arrive the wrong way round."""
+        try:
+            while (wanted := self._target_reached) is not None and wanted is not self._target_told:
+                await self._ports.host.reach_target(wanted)
+                self._target_told = wanted
+        finally:
+            self._is_telling_target = False
+
+    async def settled(self) -> None:
+        """Wait until what goes on beside the jobs has ended."""
+        while self._background:
+            await asyncio.wait(self._background)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)

@@ -195,9 +195,18 @@ def test_holders(tree: Tree) -> None:
         "swap on /srv/vm/swap",
         "guest ma,il (pid 9)",
         "thing (pid 10)",
-        "mounted for thing (pid 12)",
     )
     assert asyncio.run(SysfsBlocks(tree.roots).holders("nobody")) == ()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_who_has_it_mounted_elsewhere_is_told_when_nobody_else_is(tree: Tree, here: bool) -> None:
+    if here:
+        tree.mount("253:1", "/srv/vm")
+    other = tree.process(12, cwd="/", namespace="mnt:[2]")
+    (other / "mountinfo").write_text("1 2 253:1 / /data rw - ext4 none rw\n")
+    found = asyncio.run(SysfsBlocks(tree.roots).holders("cr_imap"))
+    assert found[-1] == "mounted for thing (pid 12)"
 
 
 def test_unit_names() -> None:

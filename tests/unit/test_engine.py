@@ -1008,3 +1008,23 @@ async def test_nothing_is_configured(run: Running) -> None:
 async def test_plans_do_nothing(run: Running) -> None:
     assert [step.id for step in run.engine.plan("boot").steps] == ["unlock:a", "start:g"]
     assert (run.host.calls, run.engine.jobs) == ([], {})
+
+
+@play(volume("a", "open = true"))
+async def test_the_target_is_left_after_it_was_reached(run: Running) -> None:
+    """`vmcryptctl shutdown` without a daemon looks, finds all ready, and goes down at once."""
+    told: list[bool] = []
+    slow = asyncio.Event()
+
+    async def reach_target(reached: bool) -> None:
+        if reached:
+            await slow.wait()
+        told.append(reached)
+
+    run.host.reach_target = reach_target  # type: ignore[method-assign]
+    run.engine.boot()
+    await run.until(lambda: run.state == "ready")
+    await run.engine.shutdown()
+    slow.set()
+    await run.engine.settled()
+    assert told == [True, False]

@@ -184,8 +184,12 @@ class SysfsBlocks:
                 raise StorageError(
                     f"{volume.name} cannot be unmounted from {mount.target}: {done.complaint}"
                 )
-            who = ", ".join(await self.holders(mapping))
-            raise BusyError(f"{volume.name} cannot be unmounted from {mount.target}: {who}")
+            who = [h for h in await self.holders(mapping) if h != f"mounted at {mount.target}"]
+            raise BusyError(
+                f"{volume.name} cannot be unmounted from {mount.target}, it is in use by "
+                f"{', '.join(who) or 'the kernel (no holder is visible)'}; "
+                f"stop that, then `vmcryptctl lock {volume.name}`"
+            )
 
     async def holders(self, mapping: str) -> tuple[str, ...]:
         storage = self.observe(())

@@ -54,13 +54,17 @@ def users(roots: Roots, storage: Storage, name: str) -> tuple[str, ...]:
     said = sorted(_device(device) for device in over.devices)
     said += [f"mounted at {mount.target}" for mount in over.mounts]
     said += _swaps(roots, over)
-    said += processes(roots, over)
+    openers, elsewhere = processes(roots, over)
+    said += openers
+    # A mount namespace's copy of a mount usually goes with the mount itself; it is told when nothing else explains it.
+    if not over.mounts or not openers:
+        said += elsewhere
     return tuple(dict.fromkeys(said))
 
 
-def processes(roots: Roots, over: Reach) -> list[str]:
-    """Those that have one of the devices, or a file in one of the mounts, open."""
-    said = []
+def processes(roots: Roots, over: Reach) -> tuple[list[str], list[str]]:
+    """Those that have one of the devices, or a file in one of the mounts, open; and those that have it mounted."""
+    openers, elsewhere = [], []
     own_namespace = _link(f"{roots.proc}/self/ns/mnt")
     asked_namespaces = {own_namespace, ""}
     for pid in sorted(int(entry) for entry in os.listdir(roots.proc) if entry.isdigit()):
@@ -68,7 +72,7 @@ def processes(roots: Roots, over: Reach) -> list[str]:
             continue
         place = f"{roots.proc}/{pid}"
         if any(_is_of(path, target, over) for path, target in _open_files(place)):
-            said.append(_process(place, pid))
+            openers.append(_process(place, pid))
             continue
         # A mount namespace of its own (a container, ProtectSystem=) has copies of our mounts.
         namespace = _link(f"{place}/ns/mnt")
@@ -76,8 +80,8 @@ def processes(roots: Roots, over: Reach) -> list[str]:
             asked_namespaces.add(namespace)
             mounts = parse_mounts(read_file(f"{place}/mountinfo"))
             if any(mount.number in over.numbers for mount in mounts):
-                said.append(f"mounted for {_process(place, pid)}")
-    return said
+                elsewhere.append(f"mounted for {_process(place, pid)}")
+    return openers, elsewhere
 
 
 def within(path: str, directory: str) -> bool:
