@@ -26,7 +26,7 @@ from vmcryptd.errors import (
     VmcryptdError,
 )
 from vmcryptd.graph import Graph
-from vmcryptd.jobs import Job, JobState, is_rising, outcome
+from vmcryptd.jobs import Job, JobState, is_rising, outcome, together
 from vmcryptd.model import Action, HostState, Infinity, Lock, Plan, Settings, Unlock, VolumeState
 from vmcryptd.panic import panic
 from vmcryptd.ports import Key, Ports
@@ -408,7 +408,7 @@ class Engine:
         if kept:
             log.warning('shutdown: %s stay open (lock = "manual")', ", ".join(kept))
         if failures:
-            raise next(iter(failures.values()))
+            raise together(failures.values())
 
     async def panic(self) -> None:
         """Now: guests killed, keys wiped, mappings closed; goes on past every error and tells them at the end."""

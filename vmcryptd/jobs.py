@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -58,6 +59,13 @@ class Job:
         }
         own = {k: error for k, error in found.items() if not isinstance(error, DependencyError)}
         return own or found
+
+
+def together(errors: Iterable[VmcryptdError]) -> VmcryptdError:
+    """One error that tells all of them, of the kind of the first. At least one is needed."""
+    first, *more = errors
+    told = dict.fromkeys(str(error) for error in (first, *more))
+    return type(first)("; ".join(told)) if more else first
 
 
 def is_rising(goal: str) -> bool:

@@ -592,6 +592,15 @@ def test_the_kernel_knows_what_libvirt_does_not_tell(is_dead: bool) -> None:
     scene()
 
 
+@play(volume("a", 'open = true\nfault = "busy"') + volume("b", "open = true") + stubborn("leave")
+      + volume("c", 'open = true\nfault = "busy"'))  # fmt: skip
+async def test_everything_that_stays_is_told(run: Running) -> None:
+    text = str(await failure(run.engine.shutdown()))
+    assert "guest g did not stop" in text
+    assert "volume c cannot be closed" in text
+    assert run.volumes() == {"a": "unlocked", "b": "locked", "c": "unlocked"}
+
+
 @play('[daemon]\nshutdown_timeout = "10ms"\n' + volume("a", "open = true")
       + guest("g", "a", sim='running = true\nstop_delay = "infinity"'))  # fmt: skip
 async def test_the_budget_of_the_whole_counts(run: Running) -> None:
