@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmcryptd import settings
-from vmcryptd.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, VmcryptdError
+from vmcryptd.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    ConfigError,
+    DeviceMissingError,
+    VmcryptdError,
+)
 from vmcryptd.graph import GuestNode, VolumeNode
 from vmcryptd.model import SourceKind, Unlock
 from vmcryptd.survey import Facts, look
@@ -118,6 +125,8 @@ def _header(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
     header = facts.headers.get(node.spec.name)
     if header is None:
         return
+    if isinstance(header, DeviceMissingError) and _lies_deeper(facts, node):
+        return  # a detached header on a volume that is locked
     if isinstance(header, VmcryptdError):
         advice = f"see `cryptsetup luksDump {node.spec.header or node.spec.device_path}`"
         yield Finding(ERROR if facts.is_root else WARNING, where, str(header), advice)
@@ -134,8 +143,13 @@ def _header(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
         yield Finding(ERROR, where, text, advice)
 
 
+def _lies_deeper(facts: Facts, node: VolumeNode) -> bool:
+    """Whether what opens the volume may lie on another that is locked."""
+    return any(not facts.graph.volumes[lower].is_open for lower in node.opens_after)
+
+
 def _keys(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
-    lies_deeper = any(not facts.graph.volumes[lower].is_open for lower in node.opens_after)
+    lies_deeper = _lies_deeper(facts, node)
     for source in node.spec.keys:
         path = source.argument
         match source.kind:

@@ -15,7 +15,7 @@ import pytest
 from vmcryptd import check, config, graph, survey
 from vmcryptd import settings as configuration_files
 from vmcryptd.check import ERROR, WARNING, Finding
-from vmcryptd.errors import NotLuksError
+from vmcryptd.errors import DeviceMissingError, NotLuksError
 from vmcryptd.model import (
     BlockDevice,
     DiskSource,
@@ -63,6 +63,19 @@ GOOD = '[volume.a]\ndevice = "/dev/vda"\n'
 def test_nothing_is_wrong() -> None:
     subject = facts(GOOD, guest("g", disk("/dev/mapper/a")), headers={"a": Header(2, UUID)})
     assert found(subject) == []
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_detached_header_on_a_locked_volume(is_open: bool) -> None:
+    text = GOOD.replace("]", ']\nheader = "/srv/a.header"\nafter = ["b"]') + (
+        '[volume.b]\ndevice = "/dev/vdb"\ncontent = "filesystem"\nmount = "/srv"\n'
+    )
+    subject = facts(text, headers={"a": DeviceMissingError("/srv/a.header cannot be read")})
+    volumes = dict(subject.graph.volumes)
+    volumes["b"] = replace(volumes["b"], mapping="b" if is_open else "", mounts=("/srv",))
+    subject = replace(subject, graph=replace(subject.graph, volumes=volumes))
+    told = [finding.severity for finding in check._volumes(subject) if finding.object == "volume a"]
+    assert told == [ERROR] * is_open
 
 
 @pytest.mark.parametrize(

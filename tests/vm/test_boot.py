@@ -112,6 +112,8 @@ def test_one_answer_at_the_console(host: Host) -> None:
 
         # For the next boot: nobody will be there.
         vm.run("sed -i 's/^.daemon.$/&\\nconsole_prompt = \"3s\"/' /etc/vmcryptd/vmcryptd.toml")
+        # Whose way is to write the guests' memory to disk, in plain text: it is to find none that runs.
+        vm.run("echo ON_SHUTDOWN=suspend >/etc/default/libvirt-guests")
         vm.run("systemctl enable libvirt-guests.service && rm -f /root/waited")
         vm.power_button()
         assert vm.wait_off() == "guest-shutdown"
@@ -148,6 +150,7 @@ def test_nobody_at_the_console(host: Host) -> None:
 def test_keys_over_standard_input_and_bus(host: Host) -> None:
     with boot_locked(host) as vm:
         vm.wait_booted()
+        assert vm.run("ls /var/lib/libvirt/qemu/save").out == ""
         lab.wait_state(vm, "waiting")
         assert lab.unlock(vm, passphrase=lab.WRONG, check=False) == 3
         assert lab.unlock(vm, "cr_outer", passphrase=lab.WRONG, check=False) == 3

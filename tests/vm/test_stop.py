@@ -133,7 +133,38 @@ def test_without_daemon_or_bus(up: Vm, kill: str, revive: str, state: str) -> No
     destroy_left(up)
 
 
+def test_the_daemon_is_killed_while_it_stops_guests(up: Vm) -> None:
+    watching = lab.Caller(up)
+    stopping = up.background("vmcryptctl shutdown")
+    watching.wait("guest", "deaf", "stopping")
+    up.run("systemctl kill -s KILL vmcryptd")
+    done = stopping.wait(check=False)
+    assert lab.mappings(up) == ["cr_left"], done
+    assert done.code == 1
+    assert "left running" in done.err
+    lab.wait_state(up, "locked")
+    destroy_left(up)
+
+
+def test_without_udev(up: Vm) -> None:
+    units = "systemd-udevd-control.socket systemd-udevd-kernel.socket systemd-udevd.service"
+    up.run(f"systemctl stop {units}")
+    done = up.run("vmcryptctl shutdown", check=False, timeout_s=300)
+    left = lab.mappings(up)
+    up.run(f"systemctl start {units}")
+    assert left == ["cr_left"], done
+    assert "left running" in done.err
+    lab.wait_state(up, "locked")
+    destroy_left(up)
+
+
+def key_in_kernel(vm: Vm) -> str:
+    """The volume key of cr_fs, or where the kernel keeps it."""
+    return vm.run("dmsetup table --showkeys cr_fs").out.split()[4]
+
+
 def test_panic(up: Vm) -> None:
+    assert set(key_in_kernel(up)) - {"0"}
     busy = up.background("cd /srv/fs; exec tail -f /dev/null")
     up.wait_until("pgrep -x tail")
     done = up.run("vmcryptctl panic", check=False)
@@ -143,7 +174,7 @@ def test_panic(up: Vm) -> None:
     # The one that could not be closed has no key any more, and lets nobody read or write.
     assert lab.mappings(up) == ["cr_fs"]
     assert lab.volume_states(up)["cr_fs"] == "suspended"
-    assert up.run("dmsetup table --showkeys cr_fs").out.split()[4] == "-"
+    assert not set(key_in_kernel(up)) - {"0"}
     busy.signal(9)
     assert lab.unlock(up, "cr_fs") == 0
     assert lab.volume_states(up)["cr_fs"] == "unlocked"
