@@ -50,6 +50,10 @@ _vmcryptctl() {
                 ;;
         esac
     fi
-    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
+    # Not compgen -W, which expands its words: a guest can be called $(reboot).
+    local word
+    while read -r word; do
+        [[ -n $word && $word == "$current"* ]] && COMPREPLY+=("$(printf %q "$word")")
+    done <<<"$words"
 }
 complete -F _vmcryptctl vmcryptctl

@@ -200,8 +200,9 @@ def test_every_verb_and_option_is_completed() -> None:
         ("st", ["status", "start", "stop"]),
         ("lock ", ["cr_a", "cr_b"]),
         ("unlock cr_a ", ["cr_a", "cr_b"]),
-        ("start m", ["mail server"]),
-        ("status ", ["all of them"]),
+        ("start m", ["mail\\ server"]),
+        ("start $", ["\\$\\(touch\\ ran\\)"]),
+        ("status ", ["all\\ of\\ them"]),
         ("status --", ["--help", "--all", "--json"]),
         ("wait --timeout ", []),
         ("plan un", ["unlock:"]),
@@ -213,7 +214,7 @@ def test_every_verb_and_option_is_completed() -> None:
 def test_bash_completion(typed: str, offered: list[str], tmp_path: Path) -> None:
     fake = tmp_path / "vmcryptctl"
     fake.write_text(
-        "#!/bin/sh\ncase $2 in volumes) printf 'cr_a\\ncr_b\\n' ;; guests) echo mail server ;; "
+        "#!/bin/sh\ncase $2 in volumes) printf 'cr_a\\ncr_b\\n' ;; guests) echo mail server; echo '$(touch ran)' ;; "
         "all) echo all of them ;; esac\n"
     )
     fake.chmod(0o755)
@@ -234,3 +235,4 @@ def test_bash_completion(typed: str, offered: list[str], tmp_path: Path) -> None
     )
     assert done.stdout.splitlines() == offered
     assert done.stderr == ""
+    assert not (PROJECT / "ran").exists()

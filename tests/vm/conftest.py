@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Fixtures: a machine for one test, or one that the tests of a module share."""
 
+import fcntl
 import functools
 import shutil
 import subprocess
@@ -41,7 +42,12 @@ def current_package() -> Path | None:
 
 @pytest.fixture(scope="session")
 def image() -> Image:
-    return build_image(current_package())
+    lock_file = PROJECT / "build/package.lock"
+    lock_file.parent.mkdir(exist_ok=True)
+    with lock_file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers that run side by side build one package
+        package = current_package()
+    return build_image(package)
 
 
 def _hosts(
