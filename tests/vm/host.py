@@ -425,8 +425,11 @@ class Vm:
         self.wait_until(f"[ \"{numbers}\" = $'{wanted}' ]", timeout_s)
 
     def wait_until(self, command: str, timeout_s: float = RUN_TIMEOUT_S) -> Result:
-        """Until this shell condition holds, where the machine tells of it by no event."""
-        loop = f"until {{ {command}\n}} >/dev/null 2>&1; do sleep 0.2; done; {command}"
+        """Until this shell condition holds, where the machine tells of it by no event.
+
+        Asking costs an emulated machine the time that it needs to get there.
+        """
+        loop = f"until {{ {command}\n}} >/dev/null 2>&1; do sleep 0.5; done; {command}"
         return self.run(loop, timeout_s=timeout_s)
 
     def wait_unit(self, unit: str, state: str = "active", timeout_s: float = RUN_TIMEOUT_S) -> None:

@@ -115,9 +115,16 @@ def guest_states(vm: Vm) -> dict[str, str]:
     return {domain["name"]: domain["state"] for domain in status(vm)["guests"]}
 
 
-def wait_state(vm: Vm, state: str, timeout_s: float = 120) -> None:
+def wait_state(vm: Vm, *states: str, timeout_s: float = 120) -> None:
     """Until the daemon says so of the whole."""
-    vm.wait_until(f"busctl get-property {MANAGER} State | grep -qx 's \"{state}\"'", timeout_s)
+    pattern = f's "({"|".join(states)})"'
+    vm.wait_until(f"busctl get-property {MANAGER} State | grep -qxE '{pattern}'", timeout_s)
+
+
+def wait_object(vm: Vm, kind: str, name: str, state: str, timeout_s: float = 120) -> None:
+    """Until the daemon says so of a volume or guest."""
+    where = f"org.vmcryptd1 /org/vmcryptd1/{kind}/{escaped(name)} org.vmcryptd1.{kind.capitalize()}"
+    vm.wait_until(f"busctl get-property {where} State | grep -qx 's \"{state}\"'", timeout_s)
 
 
 def unlock(vm: Vm, *names: str, passphrase: str = PASSPHRASE, check: bool = True) -> int:

@@ -160,7 +160,7 @@ def test_keys_over_standard_input_and_bus(host: Host) -> None:
         call = f"busctl call {lab.MANAGER} UnlockWithKey sh cr_outer 3"
         script = f"exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$BASHPID exec {call}"
         vm.run(["bash", "-c", script], stdin=lab.PASSPHRASE.encode())
-        vm.wait_until("vmcryptctl status --json cr_imap | grep -q waiting")
+        lab.wait_object(vm, "volume", "cr_imap", "waiting")
 
         assert lab.unlock(vm) == 0
         assert_running(vm, starts=3, clean_stops=2)

@@ -208,8 +208,8 @@ def behind(vm: Vm, goal: str) -> dict[str, set[str]]:
 
 def wait_waiting(vm: Vm) -> None:
     """The daemon waits for a key, and knows from libvirt who needs it."""
-    lab.wait_state(vm, "waiting", SLOW_S)
-    vm.wait_until("vmcryptctl status --json web | grep -q '\"off\"'", SLOW_S)
+    lab.wait_state(vm, "waiting", timeout_s=SLOW_S)
+    lab.wait_object(vm, "guest", "web", "off", SLOW_S)
 
 
 def assert_boot_is_planned_well(vm: Vm) -> dict[str, set[str]]:
@@ -233,7 +233,7 @@ def let_dns_answer(vm: Vm) -> None:
 
 
 def assert_up(vm: Vm, starts: int, clean_stops: int) -> None:
-    lab.wait_state(vm, "ready", SLOW_S)
+    lab.wait_state(vm, "ready", timeout_s=SLOW_S)
     states = lab.volume_states(vm)
     assert {name for name, state in states.items() if state == "unlocked"} == BOOT_SET | {"cr_base"}
     assert {name for name, state in states.items() if state == "locked"} == CLOSED
@@ -335,7 +335,7 @@ def test_a_guests_disk_is_not_looked_into(vm: Vm) -> None:
 
 def test_a_volume_that_comes_and_goes_with_its_guest(vm: Vm) -> None:
     starting = vm.background("vmcryptctl start customer")
-    vm.wait_until("vmcryptctl status --json cr_customer | grep -q waiting")
+    lab.wait_object(vm, "volume", "cr_customer", "waiting")
     assert lab.unlock(vm, "cr_customer") == 0
     assert starting.wait().code == 0
     vm.wait_counters("/dev/mapper/cr_customer", guest.Counters(1, 0))

@@ -35,7 +35,7 @@ def up(vm: Vm) -> Vm:
     """Everything is open and runs."""
     vm.run("vmcryptctl boot")
     if lab.status(vm)["state"] != "ready":
-        vm.wait_until('vmcryptctl status --json | grep -qE \'"state": *"(waiting|ready)"\'')
+        lab.wait_state(vm, "waiting", "ready")
         assert lab.unlock(vm) == 0
     lab.wait_state(vm, "ready")
     assert set(lab.guest_states(vm).values()) == {"running"}
