@@ -228,7 +228,7 @@ def let_dns_answer(vm: Vm) -> None:
     """The port that the guest dns would serve, if it were more than 512 bytes."""
     vm.run(
         "ip address add 192.168.1.5/32 dev lo"
-        " && systemd-run --quiet --unit=dns-port nc -lkv 192.168.1.5 53"
+        " && systemd-run --quiet --unit=dns-port nc -lknv 192.168.1.5 53"
     )
 
 
@@ -362,7 +362,8 @@ def test_everything_is_closed_at_poweroff(host: Host, vm: Vm) -> None:
     for name in BOOT_SET - {"cr_guestpv"} | {"cr_base"}:
         assert f"volume {name} is closed" in down
     assert "STILL OPEN" not in vm.console.transcript
-    assert not re.search(r"systemd\[1\]: .*(Failed|failed)", down)
+    # /run/lock is busy now and then, which has nothing to do with us.
+    assert not re.search(r"systemd\[1\]: (?!.*run-lock\.mount).*(Failed|failed)", down)
     assert not re.search(r"systemd\[1\]: Stopping qemu|machine-qemu.*: Killing", down)
 
 
