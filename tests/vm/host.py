@@ -72,14 +72,16 @@ class Image:
     def tools(self) -> Path:
         return (self.directory / "tools").resolve()
 
-    def tool(self, name: str) -> list[str]:
+    def tool(self, name: str, *private: str) -> list[str]:
         """The command line of a program in the image's tree, which needs nothing installed.
 
-        Debian 12's QEMU 7.2 crashes the image's kernel; the tree has the QEMU that belongs to it.
+        Debian 12's QEMU 7.2 crashes the image's kernel; the tree has the QEMU that belongs to it. `private` are
+        directories below the tree's libraries where the program has its own.
         """
         libraries = self.tools / "usr/lib/x86_64-linux-gnu"
         loader = libraries / "ld-linux-x86-64.so.2"
-        return [f"{loader}", "--library-path", f"{libraries}", f"{self.tools / 'usr/bin' / name}"]
+        path = ":".join(f"{libraries / place}" for place in ("", *private))
+        return [f"{loader}", "--library-path", path, f"{self.tools / 'usr/bin' / name}"]
 
     def qemu(self) -> list[str]:
         data = [f"{self.tools / 'usr/share' / name}" for name in ("qemu", "seabios")]

@@ -21,6 +21,25 @@ CHEAP = "--pbkdf argon2id --pbkdf-memory 1024 --pbkdf-parallel 1 --pbkdf-force-i
 MANAGER = "org.vmcryptd1 /org/vmcryptd1 org.vmcryptd1.Manager"
 
 
+# Every readable page of a process. The needle comes on standard input.
+SCAN_MEMORY = """\
+import re, sys
+needle = sys.stdin.buffer.read()
+pid, size = sys.argv[1], 0
+with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+    for line in open(f"/proc/{pid}/maps"):
+        start, end, flags, name = re.match(r"(\\w+)-(\\w+) (\\S+) \\S+ \\S+ \\S+ *(.*)", line).groups()
+        if flags[0] != "r" or name.startswith(("[vvar", "[vsyscall")):
+            continue
+        memory.seek(int(start, 16))
+        data = memory.read(int(end, 16) - int(start, 16))
+        size += len(data)
+        if needle in data:
+            print(f"{name or 'anonymous memory'} at {start}")
+assert size > 1 << 20, size
+"""
+
+
 def disk(index: int) -> str:
     return f"/dev/disk/by-id/virtio-disk{index}"
 
@@ -141,6 +160,19 @@ def mappings(vm: Vm) -> list[str]:
     """The names of all LUKS mappings."""
     lines = vm.run("dmsetup info -c --noheadings --separator ' ' -o name,uuid").out.splitlines()
     return [line.split()[0] for line in lines if " CRYPT-LUKS" in line]
+
+
+def in_memory(vm: Vm, pid: str, needle: str) -> list[str]:
+    """The regions of a process's memory that hold it."""
+    vm.put("/root/scan-memory", SCAN_MEMORY)
+    command = ["python3", "/root/scan-memory", pid]
+    return vm.run(command, stdin=needle.encode()).out.splitlines()
+
+
+def in_files(vm: Vm, places: str, needle: str, *, without: str = "") -> list[str]:
+    """The files that hold it."""
+    command = f"grep -rlsaF -D skip {without} -f - {places}"
+    return vm.run(command, stdin=needle.encode() + b"\n", check=False).out.splitlines()
 
 
 class Refused(Exception):

@@ -64,23 +64,6 @@ while :; do
     echo >>/root/samples
 done
 """
-# Every readable page of a process. The needle comes on standard input.
-SCAN_MEMORY = """\
-import re, sys
-needle = sys.stdin.buffer.read()
-pid, size = sys.argv[1], 0
-with open(f"/proc/{pid}/mem", "rb", 0) as memory:
-    for line in open(f"/proc/{pid}/maps"):
-        start, end, flags, name = re.match(r"(\\w+)-(\\w+) (\\S+) \\S+ \\S+ \\S+ *(.*)", line).groups()
-        if flags[0] != "r" or name.startswith(("[vvar", "[vsyscall")):
-            continue
-        memory.seek(int(start, 16))
-        data = memory.read(int(end, 16) - int(start, 16))
-        size += len(data)
-        if needle in data:
-            print(f"{name or 'anonymous memory'} at {start}")
-assert size > 1 << 20, size
-"""
 # vmcryptctl on a terminal; somebody types what comes through the FIFO.
 TYPIST = """\
 exec 3<>/root/typed
@@ -109,14 +92,10 @@ class Site:
         self.root.ended(call)
 
     def in_memory(self, pid: str, needle: str) -> list[str]:
-        """The regions of a process's memory that hold it."""
-        command = ["python3", "/root/scan-memory", pid]
-        return self.vm.run(command, stdin=needle.encode()).out.splitlines()
+        return lab.in_memory(self.vm, pid, needle)
 
     def in_files(self, places: str, needle: str, *, without: str = "") -> list[str]:
-        """The files that hold it."""
-        command = f"grep -rlsaF -D skip {without} -f - {places}"
-        return self.vm.run(command, stdin=needle.encode() + b"\n", check=False).out.splitlines()
+        return lab.in_files(self.vm, places, needle, without=without)
 
     def in_output(self, command: str, needle: str) -> list[str]:
         """The lines of a command's output that hold it."""
@@ -180,7 +159,6 @@ def _prepare(vm: Vm) -> None:
     vm.put("/usr/local/bin/sample", SAMPLE, 0o755)
     vm.put("/usr/local/bin/record", "#!/bin/sh\nexec busctl capture >/root/bus\n", 0o755)
     vm.put("/usr/local/bin/keep-core", KEEP_CORE, 0o755)
-    vm.put("/root/scan-memory", SCAN_MEMORY)
     for unit in ("sample", "record"):
         command = f"/usr/local/bin/{unit}"
         vm.put(f"/etc/systemd/system/{unit}.service", WATCH.format(command=command))

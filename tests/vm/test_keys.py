@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keys that fetch themselves: a TPM, a smart card, Tang servers; and what happens when these are taken away."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.vm import guest, lab
+from tests.vm.conftest import HostFactory
+from tests.vm.host import Host, Image, Vm
+from tests.vm.lab import PASSPHRASE, Caller
+from tests.vm.tpm import Tpm
+
+PIN = "canary-Zw7pQ4-pin"
+CARD_PIN = "80317731"  # given to softhsm2-util as an argument, as it wants it
+TANGS = {"tang1": 7501, "tang2": 7502}
+TANG_SOCKET = """\
+[Unit]
+DefaultDependencies=no
+[Socket]
+ListenStream=127.0.0.1:{port}
+Accept=yes
+"""
+TANG_SERVICE = """\
+[Unit]
+CollectMode=inactive-or-failed
+[Service]
+ExecStart=/usr/libexec/tangd /var/lib/{name}
+StandardInput=socket
+StandardOutput=socket
+"""
+BOTH = '{"t":1,"pins":{"tang":[{"url":"http://127.0.0.1:7501"},{"url":"http://127.0.0.1:7502"}]}}'
+FIRST = '{"url":"http://127.0.0.1:7501"}'
+SLOW_S = 300.0
+
+
+def enrol(vm: Vm, device: str, *options: str) -> None:
+    """systemd-cryptenroll; its questions for a PIN come to the agents."""
+    command = ["systemd-cryptenroll", "--unlock-key-file=/dev/stdin", *options, device]
+    enrolling = vm.background(command, stdin=PASSPHRASE.encode())
+    if any("pin" in option for option in options):
+        person = Caller(vm)
+        person.question("PIN", PIN)
+        person.question("PIN.*repeat", PIN)
+    enrolling.wait(SLOW_S)
+
+
+def prepare(vm: Vm) -> None:
+    setup = lab.Lab(vm)
+    for name, port in TANGS.items():
+        vm.run(f"mkdir /var/lib/{name} && /usr/libexec/tangd-keygen /var/lib/{name}")
+        vm.put(f"/etc/systemd/system/{name}.socket", TANG_SOCKET.format(port=port))
+        vm.put(f"/etc/systemd/system/{name}@.service", TANG_SERVICE.format(name=name))
+    vm.run("systemctl daemon-reload && systemctl start tang1.socket tang2.socket")
+
+    setup.encrypted_guest("mail", lab.disk(0), keys=["tpm2", "clevis", "prompt"])
+    enrol(vm, lab.disk(0), "--tpm2-device=auto", "--tpm2-pcrs=16")
+    bind(vm, lab.disk(0), "sss", BOTH)
+
+    setup.luks(lab.disk(1), options="--type luks1 --pbkdf-force-iterations 1000")
+    bind(vm, lab.disk(1), "tang", FIRST)
+    setup.volume("cr_luks1", lab.disk(1), keys=["clevis"])
+
+    setup.luks(lab.disk(2))
+    enrol(vm, lab.disk(2), "--tpm2-device=auto", "--tpm2-pcrs=", "--tpm2-with-pin=yes")
+    setup.volume("cr_pin", lab.disk(2), keys=["tpm2", "prompt"], unlock="manual")
+
+    setup.luks(lab.disk(3))
+    vm.run(
+        f"softhsm2-util --init-token --free --label card --so-pin {CARD_PIN} --pin {CARD_PIN}"
+        " && openssl genpkey -quiet -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out /run/card.pem"
+        f" && softhsm2-util --import /run/card.pem --token card --pin {CARD_PIN} --label key --id 01",
+        timeout_s=SLOW_S,
+    )
+    enrolling = vm.background(
+        [
+            "systemd-cryptenroll", "--unlock-key-file=/dev/stdin",
+            "--pkcs11-token-uri=pkcs11:token=card;object=key", lab.disk(3),
+        ],
+        stdin=PASSPHRASE.encode(),
+    )  # fmt: skip
+    enrolling.wait(SLOW_S)
+    setup.volume("cr_card", lab.disk(3), keys=["pkcs11", "prompt"], unlock="manual")
+    setup.write_config()
+
+
+def bind(vm: Vm, device: str, pin: str, config: str) -> None:
+    vm.run(
+        ["clevis", "luks", "bind", "-y", "-k", "-", "-d", device, pin, config],
+        stdin=PASSPHRASE.encode(),
+        timeout_s=SLOW_S,
+    )
+
+
+@dataclass
+class Site:
+    vm: Vm
+    person: Caller
+
+    def source(self, volume: str) -> str:
+        [found] = [one for one in lab.status(self.vm)["volumes"] if one["name"] == volume]
+        assert found["state"] == "unlocked", found
+        return str(found["key_source"])
+
+    def close(self, volume: str) -> None:
+        self.vm.run(["vmcryptctl", "lock", volume])
+
+
+@pytest.fixture(scope="module")
+def site(
+    module_host: HostFactory, image: Image, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """The second boot: nobody is there, and the servers are not up yet."""
+    tpm = Tpm(image, tmp_path_factory.mktemp("tpm"))
+    host: Host = module_host(disks=["64M"] * 4, extra_qemu=tpm.qemu)
+    tpm.plug_in()
+    with host.boot() as vm:
+        prepare(vm)
+        vm.poweroff()
+    tpm.plug_in()
+    with host.boot() as vm:
+        yield Site(vm, Caller(vm))
+
+
+def test_nobody_is_there(site: Site) -> None:
+    vm = site.vm
+    lab.wait_object(vm, "guest", "mail", "running", SLOW_S)
+    assert site.source("cr_mail") == "tpm2"
+    vm.wait_counters("/dev/mapper/cr_mail", guest.Counters(1, 0))
+    # Its server comes up later than the host.
+    assert "cr_luks1" not in lab.mappings(vm)
+    vm.run("systemctl start tang1.socket")
+    lab.wait_object(vm, "volume", "cr_luks1", "unlocked", SLOW_S)
+    assert site.source("cr_luks1") == "clevis"
+    lab.wait_state(vm, "ready")
+
+
+def test_one_after_the_other_is_taken_away(site: Site) -> None:
+    vm = site.vm
+    vm.run("vmcryptctl stop mail")
+    site.close("cr_mail")
+    # The TPM does not recognise the machine any more. One of two servers is down.
+    vm.run(f"tpm2_pcrextend 16:sha256={'5a' * 32}")
+    vm.run("vmcryptctl unlock cr_mail", timeout_s=SLOW_S)
+    assert site.source("cr_mail") == "clevis"
+
+    # Now both are.
+    site.close("cr_mail")
+    vm.run("systemctl stop tang1.socket")
+    unlocking = site.person.begin("Unlock", "cr_mail")
+    site.person.question("Passphrase for volume cr_mail", timeout_s=SLOW_S)
+    [told] = [one for one in lab.status(vm)["volumes"] if one["name"] == "cr_mail"]
+    assert told["state"] == "waiting"
+    assert "tpm2: " in told["error"]
+    assert "clevis: " in told["error"]
+    journal = vm.run("journalctl -b -o cat -u vmcryptd").out
+    assert "volume cr_mail: tpm2: " in journal
+    assert "volume cr_mail: clevis: " in journal
+    site.person.question("Passphrase for volume cr_mail", PASSPHRASE)
+    site.person.ended(unlocking)
+    assert site.source("cr_mail") == "prompt"
+
+    # While a person is waited for, a server that comes back is quicker.
+    site.close("cr_mail")
+    unlocking = site.person.begin("Unlock", "cr_mail")
+    site.person.question("Passphrase for volume cr_mail", timeout_s=SLOW_S)
+    vm.run("systemctl start tang2.socket")
+    site.person.ended(unlocking, SLOW_S)
+    assert site.source("cr_mail") == "clevis"
+    vm.wait_until("! ls /run/systemd/ask-password/ask.*")
+
+
+def test_rotated_server_keys(site: Site) -> None:
+    vm = site.vm
+    vm.run("systemctl start tang1.socket")
+    before = vm.run("ls /var/lib/tang1").out
+    vm.run("/usr/libexec/tangd-rotate-keys -d /var/lib/tang1")
+    assert vm.run("ls /var/lib/tang1").out != before
+    site.close("cr_luks1")
+    vm.run("vmcryptctl unlock cr_luks1", timeout_s=SLOW_S)
+    assert site.source("cr_luks1") == "clevis"
+
+
+def test_a_pin_has_its_own_question(site: Site) -> None:
+    unlocking = site.person.begin("Unlock", "cr_pin")
+    site.person.question("PIN of .* of volume cr_pin", PASSPHRASE, timeout_s=SLOW_S)
+    site.person.question("That PIN was wrong", PIN, timeout_s=SLOW_S)
+    site.person.ended(unlocking, SLOW_S)
+    assert site.source("cr_pin") == "tpm2"
+
+
+def test_a_smart_card(site: Site) -> None:
+    unlocking = site.person.begin("Unlock", "cr_card")
+    site.person.question("PIN of .* of volume cr_card", CARD_PIN, timeout_s=SLOW_S)
+    site.person.ended(unlocking, SLOW_S)
+    assert site.source("cr_card") == "pkcs11"
+
+    # Without the card it is a volume like any other.
+    site.close("cr_card")
+    site.vm.run("mv /var/lib/softhsm/tokens /var/lib/softhsm/away && mkdir /var/lib/softhsm/tokens")
+    unlocking = site.person.begin("Unlock", "cr_card")
+    site.person.question("Passphrase for volume cr_card", PASSPHRASE, timeout_s=SLOW_S)
+    site.person.ended(unlocking, SLOW_S)
+    assert site.source("cr_card") == "prompt"
+
+
+def test_no_secret_is_left(site: Site) -> None:
+    vm = site.vm
+    pid = vm.run("systemctl show -P MainPID vmcryptd").out.strip()
+    for secret in (PASSPHRASE, PIN):
+        assert lab.in_memory(vm, pid, secret) == []
+        assert lab.in_files(vm, "/run /tmp /var/log /var/lib/vmcryptd", secret) == []
+    # The same searches find what is there.
+    assert lab.in_memory(vm, pid, "vmcryptd") != []
+    assert lab.in_files(vm, "/run /tmp /var/log /var/lib/vmcryptd", "cr_card") != []
