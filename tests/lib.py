@@ -51,7 +51,7 @@ class Host(Simulation):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.questions: list[str] = []
-        self.deriving: list[str] = []  # volumes that try a key right now
+        self.deriving: list[int] = []  # memory that each key tried right now takes
         self.most_kib = 0  # memory that key derivations took at once
         self.available_kib = 4 * 1024 * 1024
         self._answers: asyncio.Queue[str | Exception] = asyncio.Queue()
@@ -106,23 +106,24 @@ class Host(Simulation):
             raise answer
         return key(answer)
 
-    async def open(self, volume: VolumeSpec, key: Key) -> None:
-        self.deriving.append(volume.name)
-        kib = sum(self._volumes[name].memory_kib for name in self.deriving)
+    async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
+        slots = self._volumes[volume.name].slots
+        kib = slots[slot or 0].memory_kib
+        self.deriving.append(kib)
         if len(self.deriving) > 1:
-            self.most_kib = max(self.most_kib, kib)
+            self.most_kib = max(self.most_kib, sum(self.deriving))
         try:
-            await self._gate(f"try {volume.name}")
-            await super().open(volume, key)
+            await self._gate(f"try {volume.name}{'' if len(slots) == 1 else f' {slot}'}")
+            await super().open(volume, key, slot)
         finally:
-            self.deriving.remove(volume.name)
+            self.deriving.remove(kib)
 
-    async def _fits(self, volume: Any, key: Key) -> bool:
+    async def _fits(self, slot: Any, key: Key) -> bool:
         if not isinstance(key, MemfdKey):
-            return await super()._fits(volume, key)
+            return await super()._fits(slot, key)
         reader = key.reader()
         try:
-            return bool(hashlib.sha256(os.read(reader, 1000)).hexdigest() == volume.digest)
+            return bool(hashlib.sha256(os.read(reader, 1000)).hexdigest() == slot.digest)
         finally:
             os.close(reader)
 

@@ -380,6 +380,7 @@ class KeySlot:
     priority: int = (
         1  # 0: only when named, 1: normal, 2: before the others; as `cryptsetup config` sets it
     )
+    salt: str = field(default="", compare=False)  # tells a slot from another that costs the same
 
     @property
     def cost(self) -> int:
@@ -408,6 +409,7 @@ class Header:
     uuid: str
     slots: tuple[KeySlot, ...] = ()
     tokens: tuple[Token, ...] = ()
+    is_reencrypting: bool = False  # then a key has to fit a slot of the old and one of the new
 
     @property
     def memory_kib(self) -> int:

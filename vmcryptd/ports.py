@@ -68,10 +68,15 @@ class Crypt(Protocol):
     async def header(self, volume: VolumeSpec) -> Header:
         """Read it. Raises NotLuksError, DamagedHeaderError, DeviceMissingError."""
 
-    async def open(self, volume: VolumeSpec, key: Key) -> None:
-        """Make the mapping. Raises WrongKeyError, OutOfMemoryError, BusyError, DeviceMissingError, NotLuksError."""
+    async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
+        """Make the mapping, by one key slot or by whichever fits.
 
-    async def resume(self, volume: VolumeSpec, mapping: str, key: Key) -> None:
+        Raises WrongKeyError, OutOfMemoryError, BusyError, DeviceMissingError, NotLuksError.
+        """
+
+    async def resume(
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
+    ) -> None:
         """Give a suspended mapping its key again. Raises WrongKeyError, OutOfMemoryError."""
 
     async def close(self, mapping: str) -> None:
@@ -151,7 +156,7 @@ class Host(Protocol):
 
 
 class Memory(Protocol):
-    """What outlives the daemon: goals under /run, dependencies once seen under /var/lib."""
+    """What outlives the daemon: goals under /run; dependencies, and key slots that fitted, under /var/lib."""
 
     def goals(self) -> tuple[str, ...]: ...
 
@@ -160,6 +165,11 @@ class Memory(Protocol):
     def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]: ...
 
     def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None: ...
+
+    def fitted(self) -> dict[str, dict[str, int]]:
+        """Volume → key source → the number of the key slot that it fitted last time."""
+
+    def keep_fitted(self, slots: dict[str, dict[str, int]]) -> None: ...
 
     def publish(self, volumes: dict[str, bool]) -> None:
         """Tell udev's rule and the shutdown hook which mappings are ours, and which of them hold a guest's disk."""

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from vmcryptd.errors import CancelledError, VmcryptdError
 from vmcryptd.model import Infinity, VolumeSpec
 from vmcryptd.ports import Key, Keys
+from vmcryptd.slots import Tried
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Answer:
         self.target = target  # the volume that is to be opened by it and by nothing else
         self.refused: dict[str, VmcryptdError] = {}
         self.accepted: set[str] = set()
+        self.tried: Tried = set()
 
     def is_for(self, volume: str) -> bool:
         return volume not in self.refused and (self.only is None or volume in self.only)

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
+from vmcryptd.attempts import Attempts
 from vmcryptd.errors import (
     BusyError,
     DeviceMissingError,
@@ -17,51 +15,9 @@ from vmcryptd.errors import (
     WrongUuidError,
 )
 from vmcryptd.model import Header, SourceKind, VolumeSpec
-from vmcryptd.ports import Crypt, Key, Keys
+from vmcryptd.ports import Crypt, Keys
 from vmcryptd.prompt import Answer, Prompt
 from vmcryptd.world import World
-
-# An Argon2id key slot may ask for 1 GiB and all cores, per volume: opening all at once calls the OOM killer
-# (systemd pull request 12124), one after another takes minutes (systemd issue 19161).
-
-
-class KdfBudget:
-    """Lets key derivations run side by side as far as memory and cores allow; a single one always runs."""
-
-    def __init__(self, available_kib: Callable[[], int], cores: int = os.cpu_count() or 1) -> None:
-        self._available_kib = available_kib
-        self._cores = cores
-        self._idle_kib = 0
-        self._used_kib = 0
-        self._running = 0
-        self._freed = asyncio.Event()
-
-    @asynccontextmanager
-    async def take(self, memory_kib: int, share: float) -> AsyncIterator[None]:
-        """Hold `memory_kib`, once that fits into `share` of what is available."""
-        while not self._fits(memory_kib, share):
-            await self._freed.wait()
-        self._used_kib += memory_kib
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._used_kib -= memory_kib
-            self._running -= 1
-            freed, self._freed = self._freed, asyncio.Event()
-            freed.set()
-
-    def _fits(self, memory_kib: int, share: float) -> bool:
-        available_kib = self._available_kib()
-        if self._running == 0:
-            # Measured while nothing runs: one that has just started has not yet taken what it is going to take.
-            self._idle_kib = available_kib
-            return True
-        return (
-            self._running < self._cores
-            and self._used_kib + memory_kib <= self._idle_kib * share
-            and memory_kib <= available_kib
-        )
 
 
 class Unlocker:
@@ -80,7 +36,7 @@ class Unlocker:
         self._prompt = prompt
         self._world = world
         self._doing = doing  # tells that a volume is busy (True) or waits (False)
-        self._budget = KdfBudget(crypt.available_memory_kib)
+        self._attempts = Attempts(crypt, world)
         self.absent: set[str] = set()  # volumes whose device is waited for
 
     async def open(self, name: str, may_ask: Callable[[], bool]) -> str:
@@ -148,7 +104,7 @@ class Unlocker:
                 try:
                     key = await self._keys.fetch(source, spec)
                     try:
-                        await self._try(spec, header, key)
+                        await self._attempts.key(spec, header, key, str(source))
                     finally:
                         key.close()
                 except (KeyUnavailableError, WrongKeyError) as error:
@@ -165,6 +121,8 @@ class Unlocker:
                 if answer is None:
                     return ""
                 self._doing(spec.name, True)
+                # Whoever was asked may have added the key slot only now.
+                header = await self._crypt.header(spec)
             if await self._try_answer(spec, header, answer, failures):
                 return answer.source
 
@@ -172,7 +130,7 @@ class Unlocker:
         self, spec: VolumeSpec, header: Header, answer: Answer, failures: list[VmcryptdError]
     ) -> bool:
         try:
-            await self._try(spec, header, answer.key)
+            await self._attempts.key(spec, header, answer.key, answer.source, answer.tried)
         except WrongKeyError as error:
             self._prompt.refuse(spec.name, answer, error)
             failures.append(error)
@@ -198,11 +156,3 @@ class Unlocker:
             f"volume {spec.name}: none of its key sources opened it: {told}; "
             f"`vmcryptctl unlock {spec.name}` takes a passphrase"
         )
-
-    async def _try(self, spec: VolumeSpec, header: Header, key: Key) -> None:
-        async with self._budget.take(header.memory_kib, self._world.settings.daemon.kdf_memory):
-            node = self._world.graph.volumes[spec.name]
-            if node.is_open and node.suspended:
-                await self._crypt.resume(spec, node.mapping, key)
-            else:
-                await self._crypt.open(spec, key)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.crypt import Cryptsetup, failure
+from vmcryptd.adapters.crypt import Cryptsetup, _slot, failure
 from vmcryptd.adapters.keys import SystemKeys
 from vmcryptd.adapters.run import Completed
 from vmcryptd.errors import (
@@ -80,7 +80,7 @@ def header(spec: VolumeSpec) -> Header:
     return asyncio.run(Cryptsetup().header(spec))
 
 
-async def attempt(spec: VolumeSpec, file: Path) -> None:
+async def attempt(spec: VolumeSpec, file: Path, slot: int | None = None) -> None:
     """What `open` does, but for the mapping."""
     key: Key = await SystemKeys(credentials=None).fetch(KeySource(SourceKind.FILE, str(file)), spec)
     argv = [
@@ -93,7 +93,11 @@ async def attempt(spec: VolumeSpec, file: Path) -> None:
         "--key-file",
         "-",
     ]
-    argv += ["--disable-external-tokens", *(["--header", spec.header] if spec.header else [])]
+    argv += [
+        "--disable-external-tokens",
+        *_slot(slot),
+        *(["--header", spec.header] if spec.header else []),
+    ]
     try:
         await Cryptsetup()._with_key(
             [*argv, "--", spec.device_path], key, spec.name, spec.device_path, spec.header
@@ -142,6 +146,16 @@ def test_keys(place: Path, name: str) -> None:
     asyncio.run(attempt(volume(place, name), place / "right"))
     with pytest.raises(WrongKeyError, match="fits no key slot of cr_test: try another"):
         asyncio.run(attempt(volume(place, name), place / "wrong"))
+
+
+def test_one_slot(place: Path) -> None:
+    two = volume(place, "two")
+    asyncio.run(attempt(two, place / "right", 0))
+    for file, slot in (("right", 1), ("more", 0), ("right", 5)):
+        with pytest.raises(WrongKeyError):
+            asyncio.run(attempt(two, place / file, slot))
+    asyncio.run(attempt(two, place / "more", 1))
+    assert len({slot.salt for slot in header(two).slots}) == 2
 
 
 def test_detached_header(place: Path) -> None:

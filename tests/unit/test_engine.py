@@ -506,7 +506,7 @@ BIG = "memory_kib = 1048576"
 @play("".join(volume(f"v{i}", f"{A}\n{BIG}") for i in range(6)))
 async def test_key_derivations_stay_within_the_budget(run: Running) -> None:
     run.host.available_kib = 5 * 1024 * 1024  # half of it is the budget: two at a time
-    run.engine._steps.unlocker._budget._cores = 16
+    run.engine._steps.unlocker._attempts._budget._cores = 16
     run.engine.boot()
     run.host.answer("alpha")
     await run.idle()

@@ -70,23 +70,27 @@ class Cryptsetup:
         except NotLuksError as error:
             raise NotLuksError(f"{path} of {volume.name} is no LUKS device: {error}") from None
 
-    async def open(self, volume: VolumeSpec, key: Key) -> None:
+    async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         # --disable-external-tokens: a TPM's would be tried first, and any passphrase then "works".
         argv = [
             "cryptsetup", "open", "--type", "luks", "--batch-mode",
             "--key-file", "-",
             "--disable-external-tokens",
+            *_slot(slot),
             *(["--allow-discards"] if volume.discard else []),
             *(["--header", volume.header] if volume.header else []),
             "--", volume.device_path, volume.name,
         ]  # fmt: skip
         await self._with_key(argv, key, volume.name, volume.device_path, volume.header)
 
-    async def resume(self, volume: VolumeSpec, mapping: str, key: Key) -> None:
+    async def resume(
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
+    ) -> None:
         argv = [
             "cryptsetup", "luksResume", "--batch-mode",
             "--key-file", "-",
             "--disable-external-tokens",
+            *_slot(slot),
             *(["--header", volume.header] if volume.header else []),
             "--", mapping,
         ]  # fmt: skip
@@ -179,9 +183,7 @@ class Cryptsetup:
         )
         if dump.code == 0 and uuid.code == 0:
             try:
-                metadata = json.loads(dump.out)
-                slots, tokens = luksheader.slots(metadata), luksheader.tokens(metadata)
-                return Header(2, uuid.out.strip().lower(), slots, tokens)
+                return luksheader.header(uuid.out.strip().lower(), json.loads(dump.out))
             except (ValueError, DamagedHeaderError) as error:
                 log.info("cryptsetup's dump of %s is not understood: %s", path, error)
         raise DamagedHeaderError(
@@ -210,7 +212,8 @@ def failure(done: Completed, volume: str, device: str, header: str | None = None
     """What a failed `open` or `luksResume` means, with the next step."""
     place = header or device
     said = done.err.lower()
-    if done.code == WRONG_KEY:
+    # The second is said of a slot that is gone since the header was read, or that holds no key of the volume's data.
+    if done.code == WRONG_KEY or "no usable keyslot" in said:
         return WrongKeyError(
             f"The key fits no key slot of {volume}: try another; "
             f"`cryptsetup luksDump {place}` shows the key slots"
@@ -237,6 +240,10 @@ def failure(done: Completed, volume: str, device: str, header: str | None = None
     if "nothing to read on input" in said:
         return KeyUnusableError(f"The key for {volume} is empty")
     return StorageError(f"cryptsetup could not open {volume}: {done.complaint}")
+
+
+def _slot(number: int | None) -> list[str]:
+    return [] if number is None else [f"--key-slot={number}"]
 
 
 def _read(fd: int, size: int) -> bytes:
