@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from vmcryptd.errors import CancelledError, VmcryptdError
 from vmcryptd.model import Infinity, VolumeSpec
@@ -33,9 +35,19 @@ class Answer:
         self.refused: dict[str, VmcryptdError] = {}
         self.accepted: set[str] = set()
         self.tried: Tried = set()
+        self.until = 0.0  # when it is let go, in seconds since 1970; 0: when nothing needs it
 
     def is_for(self, volume: str) -> bool:
         return volume not in self.refused and (self.only is None or volume in self.only)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A key that is in memory now, and why it still is."""
+
+    source: str
+    volumes: tuple[str, ...]  # have yet to try it
+    until: float  # when it is wiped, in seconds since 1970; 0: as soon as these have tried it
 
 
 class Prompt:
@@ -68,6 +80,17 @@ class Prompt:
     @property
     def expected(self) -> frozenset[str]:
         return frozenset(self._expected)
+
+    @property
+    def held(self) -> list[Held]:
+        return [
+            Held(
+                answer.source,
+                tuple(sorted(filter(answer.is_for, answer.only or self._expected))),
+                answer.until,
+            )
+            for answer in self._answers
+        ]
 
     # --- the volumes' side ---
 
@@ -134,6 +157,7 @@ class Prompt:
         answer = Answer(key, source, only, target)
         self._answers.append(answer)
         self._notify()
+        self._changed()
         return answer
 
     def withdraw(self, answer: Answer) -> None:
@@ -144,6 +168,7 @@ class Prompt:
             self._answers.remove(answer)
         answer.key.close()
         self._notify()
+        self._changed()
 
     def cache(self, seconds: float) -> None:
         """How long answers are held that nothing needs any more; also those that are held by now."""
@@ -152,6 +177,8 @@ class Prompt:
             for timer in self._timers.values():
                 timer.cancel()
             self._timers.clear()
+            for answer in self._answers:
+                answer.until = 0.0
             self.drop_unneeded()
 
     def drop_unneeded(self) -> None:
@@ -160,16 +187,26 @@ class Prompt:
             if answer.only is not None:
                 continue  # whoever handed it in withdraws it
             needed = any(answer.is_for(volume) for volume in self._expected)
-            timer = self._timers.get(answer)
-            if needed and timer is not None:
-                self._timers.pop(answer).cancel()
-            elif not needed and timer is None:
-                if self.key_cache_s <= 0:
-                    self.withdraw(answer)
-                elif self.key_cache_s != Infinity:
-                    loop = asyncio.get_running_loop()
-                    self._timers[answer] = loop.call_later(self.key_cache_s, self.withdraw, answer)
+            if needed and answer.until:
+                answer.until = 0.0
+                if timer := self._timers.pop(answer, None):
+                    timer.cancel()
+                self._changed()
+            elif not needed and not answer.until:
+                self._let_go(answer)
         self._notify()
+
+    def _let_go(self, answer: Answer) -> None:
+        """Nothing needs it any more: now, or when late comers have had their time."""
+        is_mistyped = bool(answer.refused) and not answer.accepted
+        if self.key_cache_s <= 0 or is_mistyped:
+            self.withdraw(answer)
+            return
+        answer.until = time.time() + self.key_cache_s
+        if self.key_cache_s != Infinity:
+            loop = asyncio.get_running_loop()
+            self._timers[answer] = loop.call_later(self.key_cache_s, self.withdraw, answer)
+        self._changed()
 
     def wipe(self) -> None:
         """Let go of every answer now."""

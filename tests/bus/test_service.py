@@ -243,7 +243,7 @@ SURFACE = {
             "Lock": "s→", "LockAll": "→", "StartGuest": "s→", "StopGuest": "s→", "Boot": "→o",
             "Shutdown": "→", "Panic": "→", "Plan": "s→s", "Reload": "→",
             "State": "s", "Waiting": "as", "Version": "s",
-            "ConsoleNeeded": "b", "ConsolePromptUSec": "x",
+            "ConsoleNeeded": "b", "ConsolePromptUSec": "x", "HeldKeys": "aa{ss}",
         },
         OBJECT_MANAGER: {"GetManagedObjects": "→a{oa{sa{sv}}}"},
     },
@@ -286,7 +286,7 @@ async def test_the_interface_is_what_it_was(daemon: Daemon) -> None:
 async def test_properties(daemon: Daemon) -> None:
     assert await daemon.call("GetAll", "s", MANAGER, interface=PROPERTIES) == {
         "State": "locked", "Waiting": [], "Version": __version__,
-        "ConsoleNeeded": False, "ConsolePromptUSec": 90_000_000,
+        "ConsoleNeeded": False, "ConsolePromptUSec": 90_000_000, "HeldKeys": [],
     }  # fmt: skip
     assert await daemon.volume("outer") == {
         "Name": "outer", "Device": "/dev/vg/outer", "Uuid": "", "State": "locked", "KeySource": "",

@@ -236,6 +236,18 @@ async def test_the_cache_lets_go_after_a_while(asked: Prompt, person: Person) ->
 
 
 @play
+async def test_the_cache_is_not_for_what_fitted_nothing(asked: Prompt, person: Person) -> None:
+    asked.key_cache_s = Infinity
+    [task] = wait(asked, "a")
+    token = Token()
+    person.answers.put_nowait(token)
+    answer = await task
+    assert answer is not None
+    asked.refuse("a", answer, WRONG)
+    assert (token.closed, asked.held) == (1, [])
+
+
+@play
 async def test_a_late_comer_stops_the_clock_of_the_cache(asked: Prompt, person: Person) -> None:
     asked.key_cache_s = 0.005
     token = Token()
