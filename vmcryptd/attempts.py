@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
 from vmcryptd import kdf, slots
 from vmcryptd.errors import WrongKeyError
 from vmcryptd.graph import Graph
@@ -63,14 +66,26 @@ class Attempts:
     async def _derive(
         self, spec: VolumeSpec, key: Key, slot: KeySlot | None, memory_kib: int
     ) -> None:
-        share = self._world.settings.daemon.kdf_memory
-        async with self._budget.take(memory_kib, share, self._height(spec.name)):
+        async with self._room(spec, memory_kib):
             node = self._world.graph.volumes[spec.name]
             number = None if slot is None else slot.number
             if node.is_open and node.suspended:
                 await self._crypt.resume(spec, node.mapping, key, number)
             else:
                 await self._crypt.open(spec, key, number)
+
+    @asynccontextmanager
+    async def room(self, spec: VolumeSpec, memory_kib: int) -> AsyncIterator[None]:
+        """For a derivation of somebody else's. One that costs next to nothing takes none from the others."""
+        if not memory_kib:
+            yield
+            return
+        async with self._room(spec, memory_kib):
+            yield
+
+    def _room(self, spec: VolumeSpec, memory_kib: int) -> AbstractAsyncContextManager[None]:
+        share = self._world.settings.daemon.kdf_memory
+        return self._budget.take(memory_kib, share, self._height(spec.name))
 
     def _height(self, name: str) -> int:
         if self._heights_of is not self._world.graph:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vmcryptd import settings
 from vmcryptd.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, VmcryptdError
 from vmcryptd.graph import GuestNode, VolumeNode
-from vmcryptd.model import SourceKind, Unlock
+from vmcryptd.model import Header, KeySource, SourceKind, Unlock
 from vmcryptd.survey import Facts, look
 
 ERROR, WARNING = "error", "warning"
@@ -151,12 +151,28 @@ def _keys(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
                 yield from _key_file(facts, where, path)
             case SourceKind.EXEC:
                 yield from _program(where, shlex.split(path)[0], facts)
+            case kind if kind.token_kind:
+                yield from _token(facts, where, node, source)
             case SourceKind.CREDENTIAL if path not in facts.credentials and facts.is_root:
                 text = f"there is no credential {path}"
                 advice = (
                     f"systemd-creds encrypt --name={path} KEYFILE /etc/credstore.encrypted/{path}"
                 )
                 yield Finding(ERROR, where, text, advice)
+
+
+def _token(facts: Facts, where: str, node: VolumeNode, source: KeySource) -> Iterator[Finding]:
+    kind, header = source.kind.token_kind, facts.headers.get(node.spec.name)
+    place = node.spec.header or node.spec.device_path
+    if isinstance(header, Header) and kind not in {token.kind for token in header.tokens}:
+        text = f"its header has no {kind} token, so {source} does not open it"
+        option = {SourceKind.TPM2: "--tpm2-device=auto", SourceKind.FIDO2: "--fido2-device=auto"}
+        advice = f"systemd-cryptenroll {option.get(source.kind, '--pkcs11-token-uri=auto')} {place}"
+        yield Finding(WARNING, where, text, advice)
+    if kind not in facts.token_plugins:
+        text = f"cryptsetup has no plugin for {kind} tokens, so {source} does not open it"
+        advice = "install it: the package systemd-cryptsetup on Debian 13, systemd-udev on Fedora"
+        yield Finding(WARNING, where, text, advice)
 
 
 def _key_file(facts: Facts, where: str, path: str) -> Iterator[Finding]:

@@ -106,7 +106,8 @@ async def _tried(
         if not engine.is_running(f"{Action.UNLOCK}:{name}"):
             return True
         if name in answer.refused:
-            return name in engine.waiting  # else it is about to fail
+            # Else it is about to fail.
+            return name in engine.waiting or engine.is_stuck(name)
         if name not in engine.graph.volumes:
             return False  # its step is about to be cancelled
         if name in answer.accepted:

@@ -48,6 +48,15 @@ class SourceKind(StrEnum):
     FILE = "file"
     CREDENTIAL = "credential"
     EXEC = "exec"
+    TPM2 = "tpm2"
+    FIDO2 = "fido2"
+    PKCS11 = "pkcs11"
+
+    @property
+    def token_kind(self) -> str:
+        """What systemd-cryptenroll calls such a token in a header; empty if this is none."""
+        is_token = self in (SourceKind.TPM2, SourceKind.FIDO2, SourceKind.PKCS11)
+        return f"systemd-{self}" if is_token else ""
 
 
 @dataclass(frozen=True)
@@ -399,6 +408,12 @@ class Token:
     kind: str  # as the header says: "systemd-tpm2", "systemd-fido2", "systemd-pkcs11", "clevis", …
     slots: tuple[int, ...] = ()
     needs_pin: bool = False
+
+    @property
+    def title(self) -> str:
+        """As a person knows it."""
+        words = {"systemd-tpm2": "TPM2", "systemd-fido2": "FIDO2", "systemd-pkcs11": "PKCS#11"}
+        return f"the {words.get(self.kind, self.kind)} token {self.number}"
 
 
 @dataclass(frozen=True)

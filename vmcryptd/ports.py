@@ -17,6 +17,7 @@ from vmcryptd.model import (
     Header,
     KeySource,
     Storage,
+    Token,
     Virtualisation,
     VolumeSpec,
 )
@@ -78,6 +79,14 @@ class Crypt(Protocol):
         self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
     ) -> None:
         """Give a suspended mapping its key again. Raises WrongKeyError, OutOfMemoryError."""
+
+    async def open_by_token(
+        self, volume: VolumeSpec, token: Token, pin: Key | None, suspended: str
+    ) -> None:
+        """Make the mapping by a token of the header, or resume the `suspended` mapping.
+
+        Raises WrongPinError, also if one is needed and not given; KeyUnavailableError, BusyError, OutOfMemoryError.
+        """
 
     async def close(self, mapping: str) -> None:
         """Remove the mapping; one that is gone already is fine. Raises BusyError (without holders), DeadlineError."""

@@ -65,6 +65,7 @@ class Prompt:
         self._expected: set[str] = set()  # on their way up, and may take an answer
         self._trying: set[str] = set()  # of these, the ones that try a key right now
         self._waiting: dict[str, VolumeSpec] = {}
+        self._pins: list[str] = []  # volumes that the PIN of a token is asked for
         self._answers: list[Answer] = []
         self._timers: dict[Answer, asyncio.TimerHandle] = {}
         self._moved = asyncio.Event()  # any of the above changed
@@ -75,7 +76,11 @@ class Prompt:
 
     @property
     def waiting(self) -> list[str]:
-        return sorted(self._waiting)
+        return sorted({*self._waiting, *self._pins})
+
+    @property
+    def is_asking_pin(self) -> bool:
+        return bool(self._pins)
 
     @property
     def expected(self) -> frozenset[str]:
@@ -128,11 +133,30 @@ class Prompt:
                 self._asking = asyncio.create_task(self._ask())
                 self._asking.add_done_callback(self._asked)
             self._changed()
-            await self._next_move()
+            await self.move()
         self._waiting.pop(spec.name, None)
         self.trying(spec.name, True)
         self._changed()
         return answer
+
+    async def pin(self, spec: VolumeSpec, message: str) -> Key:
+        """Ask for the PIN of a token, beside the question for passphrases.
+
+        Raises CancelledError when it was declined, KeyUnavailableError when asking is impossible.
+        """
+        self._pins.append(spec.name)
+        self._changed()
+        try:
+            if spec.name not in self._waiting:
+                await self._on_waiting([spec.name])
+            return await self._keys.ask(message)
+        finally:
+            self._pins.remove(spec.name)
+            self._changed()
+
+    async def move(self) -> None:
+        """Wait until there may be another answer, or none is wanted any more."""
+        await self._moved.wait()
 
     def look_again(self) -> None:
         """What waits may want no answer any more."""
@@ -226,9 +250,6 @@ class Prompt:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    async def _next_move(self) -> None:
-        await self._moved.wait()
-
     def _asked(self, task: asyncio.Task[None]) -> None:
         self._asking = None
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -242,7 +263,7 @@ class Prompt:
         answer: Answer | None = None
         while True:
             await self._gather(answer is None)
-            names = self.waiting
+            names = sorted(self._waiting)
             if not names:
                 return
             if fresh := [name for name in names if name not in announced]:
@@ -269,7 +290,7 @@ class Prompt:
         try:
             async with asyncio.timeout(GATHER_S if first else None):
                 while self._trying or any(map(self.untried, self._waiting)):
-                    await self._next_move()
+                    await self.move()
         except TimeoutError:
             pass  # a slow source must not hold up the question
 
@@ -282,7 +303,7 @@ class Prompt:
         asking = asyncio.ensure_future(self._keys.ask(message))
         try:
             while not asking.done() and any(name in self._expected for name in names):
-                move = asyncio.ensure_future(self._next_move())
+                move = asyncio.ensure_future(self.move())
                 try:
                     await asyncio.wait({asking, move}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
@@ -297,7 +318,7 @@ class Prompt:
         try:
             async with asyncio.timeout(seconds):
                 while self._waiting:
-                    await self._next_move()
+                    await self.move()
         except TimeoutError:
             pass
 

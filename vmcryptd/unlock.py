@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From a locked volume to its mapping: device, header, key sources in order, then a person."""
+"""From a locked volume to its mapping: device, header, then an attempt with all it has."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vmcryptd.attempts import Attempts
 from vmcryptd.errors import (
     BusyError,
     DeviceMissingError,
-    KeyUnavailableError,
     VmcryptdError,
-    WrongKeyError,
     WrongUuidError,
 )
-from vmcryptd.model import Header, SourceKind, VolumeSpec
+from vmcryptd.model import Header, VolumeSpec
+from vmcryptd.opening import Opening
 from vmcryptd.ports import Crypt, Keys
-from vmcryptd.prompt import Answer, Prompt
+from vmcryptd.prompt import Prompt
+from vmcryptd.tokens import Tokens
 from vmcryptd.world import World
 
 
@@ -30,13 +30,17 @@ class Unlocker:
         prompt: Prompt,
         world: World,
         doing: Callable[[str, bool], None],
+        told: Callable[[str, VmcryptdError], None],
     ) -> None:
         self._crypt = crypt
         self._keys = keys
         self._prompt = prompt
         self._world = world
         self._doing = doing  # tells that a volume is busy (True) or waits (False)
+        self._told = told  # tells why a volume waits
         self._attempts = Attempts(crypt, world)
+        self._tokens = Tokens(crypt, world, self._attempts)
+        self._openings: dict[str, Opening] = {}  # the latest of each volume
         self.absent: set[str] = set()  # volumes whose device is waited for
 
     async def open(self, name: str, may_ask: Callable[[], bool]) -> str:
@@ -59,14 +63,37 @@ class Unlocker:
                 f"volume {name}: the mapping name {name} is taken by something else ({taken_by}); "
                 f"`dmsetup info {name}` tells more, remove or rename it"
             )
+        opening = self._openings[name] = self._opening(spec, header)
         try:
-            return await self._try_all(spec, header, may_ask)
+            return await opening.run(may_ask)
         except BusyError:
             # Somebody else may have been quicker just now.
             self._world.observe()
             if self._is_usable(name):
                 return ""
             raise
+        finally:
+            if self._openings.get(name) is opening:
+                del self._openings[name]
+
+    def is_stuck(self, name: str) -> bool:
+        """Whether its sources are exhausted, and a person or a server is waited for."""
+        return name in self._openings and self._openings[name].is_stuck
+
+    def _opening(self, spec: VolumeSpec, header: Header) -> Opening:
+        name = spec.name
+        return Opening(
+            spec,
+            header,
+            self._crypt,
+            self._keys,
+            self._prompt,
+            self._world,
+            self._attempts,
+            self._tokens,
+            doing=lambda is_busy: self._doing(name, is_busy),
+            told=lambda error: self._told(name, error),
+        )
 
     def _is_usable(self, name: str) -> bool:
         node = self._world.graph.volumes.get(name)
@@ -88,71 +115,4 @@ class Unlocker:
         raise DeviceMissingError(
             f"volume {spec.name}: its device {spec.device} did not appear within {spec.timeout_s:g} s; "
             f"check the disk and `device` in the configuration; the volume is opened when it appears"
-        )
-
-    async def _try_all(self, spec: VolumeSpec, header: Header, may_ask: Callable[[], bool]) -> str:
-        failures: list[VmcryptdError] = []
-        given = self._prompt.untried(spec.name)
-        # A key that somebody handed in for this volume goes before its sources.
-        is_ours = given is not None and given.only is not None
-        if given is not None and is_ours and await self._try_answer(spec, header, given, failures):
-            return given.source
-        if given is None or given.target != spec.name:
-            for source in spec.keys:
-                if source.kind is SourceKind.PROMPT:
-                    continue
-                try:
-                    key = await self._keys.fetch(source, spec)
-                    try:
-                        await self._attempts.key(spec, header, key, str(source))
-                    finally:
-                        key.close()
-                except (KeyUnavailableError, WrongKeyError) as error:
-                    failures.append(type(error)(f"{source}: {error}"))
-                else:
-                    return str(source)
-        while True:
-            answer = self._prompt.untried(spec.name)
-            if answer is None:
-                if not (spec.asks and may_ask()):
-                    raise self._exhausted(spec, failures)
-                self._doing(spec.name, False)
-                answer = await self._prompt.next(spec, lambda: not self._is_usable(spec.name))
-                if answer is None:
-                    return ""
-                self._doing(spec.name, True)
-                # Whoever was asked may have added the key slot only now.
-                header = await self._crypt.header(spec)
-            if await self._try_answer(spec, header, answer, failures):
-                return answer.source
-
-    async def _try_answer(
-        self, spec: VolumeSpec, header: Header, answer: Answer, failures: list[VmcryptdError]
-    ) -> bool:
-        try:
-            await self._attempts.key(spec, header, answer.key, answer.source, answer.tried)
-        except WrongKeyError as error:
-            self._prompt.refuse(spec.name, answer, error)
-            failures.append(error)
-            return False
-        self._prompt.accept(spec.name, answer)
-        return True
-
-    def _exhausted(self, spec: VolumeSpec, failures: list[VmcryptdError]) -> VmcryptdError:
-        if not failures:
-            return KeyUnavailableError(
-                f"volume {spec.name}: it has no key source that works without a person; "
-                f"`vmcryptctl unlock {spec.name}` asks"
-            )
-        if len(failures) == 1 and isinstance(failures[0], WrongKeyError):
-            return failures[0]
-        cls = (
-            WrongKeyError
-            if all(isinstance(error, WrongKeyError) for error in failures)
-            else KeyUnavailableError
-        )
-        told = "; ".join(str(error) for error in failures)
-        return cls(
-            f"volume {spec.name}: none of its key sources opened it: {told}; "
-            f"`vmcryptctl unlock {spec.name}` takes a passphrase"
         )

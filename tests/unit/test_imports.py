@@ -16,8 +16,8 @@ PACKAGE = PROJECT / "vmcryptd"
 VALUES = {"errors", "model"}
 CORE = VALUES | {"config", "domainxml", "graph", "luksheader", "planner", "slots", "state"}
 ENGINE = {
-    "attempts", "engine", "guests", "jobs", "kdf", "keyed", "panic", "prompt", "steps", "unlock",
-    "world",
+    "attempts", "engine", "guests", "jobs", "kdf", "keyed", "opening", "panic", "prompt", "steps",
+    "tokens", "unlock", "world",
 }  # fmt: skip
 BUS = {"bus", "objects"}
 

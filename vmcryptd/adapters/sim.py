@@ -14,6 +14,8 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
     memory_kib = 65536                what one key derivation needs
     slots = [{passphrase_sha256 = "…", sources = [], memory_kib = 0, priority = 1}]
                                       further key slots: 1, 2, …
+    tokens = [{kind = "tpm2", pin_sha256 = "…", fault = "it is not there"}]
+                                      tpm2, fido2, pkcs11, each with a key slot of its own
 
     [sim.guest.imap]
     disks = ["/dev/mapper/cr_imap"]
@@ -54,6 +56,7 @@ from vmcryptd.errors import (
     OutOfMemoryError,
     VmcryptdError,
     WrongKeyError,
+    WrongPinError,
 )
 from vmcryptd.model import (
     BlockDevice,
@@ -69,6 +72,7 @@ from vmcryptd.model import (
     Settings,
     SourceType,
     Storage,
+    Token,
     Virtualisation,
     VolumeSpec,
 )
@@ -87,6 +91,15 @@ class _Slot:
     priority: int = 1
 
 
+@dataclass(frozen=True)
+class _Token:
+    """Opens the volume, with a PIN if it has one."""
+
+    kind: str
+    pin: str = ""
+    fault: str = ""
+
+
 @dataclass
 class _Volume:
     digest: str
@@ -99,6 +112,7 @@ class _Volume:
     fault: str
     memory_kib: int
     further: tuple[_Slot, ...] = ()
+    tokens: tuple[_Token, ...] = ()
     suspended: bool = False
     mounted: bool = False
     active: bool = False
@@ -286,7 +300,12 @@ class Simulation:
             )
             for place, slot in enumerate(simulated.slots)
         )
-        return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", slots)
+        tokens = tuple(
+            Token(place, f"systemd-{token.kind}", (len(slots) + place,), bool(token.pin))
+            for place, token in enumerate(simulated.tokens)
+        )
+        slots += tuple(KeySlot(t.slots[0], "pbkdf2", iterations=1000) for t in tokens)
+        return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", slots, tokens)
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         simulated = self._volumes[volume.name]
@@ -306,6 +325,20 @@ class Simulation:
         self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
     ) -> None:
         await self.open(volume, key, slot)
+
+    async def open_by_token(
+        self, volume: VolumeSpec, token: Token, pin: Key | None, suspended: str
+    ) -> None:
+        simulated = self._volumes[volume.name]
+        await asyncio.sleep(simulated.delay_s)
+        one = simulated.tokens[token.number]
+        if one.fault:
+            raise KeyUnavailableError(f"{token.title} does not open it: {one.fault} (simulated)")
+        if one.pin and pin is None:
+            raise WrongPinError(f"{token.title} wants a PIN")
+        if one.pin and pin is not None and not await self._fits(_Slot(one.pin), pin):
+            raise WrongPinError(f"{token.title} does not take this PIN")
+        self._set(volume.name, f"open {volume.name}", open=True, suspended=False)
 
     async def _fits(self, slot: _Slot, key: Key) -> bool:
         if isinstance(key, _SourceKey):
@@ -470,6 +503,10 @@ def _volume(entry: dict[str, Any]) -> _Volume:
         fault=entry.get("fault", ""),
         memory_kib=entry.get("memory_kib", 65536),
         further=tuple(_slot(one) for one in entry.get("slots", ())),
+        tokens=tuple(
+            _Token(one["kind"], one.get("pin_sha256", ""), one.get("fault", ""))
+            for one in entry.get("tokens", ())
+        ),
     )
 
 
