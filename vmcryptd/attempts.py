@@ -38,12 +38,11 @@ class Attempts:
 
         Slots in `tried` are left out, and those that do not fit are added. Raises WrongKeyError if none fits.
         """
+        order = slots.order(header, self._world.fitted(spec.name, source))
+        if not order:
+            return await self._derive(spec, key, None, header.memory_kib)
         if only is not None:
             order = tuple(slot for slot in header.slots if slot.number == only)
-        else:
-            order = slots.order(header, self._world.fitted(spec.name, source))
-            if not order:
-                return await self._derive(spec, key, None, header.memory_kib)
         tried = set() if tried is None else tried
         error = WrongKeyError(
             f"volume {spec.name}: the key was tried on each of its key slots before"

@@ -153,6 +153,8 @@ def _keys(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
                 yield from _program(where, shlex.split(path)[0], facts)
             case kind if kind.token_kind:
                 yield from _token(facts, where, node, source)
+            case SourceKind.CLEVIS:
+                yield from _clevis(facts, where, node)
             case SourceKind.CREDENTIAL if path not in facts.credentials and facts.is_root:
                 text = f"there is no credential {path}"
                 advice = (
@@ -172,6 +174,19 @@ def _token(facts: Facts, where: str, node: VolumeNode, source: KeySource) -> Ite
     if kind not in facts.token_plugins:
         text = f"cryptsetup has no plugin for {kind} tokens, so {source} does not open it"
         advice = "install it: the package systemd-cryptsetup on Debian 13, systemd-udev on Fedora"
+        yield Finding(WARNING, where, text, advice)
+
+
+def _clevis(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
+    header, place = facts.headers.get(node.spec.name), node.spec.header or node.spec.device_path
+    if not facts.has_clevis:
+        text = "clevis is not installed, so it does not open it"
+        yield Finding(WARNING, where, text, "install the package clevis-luks")
+    kinds = {token.kind for token in header.tokens} if isinstance(header, Header) else set()
+    # Of LUKS1 the bindings are elsewhere in the header.
+    if isinstance(header, Header) and header.version == 2 and "clevis" not in kinds:
+        text = "its header has no Clevis binding, so clevis does not open it"
+        advice = f'clevis luks bind -d {place} tang \'{{"url": "http://SERVER"}}\''
         yield Finding(WARNING, where, text, advice)
 
 

@@ -71,6 +71,10 @@ class KeyUnavailableError(VmcryptdError):
     name = "KeyUnavailable"
 
 
+class NotYetError(KeyUnavailableError):
+    """A source that asks elsewhere gave no key now; it may later."""
+
+
 class WrongPinError(KeyUnavailableError):
     """A token did not take the PIN, or wants one."""
 

@@ -51,6 +51,7 @@ class SourceKind(StrEnum):
     TPM2 = "tpm2"
     FIDO2 = "fido2"
     PKCS11 = "pkcs11"
+    CLEVIS = "clevis"
 
     @property
     def token_kind(self) -> str:

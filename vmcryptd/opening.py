@@ -12,6 +12,7 @@ from vmcryptd.attempts import Attempts
 from vmcryptd.errors import (
     CancelledError,
     KeyUnavailableError,
+    NotYetError,
     VmcryptdError,
     WrongKeyError,
     WrongPinError,
@@ -19,6 +20,7 @@ from vmcryptd.errors import (
 from vmcryptd.model import Header, KeySource, SourceKind, Token, VolumeSpec
 from vmcryptd.ports import Crypt, Keys
 from vmcryptd.prompt import Answer, Prompt
+from vmcryptd.slots import Tried
 from vmcryptd.tokens import Tokens, question
 from vmcryptd.world import World
 
@@ -26,6 +28,11 @@ log = logging.getLogger(__name__)
 
 # A TPM locks itself after some wrong PINs, for hours: so many are tried, and then the other sources stand.
 PIN_TRIES = 3
+# What asks elsewhere is asked again after so long, then after twice that, up to the second: the network may come up
+# later than we do, and a server come back.
+AGAIN_S = (1.0, 60.0)
+# Where nobody can be asked, the volume has failed when that went on for so long.
+ALONE_S = 300.0
 
 Way = Coroutine[Any, Any, str]  # opens the volume and returns what with; raises when it gives up
 
@@ -58,6 +65,8 @@ class Opening:
         self._doing = doing  # that it is busy (True) or waits for a person (False)
         self._told = told  # why it is still locked
         self._failures: dict[str, VmcryptdError] = {}  # source → how it failed last
+        self._later: list[KeySource] = []  # may give a key after a while
+        self._wrong: Tried = set()  # slots that Clevis gave a wrong key for
         self._pins: list[tuple[KeySource, Token]] = []  # open only with a PIN
         self._one = asyncio.Lock()  # one key at a time: two that fit would both make the mapping
 
@@ -87,19 +96,49 @@ class Opening:
                     return False
                 case kind if kind.token_kind:
                     return await self._by_tokens(source)
+                case SourceKind.CLEVIS:
+                    await self._by_bindings(source)
+                    return True
                 case _:
                     await self._by_key(source)
                     return True
         except (KeyUnavailableError, WrongKeyError) as error:
+            if isinstance(error, NotYetError) and source not in self._later:
+                self._later.append(source)
             self._fail(str(source), error)
             return False
 
     async def _by_key(self, source: KeySource) -> None:
         key = await self._keys.fetch(source, self._spec)
         try:
-            await self._attempts.key(self._spec, self._header, key, str(source))
+            async with self._one:
+                if not self._is_usable:
+                    await self._attempts.key(self._spec, self._header, key, str(source))
         finally:
             key.close()
+
+    async def _by_bindings(self, source: KeySource) -> None:
+        """Each of the header's Clevis bindings, on its own key slot."""
+        errors: list[VmcryptdError] = []
+        for slot in await self._keys.bindings(self._spec, self._header):
+            try:
+                key = await self._keys.fetch_bound(self._spec, self._header, slot)
+                try:
+                    async with self._one:
+                        if not self._is_usable:
+                            await self._attempts.key(
+                                self._spec, self._header, key, str(source), self._wrong, slot
+                            )
+                finally:
+                    key.close()
+            except (KeyUnavailableError, WrongKeyError) as error:
+                errors.append(type(error)(f"key slot {slot}: {error}"))
+            else:
+                return
+        # One that may open it later counts more than one that never will.
+        kinds = (NotYetError, KeyUnavailableError, WrongKeyError)
+        kind = next(kind for kind in kinds if any(isinstance(error, kind) for error in errors))
+        raise kind("; ".join(map(str, errors)))
 
     async def _by_tokens(self, source: KeySource) -> bool:
         """Each of the header's tokens of a kind; those that want a PIN are kept for later."""
@@ -125,11 +164,16 @@ class Opening:
     async def _wait(self) -> str:
         # Whoever hands in a key, or opens it by hand, always counts; for these alone nobody waits.
         ways = [self._by_pin(source, token) for source, token in self._pins]
+        if not (self._spec.asks or self._pins):
+            # The network may come up later; a program knows best itself for how long to try.
+            self._later = [one for one in self._later if one.kind is SourceKind.CLEVIS]
+        if self._later:
+            ways.append(self._by_what_comes_later())
         if not ways and not self._spec.asks:
             raise self._exhausted()
         listening = self._by_person() if self._spec.asks else self._by_what_is_handed_in()
         self.is_stuck = True
-        self._doing(False)
+        self._rest()
         try:
             return await self._first(listening, ways)
         finally:
@@ -165,7 +209,7 @@ class Opening:
                 return ""
             if await self._try_late_answer(answer):
                 return answer.source if self._spec.name in answer.accepted else ""
-            self._doing(False)
+            self._rest()
 
     async def _by_what_is_handed_in(self) -> str:
         while not self._is_usable:
@@ -175,7 +219,7 @@ class Opening:
             elif await self._try_late_answer(answer):
                 return answer.source if self._spec.name in answer.accepted else ""
             else:
-                self._doing(False)
+                self._rest()
         return ""
 
     async def _by_pin(self, source: KeySource, token: Token) -> str:
@@ -206,10 +250,27 @@ class Opening:
                 break
             finally:
                 pin.close()
-            self._doing(False)
-        self._doing(False)
+            self._rest()
+        self._rest()
         self._fail(str(source), error)
         raise error
+
+    async def _by_what_comes_later(self) -> str:
+        """Goes on for as long as a person is waited for, too."""
+        patience_s = None if self._spec.asks or self._pins else ALONE_S
+        pause_s = AGAIN_S[0]
+        try:
+            async with asyncio.timeout(patience_s):
+                while True:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, AGAIN_S[1])
+                    # It may have been bound anew meanwhile.
+                    self._header = await self._crypt.header(self._spec)
+                    for source in self._later:
+                        if await self._try_source(source):
+                            return str(source)
+        except TimeoutError:
+            raise self._exhausted() from None
 
     async def _try_late_answer(self, answer: Answer) -> bool:
         async with self._one:
@@ -234,6 +295,10 @@ class Opening:
         return True
 
     # --- telling ---
+
+    def _rest(self) -> None:
+        """Nothing is tried just now."""
+        self._doing(not (self._spec.asks or self._pins))
 
     @property
     def _is_usable(self) -> bool:

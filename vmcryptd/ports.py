@@ -102,7 +102,16 @@ class Keys(Protocol):
     """Where keys come from."""
 
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
-        """Get the key from a source that needs no person, bounded in time. Raises KeyUnavailableError."""
+        """Get the key from a source that needs no person, bounded in time.
+
+        Raises KeyUnavailableError; NotYetError if it is worth while to try again.
+        """
+
+    async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:
+        """The key slots that Clevis opens. Raises KeyUnavailableError if there are none."""
+
+    async def fetch_bound(self, volume: VolumeSpec, header: Header, slot: int) -> Key:
+        """Get the key of such a slot, bounded in time. Raises KeyUnavailableError, NotYetError."""
 
     async def ask(self, message: str) -> Key:
         """Ask a person through the system's agents, for as long as it takes.

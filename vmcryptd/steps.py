@@ -58,6 +58,9 @@ class Steps:
             activity.error = error
             log.error("%s", error)
             raise
+        except asyncio.CancelledError:
+            activity.error = None  # what was told while it waited is not why it ended
+            raise
         finally:
             activity.doing = None
             self._world.observe()

@@ -17,7 +17,7 @@ from vmcryptd.adapters.blocks import SysfsBlocks
 from vmcryptd.adapters.crypt import Cryptsetup, read_header
 from vmcryptd.adapters.domains import Libvirt
 from vmcryptd.adapters.host import StateFiles
-from vmcryptd.adapters.run import run
+from vmcryptd.adapters.run import CommandError, program, run
 from vmcryptd.errors import DamagedHeaderError, VmcryptdError
 from vmcryptd.graph import Graph
 from vmcryptd.model import (
@@ -75,6 +75,7 @@ class Facts:
     files: Mapping[str, File] = field(default_factory=dict)  # those that exist
     credentials: frozenset[str] = frozenset()
     token_plugins: frozenset[str] = frozenset()  # kinds of tokens that cryptsetup has a plugin for
+    has_clevis: bool = False
     units: Mapping[str, str] = field(default_factory=dict)  # unit → enabled, disabled…
     plain_swap: tuple[str, ...] = ()
     memory_kib: int = 0
@@ -110,6 +111,7 @@ async def look(settings: Settings) -> Facts:
         luks_disks=frozenset(_luks_disks(graph, virtualisation, storage)),
         files=_files(settings),
         credentials=loaded | frozenset(_stored_credentials()),
+        has_clevis=_has("clevis"),
         token_plugins=frozenset(_token_plugins()),
         units=units,
         plain_swap=tuple(_plain_swap(storage)),
@@ -206,6 +208,13 @@ def _file(path: str) -> File | None:
 def _stored_credentials() -> Iterable[str]:
     for store in (*keys.CREDENTIAL_STORES, *keys.ENCRYPTED_STORES):
         yield from (path.name for path in _entries(store))
+
+
+def _has(name: str) -> bool:
+    try:
+        return bool(program(name))
+    except CommandError:
+        return False
 
 
 def _token_plugins() -> Iterable[str]:

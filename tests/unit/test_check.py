@@ -126,6 +126,18 @@ def test_nothing_is_wrong() -> None:
             WARNING,
             "no plugin for systemd-tpm2",
         ),
+        (
+            GOOD + 'keys = ["clevis", "prompt"]\n',
+            {"headers": {"a": Header(2, UUID)}, "has_clevis": True},
+            WARNING,
+            "no Clevis binding",
+        ),
+        (
+            GOOD + 'keys = ["clevis", "prompt"]\n',
+            {"headers": {"a": Header(1, UUID)}},
+            WARNING,
+            "clevis is not installed",
+        ),
         ('[daemon]\non_waiting = ["/bin/x"]\n' + GOOD, {}, ERROR, "/bin/x is not there"),
         (
             GOOD + 'content = "filesystem"\nmount = "/m"\n',

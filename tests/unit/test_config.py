@@ -228,7 +228,7 @@ VOLUME = '[volume.a]\ndevice = "/dev/a"\n'
 def test_refusals_name_file_table_key_and_what_was_meant(text: str, sentence: str) -> None:
     sentence = sentence.replace("FILE", "/etc/x.toml")
     sentence = sentence.replace(
-        "KINDS", "prompt, tpm2, fido2, pkcs11, file:/path, credential:name, exec:/command"
+        "KINDS", "prompt, tpm2, fido2, pkcs11, clevis, file:/path, credential:name, exec:/command"
     )
     sentence = sentence.replace("TAGS", "UUID=…, PARTUUID=…, LABEL=…, PARTLABEL=…")
     with pytest.raises(ConfigError) as caught:

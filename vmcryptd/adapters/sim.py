@@ -10,6 +10,7 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
     present = false                   its device is not there; [sim.volume.x] appears_after = "10s": not yet
     open = true                       somebody opened it by hand
     delay = "0.2s"                    what one key derivation takes
+    away = true                       the servers of its "clevis" and "exec:" sources do not answer
     fault = "not-luks"                not-luks, damaged, out-of-memory, busy (cannot be closed)
     memory_kib = 65536                what one key derivation needs
     slots = [{passphrase_sha256 = "…", sources = [], memory_kib = 0, priority = 1}]
@@ -53,6 +54,7 @@ from vmcryptd.errors import (
     KeyUnavailableError,
     LibvirtError,
     NotLuksError,
+    NotYetError,
     OutOfMemoryError,
     VmcryptdError,
     WrongKeyError,
@@ -70,6 +72,7 @@ from vmcryptd.model import (
     KeySource,
     Mount,
     Settings,
+    SourceKind,
     SourceType,
     Storage,
     Token,
@@ -113,6 +116,7 @@ class _Volume:
     memory_kib: int
     further: tuple[_Slot, ...] = ()
     tokens: tuple[_Token, ...] = ()
+    away: bool = False
     suspended: bool = False
     mounted: bool = False
     active: bool = False
@@ -304,7 +308,11 @@ class Simulation:
             Token(place, f"systemd-{token.kind}", (len(slots) + place,), bool(token.pin))
             for place, token in enumerate(simulated.tokens)
         )
-        slots += tuple(KeySlot(t.slots[0], "pbkdf2", iterations=1000) for t in tokens)
+        bound = (n for n, slot in enumerate(simulated.slots) if "clevis" in slot.sources)
+        tokens += tuple(Token(len(tokens) + i, "clevis", (n,)) for i, n in enumerate(bound))
+        slots += tuple(
+            KeySlot(t.slots[0], "pbkdf2", iterations=1000) for t in tokens[: len(simulated.tokens)]
+        )
         return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", slots, tokens)
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
@@ -368,7 +376,20 @@ class Simulation:
         slots = self._volumes[volume.name].slots
         if not any(str(source) in slot.sources for slot in slots):
             raise KeyUnavailableError("it gives no key (simulated)")
+        if source.kind is SourceKind.EXEC and self._volumes[volume.name].away:
+            raise NotYetError("its server does not answer (simulated)")
         return _SourceKey(str(source))
+
+    async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:
+        bound = [n for token in header.tokens if token.kind == "clevis" for n in token.slots]
+        if not bound:
+            raise KeyUnavailableError("the header has no Clevis binding (simulated)")
+        return tuple(bound)
+
+    async def fetch_bound(self, volume: VolumeSpec, header: Header, slot: int) -> Key:
+        if self._volumes[volume.name].away:
+            raise NotYetError("its server does not answer (simulated)")
+        return _SourceKey("clevis")
 
     async def ask(self, message: str) -> Key:
         self.calls.append(f"ask {message}")
@@ -507,6 +528,7 @@ def _volume(entry: dict[str, Any]) -> _Volume:
             _Token(one["kind"], one.get("pin_sha256", ""), one.get("fault", ""))
             for one in entry.get("tokens", ())
         ),
+        away=entry.get("away", False),
     )
 
 
