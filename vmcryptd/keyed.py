@@ -105,6 +105,8 @@ async def _tried(
     def is_settled(name: str) -> bool:
         if not engine.is_running(f"{Action.UNLOCK}:{name}"):
             return True
+        if answer.only is None and engine.is_stuck(name) and name not in engine.prompt.expected:
+            return True  # it asks nobody, and waits for a server
         if name in answer.refused:
             # Else it is about to fail.
             return name in engine.waiting or engine.is_stuck(name)

@@ -172,6 +172,10 @@ class Opening:
         if not ways and not self._spec.asks:
             raise self._exhausted()
         listening = self._by_person() if self._spec.asks else self._by_what_is_handed_in()
+        if self._pins:
+            self._prompt.expect(
+                self._spec.name
+            )  # it waits for a person, so what people type is tried on it
         self.is_stuck = True
         self._rest()
         try:

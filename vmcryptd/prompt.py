@@ -63,7 +63,8 @@ class Prompt:
         self._changed = changed
         self._on_waiting = on_waiting
         self._expected: set[str] = set()  # on their way up, and may take an answer
-        self._trying: set[str] = set()  # of these, the ones that try a key right now
+        self._fetching: set[str] = set()  # of these, the ones that try their other sources
+        self._trying: set[str] = set()  # and the ones that try an answer right now
         self._waiting: dict[str, VolumeSpec] = {}
         self._pins: list[str] = []  # volumes that the PIN of a token is asked for
         self._answers: list[Answer] = []
@@ -107,11 +108,18 @@ class Prompt:
     def release(self, volume: str) -> None:
         """The volume takes no more answers."""
         self._expected.discard(volume)
+        self._fetching.discard(volume)
         self._trying.discard(volume)
         self._waiting.pop(volume, None)
         self.drop_unneeded()
 
-    def trying(self, volume: str, is_trying: bool) -> None:
+    def fetching(self, volume: str) -> None:
+        """The volume tries its other sources, until it asks for an answer."""
+        self._fetching.add(volume)
+        self._notify()
+
+    def _tries(self, volume: str, is_trying: bool) -> None:
+        self._fetching.discard(volume)
         (self._trying.add if is_trying else self._trying.discard)(volume)
         self._notify()
 
@@ -128,14 +136,14 @@ class Prompt:
         """The next answer to try; the volume waits until there is one, or None is wanted any more."""
         while (answer := self.untried(spec.name)) is None and is_wanted():
             self._waiting[spec.name] = spec
-            self.trying(spec.name, False)
+            self._tries(spec.name, False)
             if self._asking is None and not self._is_closed:
                 self._asking = asyncio.create_task(self._ask())
                 self._asking.add_done_callback(self._asked)
             self._changed()
             await self.move()
         self._waiting.pop(spec.name, None)
-        self.trying(spec.name, True)
+        self._tries(spec.name, True)
         self._changed()
         return answer
 
@@ -288,11 +296,19 @@ class Prompt:
     async def _gather(self, first: bool) -> None:
         """Wait until nobody tries a key, or is about to: then all that will wait, waits."""
         try:
-            async with asyncio.timeout(GATHER_S if first else None):
-                while self._trying or any(map(self.untried, self._waiting)):
+            async with asyncio.timeout(GATHER_S):
+                while self._fetching or self._is_trying:
                     await self.move()
         except TimeoutError:
             pass  # a slow source must not hold up the question
+        while self._is_trying and not first:
+            await (
+                self.move()
+            )  # who is asked again is told which volumes it is that the answer did not fit
+
+    @property
+    def _is_trying(self) -> bool:
+        return bool(self._trying) or any(map(self.untried, self._waiting))
 
     async def _ask_while_waiting(self, message: str, names: list[str]) -> Key | None:
         """Ask until there is an answer, or None when none of the named volumes can use one any more.

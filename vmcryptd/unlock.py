@@ -47,7 +47,7 @@ class Unlocker:
         """Make the mapping. Returns the key source that fitted. Raises VmcryptdError."""
         spec = self._world.graph.volumes[name].spec
         await self._wait_for_device(spec)
-        self._prompt.trying(name, True)
+        self._prompt.fetching(name)
         self._doing(name, True)
         header = await self._crypt.header(spec)
         self._world.uuids[name] = header.uuid
