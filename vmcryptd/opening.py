@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 from vmcryptd.attempts import Attempts
@@ -68,7 +69,7 @@ class Opening:
         self._later: list[KeySource] = []  # may give a key after a while
         self._wrong: Tried = set()  # slots that Clevis gave a wrong key for
         self._pins: list[tuple[KeySource, Token]] = []  # open only with a PIN
-        self._one = asyncio.Lock()  # one key at a time: two that fit would both make the mapping
+        self._one = asyncio.Lock()
 
     async def run(self, may_ask: Callable[[], bool]) -> str:
         """Returns what opened it; an empty string if that was somebody else. Raises VmcryptdError."""
@@ -78,8 +79,8 @@ class Opening:
             return given.source
         if given is None or given.target != self._spec.name:
             for source in self._spec.keys:
-                if await self._try_source(source):
-                    return str(source)
+                if (opened := await self._try_source(source)) is not None:
+                    return opened
         while (answer := self._prompt.untried(self._spec.name)) is not None:
             if await self._try_answer(answer):
                 return answer.source
@@ -89,58 +90,58 @@ class Opening:
 
     # --- sources that need nobody ---
 
-    async def _try_source(self, source: KeySource) -> bool:
+    async def _try_source(self, source: KeySource) -> str | None:
+        """What opened it, as `run` tells it; None if it is still locked."""
         try:
             match source.kind:
                 case SourceKind.PROMPT:
-                    return False
+                    return None
                 case kind if kind.token_kind:
                     return await self._by_tokens(source)
                 case SourceKind.CLEVIS:
-                    await self._by_bindings(source)
-                    return True
-                case _:
-                    await self._by_key(source)
-                    return True
+                    return await self._by_bindings(source)
+            return await self._by_key(source)
         except (KeyUnavailableError, WrongKeyError) as error:
             if isinstance(error, NotYetError) and source not in self._later:
                 self._later.append(source)
             self._fail(str(source), error)
-            return False
+            return None
 
-    async def _by_key(self, source: KeySource) -> None:
+    async def _by_key(self, source: KeySource) -> str:
         key = await self._keys.fetch(source, self._spec)
         try:
-            async with self._one:
-                if not self._is_usable:
-                    await self._attempts.key(self._spec, self._header, key, str(source))
+            async with self._turn():
+                if self._is_usable:
+                    return ""
+                await self._attempts.key(self._spec, self._header, key, str(source))
+                return str(source)
         finally:
             key.close()
 
-    async def _by_bindings(self, source: KeySource) -> None:
+    async def _by_bindings(self, source: KeySource) -> str:
         """Each of the header's Clevis bindings, on its own key slot."""
         errors: list[VmcryptdError] = []
         for slot in await self._keys.bindings(self._spec, self._header):
             try:
                 key = await self._keys.fetch_bound(self._spec, self._header, slot)
                 try:
-                    async with self._one:
-                        if not self._is_usable:
-                            await self._attempts.key(
-                                self._spec, self._header, key, str(source), self._wrong, slot
-                            )
+                    async with self._turn():
+                        if self._is_usable:
+                            return ""
+                        await self._attempts.key(
+                            self._spec, self._header, key, str(source), self._wrong, slot
+                        )
+                        return str(source)
                 finally:
                     key.close()
             except (KeyUnavailableError, WrongKeyError) as error:
                 errors.append(type(error)(f"key slot {slot}: {error}"))
-            else:
-                return
         # One that may open it later counts more than one that never will.
         kinds = (NotYetError, KeyUnavailableError, WrongKeyError)
         kind = next(kind for kind in kinds if any(isinstance(error, kind) for error in errors))
         raise kind("; ".join(map(str, errors)))
 
-    async def _by_tokens(self, source: KeySource) -> bool:
+    async def _by_tokens(self, source: KeySource) -> str | None:
         """Each of the header's tokens of a kind; those that want a PIN are kept for later."""
         errors = []
         for token in self._tokens.of(self._spec, self._header, source):
@@ -154,10 +155,10 @@ class Opening:
             except KeyUnavailableError as error:
                 errors.append(str(error))
             else:
-                return True
+                return str(source)
         if errors:
             raise KeyUnavailableError("; ".join(errors))
-        return False
+        return None
 
     # --- when these are exhausted: whatever comes first ---
 
@@ -191,10 +192,10 @@ class Opening:
             pending = {listener, *others}
             while True:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    error = task.exception()
-                    if error is None:
-                        return task.result()
+                errors = [error for task in done if (error := task.exception()) is not None]
+                if opened := [task.result() for task in done if task.exception() is None]:
+                    return max(opened)  # who opened it knows better than who only saw it
+                for error in errors:
                     if not isinstance(error, (KeyUnavailableError, WrongKeyError)):
                         raise error
                 if not self._spec.asks and not pending - {listener}:
@@ -208,7 +209,7 @@ class Opening:
         while True:
             answer = self._prompt.untried(self._spec.name)
             if answer is None:
-                answer = await self._prompt.next(self._spec, lambda: not self._is_usable)
+                answer = await self._prompt.next(self._spec, lambda: not self._is_over)
             if answer is None:
                 return ""
             if await self._try_late_answer(answer):
@@ -216,7 +217,7 @@ class Opening:
             self._rest()
 
     async def _by_what_is_handed_in(self) -> str:
-        while not self._is_usable:
+        while not self._is_over:
             answer = self._prompt.untried(self._spec.name)
             if answer is None:
                 await self._prompt.move()
@@ -241,7 +242,7 @@ class Opening:
                 error = failed
                 break
             try:
-                async with self._one:
+                async with self._turn():
                     if self._is_usable:
                         return ""
                     self._doing(True)
@@ -271,13 +272,13 @@ class Opening:
                     # It may have been bound anew meanwhile.
                     self._header = await self._crypt.header(self._spec)
                     for source in self._later:
-                        if await self._try_source(source):
-                            return str(source)
+                        if (opened := await self._try_source(source)) is not None:
+                            return opened
         except TimeoutError:
             raise self._exhausted() from None
 
     async def _try_late_answer(self, answer: Answer) -> bool:
-        async with self._one:
+        async with self._turn():
             if self._is_usable:
                 return True
             self._doing(True)
@@ -297,6 +298,20 @@ class Opening:
             return False
         self._prompt.accept(name, answer)
         return True
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One key at a time: two that fit would both make the mapping."""
+        try:
+            async with self._one:
+                yield
+        finally:
+            self._prompt.look_again()  # who saw the mapping appear has waited for this
+
+    @property
+    def _is_over(self) -> bool:
+        """Open, and not by an attempt of our own that is just about to end: that is not to be called off."""
+        return self._is_usable and not self._one.locked()
 
     # --- telling ---
 

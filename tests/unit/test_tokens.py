@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from vmcryptd.errors import (
     VmcryptdError,
     WrongKeyError,
 )
+from vmcryptd.model import VolumeSpec
 
 PIN = f'pin_sha256 = "{digest("1234")}"'
 QUESTION = "PIN of the TPM2 token 0 of volume a:"
@@ -212,6 +214,32 @@ async def test_a_shutdown_withdraws_the_question_for_a_pin(run: Running) -> None
     await run.engine.shutdown()
     await run.until(lambda: not run.host.open_questions)
     assert run.engine.waiting == []
+
+
+@play(volume("a", '"tpm2"', WITH_PIN) + volume("b", '"fido2", "prompt"', f"{STICK}, {PIN}"))
+async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -> None:
+    """cryptsetup still waits for udev then; it is not to be killed, nor to be taken for somebody else."""
+    opened, ended = run.host.open_by_token, asyncio.Event()
+
+    async def slow(spec: VolumeSpec, *arguments: Any) -> None:
+        await opened(spec, *arguments)
+        await ended.wait()
+        run.host.calls.append(f"ended {spec.name}")
+
+    run.host.open_by_token = slow  # type: ignore[method-assign]
+    run.engine.boot()
+    await asked(run, 3)
+    run.host.answer("1234", to="volume a")
+    run.host.answer("1234", to="volume b:")
+    volumes = run.engine.graph.volumes
+    await run.until(lambda: all(run.engine.graph.volumes[name].is_usable for name in volumes))
+    for _ in range(50):  # turns of the loop, in which nobody may call it off
+        run.engine.prompt.look_again()
+        await asyncio.sleep(0)
+    ended.set()
+    await run.idle()
+    assert sorted(run.host.done("ended")) == ["ended a", "ended b"]
+    assert [run.volume(name).key_source for name in "ab"] == ["tpm2", "fido2"]
 
 
 # --- side by side ---
