@@ -282,6 +282,25 @@ async def test_the_interface_is_what_it_was(daemon: Daemon) -> None:
             assert found[name] == members
 
 
+@with_daemon(
+    f"""
+[daemon]
+key_cache = "infinity"
+[volume.a]
+device = "/dev/a"
+[sim.volume.a]
+{opened_by(ALPHA)}
+"""
+)
+async def test_keys_that_are_held(daemon: Daemon) -> None:
+    with handed_in(ALPHA.encode()) as fd:
+        await daemon.call("UnlockAllWithKey", "h", 0, fds=[fd])
+    held = [{"source": "key", "volumes": "", "until": "infinity"}]
+    assert await daemon.get("HeldKeys") == held
+    await daemon.call("LockAll")
+    assert await daemon.get("HeldKeys") == []
+
+
 @with_daemon(HOST)
 async def test_properties(daemon: Daemon) -> None:
     assert await daemon.call("GetAll", "s", MANAGER, interface=PROPERTIES) == {
