@@ -14,7 +14,7 @@ from typing import Any
 from vmcryptd.adapters.memfd import MemfdKey
 from vmcryptd.adapters.sim import Simulation
 from vmcryptd.engine import Engine
-from vmcryptd.model import GuestState, VolumeSpec
+from vmcryptd.model import GuestState, Token, VolumeSpec
 from vmcryptd.ports import Key
 from vmcryptd.state import GuestView, VolumeView
 
@@ -51,16 +51,21 @@ class Host(Simulation):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.questions: list[str] = []
-        self.deriving: list[str] = []  # volumes that try a key right now
+        self.deriving: list[int] = []  # memory that each key tried right now takes
         self.most_kib = 0  # memory that key derivations took at once
         self.available_kib = 4 * 1024 * 1024
-        self._answers: asyncio.Queue[str | Exception] = asyncio.Queue()
+        self.open_questions: list[str] = []
+        self._answers: list[tuple[str, str | Exception]] = []
+        self._answered = asyncio.Event()
         self._held: dict[str, asyncio.Event] = {}
 
     # --- what a test does ---
 
-    def answer(self, answer: str | Exception) -> None:
-        self._answers.put_nowait(answer)
+    def answer(self, answer: str | Exception, to: str = "") -> None:
+        """Answer the next question in which the word `to` stands."""
+        self._answers.append((to, answer))
+        answered, self._answered = self._answered, asyncio.Event()
+        answered.set()
 
     def hold(self, call: str) -> None:
         self._held[call] = asyncio.Event()
@@ -100,29 +105,50 @@ class Host(Simulation):
 
     async def ask(self, message: str) -> Key:
         self.questions.append(message)
+        self.open_questions.append(message)
         self._tell()
-        answer = await self._answers.get()
+        try:
+            answer = await self._answer(message)
+        finally:
+            self.open_questions.remove(message)
         if isinstance(answer, Exception):
             raise answer
         return key(answer)
 
-    async def open(self, volume: VolumeSpec, key: Key) -> None:
-        self.deriving.append(volume.name)
-        kib = sum(self._volumes[name].memory_kib for name in self.deriving)
-        if len(self.deriving) > 1:
-            self.most_kib = max(self.most_kib, kib)
-        try:
-            await self._gate(f"try {volume.name}")
-            await super().open(volume, key)
-        finally:
-            self.deriving.remove(volume.name)
+    async def _answer(self, message: str) -> str | Exception:
+        while True:
+            for word, answer in self._answers:
+                if word in message:
+                    self._answers.remove((word, answer))
+                    return answer
+            await self._answered.wait()
 
-    async def _fits(self, volume: Any, key: Key) -> bool:
+    async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
+        slots = self._volumes[volume.name].slots
+        kib = slots[slot or 0].memory_kib
+        self.deriving.append(kib)
+        if len(self.deriving) > 1:
+            self.most_kib = max(self.most_kib, sum(self.deriving))
+        try:
+            await self._gate(f"try {volume.name}{'' if len(slots) == 1 else f' {slot}'}")
+            await super().open(volume, key, slot)
+        finally:
+            self.deriving.remove(kib)
+
+    async def open_by_token(
+        self, volume: VolumeSpec, token: Token, pin: Key | None, suspended: str
+    ) -> None:
+        await self._gate(
+            f"token {volume.name} {token.number}{'' if pin is None else ' with a PIN'}"
+        )
+        await super().open_by_token(volume, token, pin, suspended)
+
+    async def _fits(self, slot: Any, key: Key) -> bool:
         if not isinstance(key, MemfdKey):
-            return await super()._fits(volume, key)
+            return await super()._fits(slot, key)
         reader = key.reader()
         try:
-            return bool(hashlib.sha256(os.read(reader, 1000)).hexdigest() == volume.digest)
+            return bool(hashlib.sha256(os.read(reader, 1000)).hexdigest() == slot.digest)
         finally:
             os.close(reader)
 

@@ -18,7 +18,7 @@ from vmcryptd.errors import (
     VmcryptdError,
 )
 from vmcryptd.graph import GuestNode, VolumeNode
-from vmcryptd.model import SourceKind, Unlock
+from vmcryptd.model import Header, KeySource, SourceKind, Unlock
 from vmcryptd.survey import Facts, look
 
 ERROR, WARNING = "error", "warning"
@@ -165,12 +165,43 @@ def _keys(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
                 yield from _key_file(facts, where, path)
             case SourceKind.EXEC:
                 yield from _program(where, shlex.split(path)[0], facts)
+            case kind if kind.token_kind:
+                yield from _token(facts, where, node, source)
+            case SourceKind.CLEVIS:
+                yield from _clevis(facts, where, node)
             case SourceKind.CREDENTIAL if path not in facts.credentials and facts.is_root:
                 text = f"there is no credential {path}"
                 advice = (
                     f"systemd-creds encrypt --name={path} KEYFILE /etc/credstore.encrypted/{path}"
                 )
                 yield Finding(ERROR, where, text, advice)
+
+
+def _token(facts: Facts, where: str, node: VolumeNode, source: KeySource) -> Iterator[Finding]:
+    kind, header = source.kind.token_kind, facts.headers.get(node.spec.name)
+    place = node.spec.header or node.spec.device_path
+    if isinstance(header, Header) and kind not in {token.kind for token in header.tokens}:
+        text = f"its header has no {kind} token, so {source} does not open it"
+        option = {SourceKind.TPM2: "--tpm2-device=auto", SourceKind.FIDO2: "--fido2-device=auto"}
+        advice = f"systemd-cryptenroll {option.get(source.kind, '--pkcs11-token-uri=auto')} {place}"
+        yield Finding(WARNING, where, text, advice)
+    if kind not in facts.token_plugins:
+        text = f"cryptsetup has no plugin for {kind} tokens, so {source} does not open it"
+        advice = "install it: the package systemd-cryptsetup on Debian 13, systemd-udev on Fedora"
+        yield Finding(WARNING, where, text, advice)
+
+
+def _clevis(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
+    header, place = facts.headers.get(node.spec.name), node.spec.header or node.spec.device_path
+    if not facts.has_clevis:
+        text = "clevis is not installed, so it does not open it"
+        yield Finding(WARNING, where, text, "install the package clevis-luks")
+    kinds = {token.kind for token in header.tokens} if isinstance(header, Header) else set()
+    # Of LUKS1 the bindings are elsewhere in the header.
+    if isinstance(header, Header) and header.version == 2 and "clevis" not in kinds:
+        text = "its header has no Clevis binding, so clevis does not open it"
+        advice = f'clevis luks bind -d {place} tang \'{{"url": "http://SERVER"}}\''
+        yield Finding(WARNING, where, text, advice)
 
 
 def _key_file(facts: Facts, where: str, path: str) -> Iterator[Finding]:

@@ -118,13 +118,13 @@ def _vg_name(value: str) -> str:
 def _key_source(value: str) -> str:
     kind, _, argument = value.partition(":")
     if kind not in tuple(SourceKind):
-        known = "prompt, file:/path, credential:name, exec:/command"
+        known = "prompt, tpm2, fido2, pkcs11, clevis, file:/path, credential:name, exec:/command"
         raise ValueError(
             f'"{value}" is no key source: expected one of {known}{_hint(kind, SourceKind)}'
         )
-    if kind == SourceKind.PROMPT:
-        if argument:
-            raise ValueError('"prompt" takes no argument')
+    if kind not in (SourceKind.FILE, SourceKind.CREDENTIAL, SourceKind.EXEC):
+        if argument or value != kind:
+            raise ValueError(f'"{kind}" takes no argument')
     elif not argument:
         raise ValueError(f'"{kind}:" needs an argument')
     elif kind == SourceKind.FILE:
@@ -235,9 +235,16 @@ class VolumeTable(_Table):
         min_length=1,
         description="Where the key comes from, in order, each tried for a bounded time: "
         "file:/path (owned by root, mode 0600), "
-        "credential:name (systemd credentials), exec:/command (its standard output is the key), prompt (ask a person). "
-        'A person is asked after all others have failed; without "prompt" nobody is asked and the volume has failed.',
-        json_schema_extra={"shown": ["file:/etc/vmcryptd/keys/imap", "prompt"]},
+        "credential:name (systemd credentials), exec:/command (its standard output is the key), "
+        "tpm2, fido2, pkcs11 (tokens in the LUKS2 header, as systemd-cryptenroll(1) makes them; cryptsetup needs its "
+        "plugin for them), clevis (what `clevis luks bind` made, with a Tang server or the like), "
+        "prompt (ask a person). "
+        'A person is asked after all others have failed; without "prompt" nobody is asked and the volume has failed. '
+        "The PIN of a token is asked for then, too, by a question of its own beside that for the passphrase, at most "
+        "three times. While a person is asked, clevis and exec are tried again, after a second at first and every "
+        "minute in the end; clevis for five minutes even where nobody is asked, since the network may come up later. "
+        "What comes first opens the volume.",
+        json_schema_extra={"shown": ["tpm2", "file:/etc/vmcryptd/keys/imap", "prompt"]},
     )
     unlock: Literal["boot", "guest", "manual"] = Field(
         "boot",

@@ -275,7 +275,7 @@ class Engine:
     def is_console_needed(self) -> bool:
         """Whether a question for a person is open or may still come while the host boots."""
         return (
-            bool(self.prompt.expected)
+            (bool(self.prompt.expected) or self.prompt.is_asking_pin)
             and not self.prompt.declined
             and any(j.goal == "boot" for j in self.jobs.values())
         )
@@ -627,6 +627,10 @@ class Engine:
     def is_absent(self, name: str) -> bool:
         """Whether the volume's device is being waited for."""
         return name in self._steps.unlocker.absent
+
+    def is_stuck(self, name: str) -> bool:
+        """Whether the volume's sources are exhausted, and a person or a server is waited for."""
+        return self._steps.unlocker.is_stuck(name)
 
     async def receive(self, fd: int) -> Key:
         """Read a caller's key; `fd` is closed. Raises KeyUnusableError."""

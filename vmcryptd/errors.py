@@ -71,6 +71,14 @@ class KeyUnavailableError(VmcryptdError):
     name = "KeyUnavailable"
 
 
+class NotYetError(KeyUnavailableError):
+    """A source that asks elsewhere gave no key now; it may later."""
+
+
+class WrongPinError(KeyUnavailableError):
+    """A token did not take the PIN, or wants one."""
+
+
 class KeyUnusableError(VmcryptdError):
     """What was handed in as a key cannot be read as one: too large, too slow, not readable, empty."""
 

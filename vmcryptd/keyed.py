@@ -105,8 +105,11 @@ async def _tried(
     def is_settled(name: str) -> bool:
         if not engine.is_running(f"{Action.UNLOCK}:{name}"):
             return True
+        if answer.only is None and engine.is_stuck(name) and name not in engine.prompt.expected:
+            return True  # it asks nobody, and waits for a server
         if name in answer.refused:
-            return name in engine.waiting  # else it is about to fail
+            # Else it is about to fail.
+            return name in engine.waiting or engine.is_stuck(name)
         if name not in engine.graph.volumes:
             return False  # its step is about to be cancelled
         if name in answer.accepted:

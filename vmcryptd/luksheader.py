@@ -67,11 +67,19 @@ def parse(data: bytes) -> Header:
     raise NotLuksError("there is no LUKS header")
 
 
-def slots(metadata: object) -> tuple[KeySlot, ...]:
-    """The key slots in LUKS2 metadata, as `cryptsetup luksDump --dump-json-metadata` prints it too.
+def header(uuid: str, metadata: object) -> Header:
+    """A LUKS2 header from its metadata, as `cryptsetup luksDump --dump-json-metadata` prints it too.
 
     Raises DamagedHeaderError.
     """
+    slots = metadata.get("keyslots", {}) if isinstance(metadata, dict) else {}
+    is_reencrypting = isinstance(slots, dict) and any(
+        isinstance(slot, dict) and slot.get("type") == "reencrypt" for slot in slots.values()
+    )
+    return Header(2, uuid, _slots(metadata), _tokens(metadata), is_reencrypting)
+
+
+def _slots(metadata: object) -> tuple[KeySlot, ...]:
     keyslots = metadata.get("keyslots") if isinstance(metadata, dict) else None
     if not isinstance(keyslots, dict):
         raise DamagedHeaderError("the LUKS2 metadata has no key slots object")
@@ -79,7 +87,7 @@ def slots(metadata: object) -> tuple[KeySlot, ...]:
     return tuple(sorted(found, key=lambda slot: slot.number))
 
 
-def tokens(metadata: object) -> tuple[Token, ...]:
+def _tokens(metadata: object) -> tuple[Token, ...]:
     """The tokens in LUKS2 metadata. One that is not understood is left out: passphrases work without it."""
     found = metadata.get("tokens") if isinstance(metadata, dict) else None
     read = [_token(*item) for item in found.items()] if isinstance(found, dict) else []
@@ -92,9 +100,11 @@ def _luks1(data: bytes) -> Header:
     fields = LUKS1.unpack_from(data)
     active = []
     for number in range(LUKS1_SLOTS):
-        state, iterations, *_ = LUKS1_SLOT.unpack_from(data, LUKS1.size + number * LUKS1_SLOT.size)
+        state, iterations, salt, *_ = LUKS1_SLOT.unpack_from(
+            data, LUKS1.size + number * LUKS1_SLOT.size
+        )
         if state == LUKS1_ACTIVE:
-            active.append(KeySlot(number, "pbkdf2", iterations=iterations))
+            active.append(KeySlot(number, "pbkdf2", iterations=iterations, salt=salt.hex()))
         elif state != LUKS1_INACTIVE:
             raise DamagedHeaderError(f"key slot {number} of the LUKS1 header is neither on nor off")
     return Header(1, _uuid(fields[10]), tuple(active))
@@ -119,7 +129,7 @@ def _luks2(data: bytes, offset: int) -> Iterator[tuple[int, Header]]:
         return
     try:
         metadata = json.loads(copy[BINARY_SIZE:].split(b"\0", 1)[0])
-        yield sequence, Header(2, _uuid(uuid), slots(metadata), tokens(metadata))
+        yield sequence, header(_uuid(uuid), metadata)
     except (ValueError, RecursionError, DamagedHeaderError):
         return
 
@@ -132,11 +142,16 @@ def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
     if value.get("type") != "luks2" or not isinstance(kdf, dict):
         return
     kind, priority = kdf.get("type"), value.get("priority", 1)
+    salt = str(kdf.get("salt", ""))
     if priority not in (0, 1, 2):
         raise DamagedHeaderError(f"key slot {number} has an unknown priority")
     if kind == "pbkdf2":
         yield KeySlot(
-            int(number), "pbkdf2", iterations=_number(kdf, "iterations"), priority=priority
+            int(number),
+            "pbkdf2",
+            iterations=_number(kdf, "iterations"),
+            priority=priority,
+            salt=salt,
         )
     elif kind in ("argon2i", "argon2id"):
         yield KeySlot(
@@ -146,6 +161,7 @@ def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
             threads=_number(kdf, "cpus"),
             iterations=_number(kdf, "time"),
             priority=priority,
+            salt=salt,
         )
     else:
         raise DamagedHeaderError(f"key slot {number} has an unknown key derivation")

@@ -48,6 +48,16 @@ class SourceKind(StrEnum):
     FILE = "file"
     CREDENTIAL = "credential"
     EXEC = "exec"
+    TPM2 = "tpm2"
+    FIDO2 = "fido2"
+    PKCS11 = "pkcs11"
+    CLEVIS = "clevis"
+
+    @property
+    def token_kind(self) -> str:
+        """What systemd-cryptenroll calls such a token in a header; empty if this is none."""
+        is_token = self in (SourceKind.TPM2, SourceKind.FIDO2, SourceKind.PKCS11)
+        return f"systemd-{self}" if is_token else ""
 
 
 @dataclass(frozen=True)
@@ -380,6 +390,7 @@ class KeySlot:
     priority: int = (
         1  # 0: only when named, 1: normal, 2: before the others; as `cryptsetup config` sets it
     )
+    salt: str = field(default="", compare=False)  # tells a slot from another that costs the same
 
     @property
     def cost(self) -> int:
@@ -399,6 +410,12 @@ class Token:
     slots: tuple[int, ...] = ()
     needs_pin: bool = False
 
+    @property
+    def title(self) -> str:
+        """As a person knows it."""
+        words = {"systemd-tpm2": "TPM2", "systemd-fido2": "FIDO2", "systemd-pkcs11": "PKCS#11"}
+        return f"the {words.get(self.kind, self.kind)} token {self.number}"
+
 
 @dataclass(frozen=True)
 class Header:
@@ -408,6 +425,7 @@ class Header:
     uuid: str
     slots: tuple[KeySlot, ...] = ()
     tokens: tuple[Token, ...] = ()
+    is_reencrypting: bool = False  # then a key has to fit a slot of the old and one of the new
 
     @property
     def memory_kib(self) -> int:

@@ -17,6 +17,7 @@ from vmcryptd.model import (
     Header,
     KeySource,
     Storage,
+    Token,
     Virtualisation,
     VolumeSpec,
 )
@@ -68,11 +69,24 @@ class Crypt(Protocol):
     async def header(self, volume: VolumeSpec) -> Header:
         """Read it. Raises NotLuksError, DamagedHeaderError, DeviceMissingError."""
 
-    async def open(self, volume: VolumeSpec, key: Key) -> None:
-        """Make the mapping. Raises WrongKeyError, OutOfMemoryError, BusyError, DeviceMissingError, NotLuksError."""
+    async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
+        """Make the mapping, by one key slot or by whichever fits.
 
-    async def resume(self, volume: VolumeSpec, mapping: str, key: Key) -> None:
+        Raises WrongKeyError, OutOfMemoryError, BusyError, DeviceMissingError, NotLuksError.
+        """
+
+    async def resume(
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
+    ) -> None:
         """Give a suspended mapping its key again. Raises WrongKeyError, OutOfMemoryError."""
+
+    async def open_by_token(
+        self, volume: VolumeSpec, token: Token, pin: Key | None, suspended: str
+    ) -> None:
+        """Make the mapping by a token of the header, or resume the `suspended` mapping.
+
+        Raises WrongPinError, also if one is needed and not given; KeyUnavailableError, BusyError, OutOfMemoryError.
+        """
 
     async def close(self, mapping: str) -> None:
         """Remove the mapping; one that is gone already is fine. Raises BusyError (without holders), DeadlineError."""
@@ -88,7 +102,16 @@ class Keys(Protocol):
     """Where keys come from."""
 
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
-        """Get the key from a source that needs no person, bounded in time. Raises KeyUnavailableError."""
+        """Get the key from a source that needs no person, bounded in time.
+
+        Raises KeyUnavailableError; NotYetError if it is worth while to try again.
+        """
+
+    async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:
+        """The key slots that Clevis opens. Raises KeyUnavailableError if there are none."""
+
+    async def fetch_bound(self, volume: VolumeSpec, header: Header, slot: int) -> Key:
+        """Get the key of such a slot, bounded in time. Raises KeyUnavailableError, NotYetError."""
 
     async def ask(self, message: str) -> Key:
         """Ask a person through the system's agents, for as long as it takes.
@@ -151,7 +174,7 @@ class Host(Protocol):
 
 
 class Memory(Protocol):
-    """What outlives the daemon: goals under /run, dependencies once seen under /var/lib."""
+    """What outlives the daemon: goals under /run; dependencies, and key slots that fitted, under /var/lib."""
 
     def goals(self) -> tuple[str, ...]: ...
 
@@ -160,6 +183,11 @@ class Memory(Protocol):
     def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]: ...
 
     def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None: ...
+
+    def fitted(self) -> dict[str, dict[str, int]]:
+        """Volume → key source → the number of the key slot that it fitted last time."""
+
+    def keep_fitted(self, slots: dict[str, dict[str, int]]) -> None: ...
 
     def publish(self, volumes: dict[str, bool]) -> None:
         """Tell udev's rule and the shutdown hook which mappings are ours, and which of them hold a guest's disk."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from vmcryptd.errors import CancelledError, VmcryptdError
 from vmcryptd.model import Infinity, VolumeSpec
 from vmcryptd.ports import Key, Keys
+from vmcryptd.slots import Tried
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +34,20 @@ class Answer:
         self.target = target  # the volume that is to be opened by it and by nothing else
         self.refused: dict[str, VmcryptdError] = {}
         self.accepted: set[str] = set()
+        self.tried: Tried = set()
+        self.until = 0.0  # when it is let go, in seconds since 1970; 0: when nothing needs it
 
     def is_for(self, volume: str) -> bool:
         return volume not in self.refused and (self.only is None or volume in self.only)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A key that is in memory now, and why it still is."""
+
+    source: str
+    volumes: tuple[str, ...]  # have yet to try it
+    until: float  # when it is wiped, in seconds since 1970; 0: as soon as these have tried it
 
 
 class Prompt:
@@ -49,8 +63,10 @@ class Prompt:
         self._changed = changed
         self._on_waiting = on_waiting
         self._expected: set[str] = set()  # on their way up, and may take an answer
-        self._trying: set[str] = set()  # of these, the ones that try a key right now
+        self._fetching: set[str] = set()  # of these, the ones that try their other sources
+        self._trying: set[str] = set()  # and the ones that try an answer right now
         self._waiting: dict[str, VolumeSpec] = {}
+        self._pins: list[str] = []  # volumes that the PIN of a token is asked for
         self._answers: list[Answer] = []
         self._timers: dict[Answer, asyncio.TimerHandle] = {}
         self._moved = asyncio.Event()  # any of the above changed
@@ -61,11 +77,26 @@ class Prompt:
 
     @property
     def waiting(self) -> list[str]:
-        return sorted(self._waiting)
+        return sorted({*self._waiting, *self._pins})
+
+    @property
+    def is_asking_pin(self) -> bool:
+        return bool(self._pins)
 
     @property
     def expected(self) -> frozenset[str]:
         return frozenset(self._expected)
+
+    @property
+    def held(self) -> list[Held]:
+        return [
+            Held(
+                answer.source,
+                tuple(sorted(filter(answer.is_for, answer.only or self._expected))),
+                answer.until,
+            )
+            for answer in self._answers
+        ]
 
     # --- the volumes' side ---
 
@@ -77,11 +108,18 @@ class Prompt:
     def release(self, volume: str) -> None:
         """The volume takes no more answers."""
         self._expected.discard(volume)
+        self._fetching.discard(volume)
         self._trying.discard(volume)
         self._waiting.pop(volume, None)
         self.drop_unneeded()
 
-    def trying(self, volume: str, is_trying: bool) -> None:
+    def fetching(self, volume: str) -> None:
+        """The volume tries its other sources, until it asks for an answer."""
+        self._fetching.add(volume)
+        self._notify()
+
+    def _tries(self, volume: str, is_trying: bool) -> None:
+        self._fetching.discard(volume)
         (self._trying.add if is_trying else self._trying.discard)(volume)
         self._notify()
 
@@ -98,16 +136,35 @@ class Prompt:
         """The next answer to try; the volume waits until there is one, or None is wanted any more."""
         while (answer := self.untried(spec.name)) is None and is_wanted():
             self._waiting[spec.name] = spec
-            self.trying(spec.name, False)
+            self._tries(spec.name, False)
             if self._asking is None and not self._is_closed:
                 self._asking = asyncio.create_task(self._ask())
                 self._asking.add_done_callback(self._asked)
             self._changed()
-            await self._next_move()
+            await self.move()
         self._waiting.pop(spec.name, None)
-        self.trying(spec.name, True)
+        self._tries(spec.name, True)
         self._changed()
         return answer
+
+    async def pin(self, spec: VolumeSpec, message: str) -> Key:
+        """Ask for the PIN of a token, beside the question for passphrases.
+
+        Raises CancelledError when it was declined, KeyUnavailableError when asking is impossible.
+        """
+        self._pins.append(spec.name)
+        self._changed()
+        try:
+            if spec.name not in self._waiting:
+                await self._on_waiting([spec.name])
+            return await self._keys.ask(message)
+        finally:
+            self._pins.remove(spec.name)
+            self._changed()
+
+    async def move(self) -> None:
+        """Wait until there may be another answer, or none is wanted any more."""
+        await self._moved.wait()
 
     def look_again(self) -> None:
         """What waits may want no answer any more."""
@@ -132,6 +189,7 @@ class Prompt:
         answer = Answer(key, source, only, target)
         self._answers.append(answer)
         self._notify()
+        self._changed()
         return answer
 
     def withdraw(self, answer: Answer) -> None:
@@ -142,6 +200,7 @@ class Prompt:
             self._answers.remove(answer)
         answer.key.close()
         self._notify()
+        self._changed()
 
     def cache(self, seconds: float) -> None:
         """How long answers are held that nothing needs any more; also those that are held by now."""
@@ -150,6 +209,8 @@ class Prompt:
             for timer in self._timers.values():
                 timer.cancel()
             self._timers.clear()
+            for answer in self._answers:
+                answer.until = 0.0
             self.drop_unneeded()
 
     def drop_unneeded(self) -> None:
@@ -158,16 +219,26 @@ class Prompt:
             if answer.only is not None:
                 continue  # whoever handed it in withdraws it
             needed = any(answer.is_for(volume) for volume in self._expected)
-            timer = self._timers.get(answer)
-            if needed and timer is not None:
-                self._timers.pop(answer).cancel()
-            elif not needed and timer is None:
-                if self.key_cache_s <= 0:
-                    self.withdraw(answer)
-                elif self.key_cache_s != Infinity:
-                    loop = asyncio.get_running_loop()
-                    self._timers[answer] = loop.call_later(self.key_cache_s, self.withdraw, answer)
+            if needed and answer.until:
+                answer.until = 0.0
+                if timer := self._timers.pop(answer, None):
+                    timer.cancel()
+                self._changed()
+            elif not needed and not answer.until:
+                self._let_go(answer)
         self._notify()
+
+    def _let_go(self, answer: Answer) -> None:
+        """Nothing needs it any more: now, or when late comers have had their time."""
+        is_mistyped = bool(answer.refused) and not answer.accepted
+        if self.key_cache_s <= 0 or is_mistyped:
+            self.withdraw(answer)
+            return
+        answer.until = time.time() + self.key_cache_s
+        if self.key_cache_s != Infinity:
+            loop = asyncio.get_running_loop()
+            self._timers[answer] = loop.call_later(self.key_cache_s, self.withdraw, answer)
+        self._changed()
 
     def wipe(self) -> None:
         """Let go of every answer now."""
@@ -187,9 +258,6 @@ class Prompt:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    async def _next_move(self) -> None:
-        await self._moved.wait()
-
     def _asked(self, task: asyncio.Task[None]) -> None:
         self._asking = None
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -203,7 +271,7 @@ class Prompt:
         answer: Answer | None = None
         while True:
             await self._gather(answer is None)
-            names = self.waiting
+            names = sorted(self._waiting)
             if not names:
                 return
             if fresh := [name for name in names if name not in announced]:
@@ -228,11 +296,19 @@ class Prompt:
     async def _gather(self, first: bool) -> None:
         """Wait until nobody tries a key, or is about to: then all that will wait, waits."""
         try:
-            async with asyncio.timeout(GATHER_S if first else None):
-                while self._trying or any(map(self.untried, self._waiting)):
-                    await self._next_move()
+            async with asyncio.timeout(GATHER_S):
+                while self._fetching or self._is_trying:
+                    await self.move()
         except TimeoutError:
             pass  # a slow source must not hold up the question
+        while self._is_trying and not first:
+            await (
+                self.move()
+            )  # who is asked again is told which volumes it is that the answer did not fit
+
+    @property
+    def _is_trying(self) -> bool:
+        return bool(self._trying) or any(map(self.untried, self._waiting))
 
     async def _ask_while_waiting(self, message: str, names: list[str]) -> Key | None:
         """Ask until there is an answer, or None when none of the named volumes can use one any more.
@@ -243,7 +319,7 @@ class Prompt:
         asking = asyncio.ensure_future(self._keys.ask(message))
         try:
             while not asking.done() and any(name in self._expected for name in names):
-                move = asyncio.ensure_future(self._next_move())
+                move = asyncio.ensure_future(self.move())
                 try:
                     await asyncio.wait({asking, move}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
@@ -258,7 +334,7 @@ class Prompt:
         try:
             async with asyncio.timeout(seconds):
                 while self._waiting:
-                    await self._next_move()
+                    await self.move()
         except TimeoutError:
             pass
 

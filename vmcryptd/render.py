@@ -52,6 +52,10 @@ def status_members(
     return {
         "state": host["State"],
         "waiting": list(host["Waiting"]),
+        "held_keys": [
+            {"source": key["source"], "volumes": key["volumes"].split(), "until": key["until"]}
+            for key in host.get("HeldKeys", ())
+        ],
         "volumes": [volume_members(values) for values in volumes],
         "guests": [guest_members(values) for values in guests],
     }
@@ -89,6 +93,8 @@ class Page:
         sentence = overall(host, volumes, guests)
         lines = self._wrapped(f"{word}: {sentence}")
         lines[0] = self.state(word) + lines[0][len(word) :]
+        for key in host.get("HeldKeys", ()):
+            lines += self._wrapped(held(key), 4)
         return [*lines, *self.volumes(volumes), *self.guests(guests)]
 
     def volumes(self, volumes: Sequence[Properties]) -> list[str]:
@@ -219,6 +225,20 @@ def overall(host: Properties, volumes: Sequence[Properties], guests: Sequence[Pr
     return ""
 
 
+def held(key: Mapping[str, str]) -> str:
+    """What is in the daemon's memory, and when it will not be any more."""
+    names = ", ".join(key["volumes"].split())
+    match key["until"]:
+        case "":
+            when = f"until it was tried on {names}" if names else "while it is being tried"
+        case "infinity":
+            when = "until everything is locked (key_cache)"
+        case until:
+            when = f"until {until} at most (key_cache)"
+    known = {"key": "a key that was handed in", "prompt": "an answer"}
+    return f"{known.get(key['source'], 'a key')} is held {when}"
+
+
 def change(kind: str, name: str, event: str, values: Properties) -> str:
     """One line of `vmcryptctl monitor`."""
     match kind, event:
@@ -241,6 +261,8 @@ def change(kind: str, name: str, event: str, values: Properties) -> str:
         what.append(f"waiting for the key of {', '.join(values['Waiting'])}")
     if values.get("LastError"):
         what.append(str(values["LastError"]))
+    if "HeldKeys" in values:
+        what += [held(key) for key in values["HeldKeys"]] or ["no key is held"]
     if not what:
         what = [f"{key} = {value}" for key, value in snake(values).items()]
     return f"{kind} {name}".rstrip() + f": {'; '.join(what)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from vmcryptd.engine import Engine
 from vmcryptd.jobs import Job
 from vmcryptd.model import Infinity, Plan
 from vmcryptd.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
+from vmcryptd.prompt import Held
 from vmcryptd.state import GuestView, VolumeView
 
 NAME = "org.vmcryptd1"
@@ -40,6 +42,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     Version: str
     ConsoleNeeded: bool
     ConsolePromptUSec: int
+    HeldKeys: list[dict[str, str]]
 
     def __init__(self, engine: Engine, reload: Callable[[], Awaitable[None]]) -> None:
         super().__init__(**manager_properties(engine))
@@ -168,7 +171,18 @@ def manager_properties(engine: Engine) -> dict[str, object]:
         "Version": __version__,
         "ConsoleNeeded": engine.is_console_needed,
         "ConsolePromptUSec": _USEC_INFINITY if prompt_s == Infinity else int(prompt_s * 1e6),
+        "HeldKeys": [_held(one) for one in engine.prompt.held],
     }
+
+
+def _held(key: Held) -> dict[str, str]:
+    """`until` is empty while volumes have yet to try it."""
+    until = ""
+    if key.until == Infinity:
+        until = "infinity"
+    elif key.until:
+        until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(key.until))
+    return {"source": key.source, "volumes": " ".join(key.volumes), "until": until}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ class Steps:
         touch: Callable[[], None],
         open_for: Callable[[Job, str], Awaitable[None]],
     ) -> None:
-        self.unlocker = Unlocker(ports.crypt, ports.keys, prompt, world, self._unlocking)
+        self.unlocker = Unlocker(
+            ports.crypt, ports.keys, prompt, world, self._unlocking, self._still_locked
+        )
         self._ports = ports
         self._world = world
         self._activities = activities
@@ -55,6 +57,9 @@ class Steps:
         except VmcryptdError as error:
             activity.error = error
             log.error("%s", error)
+            raise
+        except asyncio.CancelledError:
+            activity.error = None  # what was told while it waited is not why it ended
             raise
         finally:
             activity.doing = None
@@ -118,7 +123,7 @@ class Steps:
         match step.action:
             case Action.UNLOCK if not node.is_usable:
                 source = await self.unlocker.open(name, lambda: self._may_ask(step.id))
-                activity.key_source = source
+                activity.key_source, activity.error = source, None
                 log.info("volume %s is open (%s)", name, source or "opened by somebody else")
             case Action.ACTIVATE:
                 await blocks.activate(node.spec, node.mapping)
@@ -149,6 +154,10 @@ class Steps:
     def _unlocking(self, name: str, is_busy: bool) -> None:
         activity = self._activities.volumes[name]
         self._show(activity, VolumeState.UNLOCKING if is_busy else VolumeState.WAITING)
+
+    def _still_locked(self, name: str, error: VmcryptdError) -> None:
+        self._activities.volumes[name].error = error
+        self._touch()
 
     def _show(self, activity: Activity, doing: VolumeState | GuestState) -> None:
         activity.doing = doing

@@ -17,7 +17,7 @@ from vmcryptd.adapters.blocks import SysfsBlocks
 from vmcryptd.adapters.crypt import Cryptsetup, read_header
 from vmcryptd.adapters.domains import Libvirt
 from vmcryptd.adapters.host import StateFiles
-from vmcryptd.adapters.run import run
+from vmcryptd.adapters.run import CommandError, program, run
 from vmcryptd.errors import DamagedHeaderError, VmcryptdError
 from vmcryptd.graph import Graph
 from vmcryptd.model import (
@@ -36,6 +36,11 @@ SYSTEMCTL_S = 15.0
 LIBVIRT_GUESTS = ("/etc/default/libvirt-guests", "/etc/sysconfig/libvirt-guests")
 QEMU_CONF = "/etc/libvirt/qemu.conf"
 SAVED = "/var/lib/libvirt/qemu/save"
+# Where Debian, Fedora and others have libdir; the name is libcryptsetup's, crypt_token_external_path(3).
+TOKEN_PLUGIN = "libcryptsetup-token-"
+TOKEN_PLUGINS = tuple(
+    f"{libdir}/cryptsetup/{TOKEN_PLUGIN}*.so" for libdir in ("lib/*-linux-*", "lib64", "lib")
+)
 UNITS = (
     "vmcryptd.service",
     "vmcryptd-guests.service",
@@ -69,6 +74,8 @@ class Facts:
     luks_disks: frozenset[str] = frozenset()  # guests' disks that begin with a LUKS header
     files: Mapping[str, File] = field(default_factory=dict)  # those that exist
     credentials: frozenset[str] = frozenset()
+    token_plugins: frozenset[str] = frozenset()  # kinds of tokens that cryptsetup has a plugin for
+    has_clevis: bool = False
     units: Mapping[str, str] = field(default_factory=dict)  # unit → enabled, disabled…
     plain_swap: tuple[str, ...] = ()
     memory_kib: int = 0
@@ -104,6 +111,8 @@ async def look(settings: Settings) -> Facts:
         luks_disks=frozenset(_luks_disks(graph, virtualisation, storage)),
         files=_files(settings),
         credentials=loaded | frozenset(_stored_credentials()),
+        has_clevis=_has("clevis"),
+        token_plugins=frozenset(_token_plugins()),
         units=units,
         plain_swap=tuple(_plain_swap(storage)),
         memory_kib=_total_memory_kib(),
@@ -199,6 +208,19 @@ def _file(path: str) -> File | None:
 def _stored_credentials() -> Iterable[str]:
     for store in (*keys.CREDENTIAL_STORES, *keys.ENCRYPTED_STORES):
         yield from (path.name for path in _entries(store))
+
+
+def _has(name: str) -> bool:
+    try:
+        return bool(program(name))
+    except CommandError:
+        return False
+
+
+def _token_plugins() -> Iterable[str]:
+    for libraries in TOKEN_PLUGINS:
+        for path in Path("/usr").glob(libraries):
+            yield path.name.removeprefix(TOKEN_PLUGIN).partition(".")[0]
 
 
 async def _units() -> tuple[dict[str, str], frozenset[str]]:

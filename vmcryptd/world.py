@@ -34,6 +34,7 @@ class World:
         self._blocks = blocks
         self._domains = domains
         self._memory = memory
+        self._fitted: dict[str, dict[str, int]] = {}
         self._chains: dict[str, tuple[str, ...]] = {}
         # Of each chain the members that were there when it was read: those beneath could be read.
         self._chains_read: dict[str, frozenset[str]] = {}
@@ -45,6 +46,7 @@ class World:
     def start(self) -> None:
         """Look for the first time, and from then on whenever a device or mount changes."""
         paths, uuids = self._memory.seen()
+        self._fitted = self._memory.fitted()
         self._observation = Observation(remembered=Remembered(paths, uuids))
         self.configure(self.settings)
         self._blocks.watch(self.changed)
@@ -99,6 +101,18 @@ class World:
     def exists(self, path: str) -> bool:
         """Whether a block device that some guest or volume names is there."""
         return path in self._observation.storage.links
+
+    def fitted(self, volume: str, source: str) -> int | None:
+        """The key slot that a key from this source opened last time."""
+        return self._fitted.get(volume, {}).get(source)
+
+    def note_fitted(self, volume: str, source: str, slot: int) -> None:
+        if self.fitted(volume, source) != slot:
+            known = {
+                name: slots for name, slots in self._fitted.items() if name in self.graph.volumes
+            }
+            self._fitted = {**known, volume: {**known.get(volume, {}), source: slot}}
+            self._memory.keep_fitted(self._fitted)
 
     def moved(self) -> None:
         """Wake everybody who waits in `until` or `move`."""

@@ -85,10 +85,16 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     Version: str
     ConsoleNeeded: bool
     ConsolePromptUSec: int
+    HeldKeys: list[dict[str, str]]
 
     def __init__(self, fake: Fake) -> None:
         super().__init__(
-            State="locked", Waiting=[], Version="1", ConsoleNeeded=False, ConsolePromptUSec=0
+            State="locked",
+            Waiting=[],
+            Version="1",
+            ConsoleNeeded=False,
+            ConsolePromptUSec=0,
+            HeldKeys=[],
         )
         self._fake = fake
 
@@ -428,6 +434,7 @@ def test_status_as_json(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == {
         "state": "waiting",
         "waiting": ["cr_a", "cr_b"],
+        "held_keys": [],
         "volumes": [
             {
                 "name": name,
@@ -924,6 +931,35 @@ def test_colour_and_escapes() -> None:
 )
 def test_the_first_line(host: dict[str, Any], text: str) -> None:
     assert text in render.overall(host, [volume()], [])
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "members"),
+    [
+        (
+            {"source": "prompt", "volumes": "a b", "until": ""},
+            "an answer is held until it was tried on a, b",
+            ["a", "b"],
+        ),
+        (
+            {"source": "key", "volumes": "", "until": "infinity"},
+            "a key that was handed in is held until everything is locked (key_cache)",
+            [],
+        ),
+        (
+            {"source": "prompt", "volumes": "", "until": "2026-01-02T03:04:05Z"},
+            "an answer is held until 2026-01-02T03:04:05Z at most (key_cache)",
+            [],
+        ),
+    ],
+)
+def test_keys_that_are_held(key: dict[str, str], text: str, members: list[str]) -> None:
+    host = {"State": "ready", "Waiting": [], "HeldKeys": [key]}
+    assert render.Page().status(host, [volume()], [])[1] == text
+    found = render.status_members(host, [], [])["held_keys"]
+    assert found == [{"source": key["source"], "volumes": members, "until": key["until"]}]
+    assert render.change("host", "", "changed", {"HeldKeys": [key]}) == f"host: {text}"
+    assert render.change("host", "", "changed", {"HeldKeys": []}) == "host: no key is held"
 
 
 def test_the_first_line_without_volumes() -> None:

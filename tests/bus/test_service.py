@@ -243,7 +243,7 @@ SURFACE = {
             "Lock": "s→", "LockAll": "→", "StartGuest": "s→", "StopGuest": "s→", "Boot": "→o",
             "Shutdown": "→", "Panic": "→", "Plan": "s→s", "Reload": "→",
             "State": "s", "Waiting": "as", "Version": "s",
-            "ConsoleNeeded": "b", "ConsolePromptUSec": "x",
+            "ConsoleNeeded": "b", "ConsolePromptUSec": "x", "HeldKeys": "aa{ss}",
         },
         OBJECT_MANAGER: {"GetManagedObjects": "→a{oa{sa{sv}}}"},
     },
@@ -282,11 +282,30 @@ async def test_the_interface_is_what_it_was(daemon: Daemon) -> None:
             assert found[name] == members
 
 
+@with_daemon(
+    f"""
+[daemon]
+key_cache = "infinity"
+[volume.a]
+device = "/dev/a"
+[sim.volume.a]
+{opened_by(ALPHA)}
+"""
+)
+async def test_keys_that_are_held(daemon: Daemon) -> None:
+    with handed_in(ALPHA.encode()) as fd:
+        await daemon.call("UnlockAllWithKey", "h", 0, fds=[fd])
+    held = [{"source": "key", "volumes": "", "until": "infinity"}]
+    assert await daemon.get("HeldKeys") == held
+    await daemon.call("LockAll")
+    assert await daemon.get("HeldKeys") == []
+
+
 @with_daemon(HOST)
 async def test_properties(daemon: Daemon) -> None:
     assert await daemon.call("GetAll", "s", MANAGER, interface=PROPERTIES) == {
         "State": "locked", "Waiting": [], "Version": __version__,
-        "ConsoleNeeded": False, "ConsolePromptUSec": 90_000_000,
+        "ConsoleNeeded": False, "ConsolePromptUSec": 90_000_000, "HeldKeys": [],
     }  # fmt: skip
     assert await daemon.volume("outer") == {
         "Name": "outer", "Device": "/dev/vg/outer", "Uuid": "", "State": "locked", "KeySource": "",

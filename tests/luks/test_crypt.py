@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -12,20 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.crypt import Cryptsetup, failure
+from vmcryptd.adapters.crypt import Cryptsetup, _slot, failure, token_failure
 from vmcryptd.adapters.keys import SystemKeys
 from vmcryptd.adapters.run import Completed
 from vmcryptd.errors import (
     BusyError,
     DamagedHeaderError,
     DeviceMissingError,
+    KeyUnavailableError,
     NotLuksError,
     OutOfMemoryError,
     StorageError,
     VmcryptdError,
     WrongKeyError,
+    WrongPinError,
 )
-from vmcryptd.model import Header, KeySource, SourceKind, VolumeSpec
+from vmcryptd.model import Header, KeySource, SourceKind, Token, VolumeSpec
 from vmcryptd.ports import Key
 
 pytestmark = pytest.mark.skipif(
@@ -80,7 +83,7 @@ def header(spec: VolumeSpec) -> Header:
     return asyncio.run(Cryptsetup().header(spec))
 
 
-async def attempt(spec: VolumeSpec, file: Path) -> None:
+async def attempt(spec: VolumeSpec, file: Path, slot: int | None = None) -> None:
     """What `open` does, but for the mapping."""
     key: Key = await SystemKeys(credentials=None).fetch(KeySource(SourceKind.FILE, str(file)), spec)
     argv = [
@@ -93,7 +96,11 @@ async def attempt(spec: VolumeSpec, file: Path) -> None:
         "--key-file",
         "-",
     ]
-    argv += ["--disable-external-tokens", *(["--header", spec.header] if spec.header else [])]
+    argv += [
+        "--disable-external-tokens",
+        *_slot(slot),
+        *(["--header", spec.header] if spec.header else []),
+    ]
     try:
         await Cryptsetup()._with_key(
             [*argv, "--", spec.device_path], key, spec.name, spec.device_path, spec.header
@@ -144,6 +151,16 @@ def test_keys(place: Path, name: str) -> None:
         asyncio.run(attempt(volume(place, name), place / "wrong"))
 
 
+def test_one_slot(place: Path) -> None:
+    two = volume(place, "two")
+    asyncio.run(attempt(two, place / "right", 0))
+    for file, slot in (("right", 1), ("more", 0), ("right", 5)):
+        with pytest.raises(WrongKeyError):
+            asyncio.run(attempt(two, place / file, slot))
+    asyncio.run(attempt(two, place / "more", 1))
+    assert len({slot.salt for slot in header(two).slots}) == 2
+
+
 def test_detached_header(place: Path) -> None:
     spec = replace(volume(place, "data"), header=str(place / "detached"))
     asyncio.run(attempt(spec, place / "right"))
@@ -176,6 +193,90 @@ def test_exit_statuses(code: int, error: type[VmcryptdError]) -> None:
     assert type(found) is error
     assert "cr_test" in str(found)
     assert "\n" not in str(found)
+
+
+TOKENS = {
+    "systemd-tpm2": {
+        "tpm2-blob": "AAAA", "tpm2-pcrs": [7], "tpm2-pcr-bank": "sha256",
+        "tpm2-primary-alg": "ecc", "tpm2-policy-hash": "00", "tpm2-pin": False,
+    },
+    "systemd-fido2": {
+        "fido2-credential": "AAAA", "fido2-salt": "AAAA", "fido2-clientPin-required": True,
+    },
+    "nobodys": {},
+}  # fmt: skip
+
+
+def test_tokens(place: Path, tmp_path: Path) -> None:
+    """Without their devices: what cryptsetup and its plugins say then is understood."""
+    shutil.copy(place / "two", tmp_path / "two")
+    spec = volume(tmp_path, "two")
+    for kind, content in TOKENS.items():
+        file = tmp_path / "token.json"
+        file.write_text(json.dumps({"type": kind, "keyslots": ["0"], **content}))
+        cryptsetup("token", "import", "--json-file", str(file), spec.device)
+    tokens = header(spec).tokens
+    assert [(t.kind, t.slots, t.needs_pin) for t in tokens] == [
+        ("systemd-tpm2", (0,), False),
+        ("systemd-fido2", (0,), True),
+        ("nobodys", (0,), False),
+    ]
+    pin = asyncio.run(
+        SystemKeys(credentials=None).fetch(KeySource(SourceKind.FILE, str(place / "more")), spec)
+    )
+    try:
+        for token in tokens:
+            with pytest.raises(KeyUnavailableError, match=f"{token.number} does not open it: "):
+                asyncio.run(by_token(spec, token, pin))
+    finally:
+        pin.close()
+    with pytest.raises(KeyUnavailableError, match="no plugin for nobodys"):
+        asyncio.run(by_token(spec, tokens[2], None))
+
+
+async def by_token(spec: VolumeSpec, token: Token, pin: Key | None) -> None:
+    argv = ["cryptsetup", "open", "--batch-mode", "--verbose", "--test-passphrase"]
+    argv += ["--token-only", f"--token-id={token.number}", "--", spec.device]
+    await Cryptsetup()._with_pin(argv, pin, spec, token)
+
+
+@pytest.mark.parametrize(
+    ("has_pin", "out", "err", "error", "text"),
+    [
+        (False, "Token 1 requires PIN.\n", "Nothing to read on input.\n", WrongPinError, "wants"),
+        (True, "Token 1 requires PIN.\nNo token could be unlocked with this PIN.\n", "",
+         WrongPinError, "does not take this PIN"),
+        (True, "Token 1 requires PIN.\n",
+         "Failed to unseal: tpm:session(1):the authorization HMAC check failed and DA counter incremented\n",
+         WrongPinError, "does not take this PIN"),
+        (True, "Token 1 requires PIN.\n", "tpm:warn(2.0): the TPM is in DA lockout mode\n",
+         KeyUnavailableError, "locked itself"),
+        (True, "Token 1 requires PIN.\nToken 1 requires additional missing resource.\n", "",
+         KeyUnavailableError, "is not there"),
+        (False, "Token 1 cannot unlock assigned keyslot(s) (wrong keyslot passphrase).\n", "",
+         KeyUnavailableError, "enroll it again"),
+        (False, "No usable token is available.\n",
+         "Current policy digest does not match stored policy digest, cancelling TPM2 authentication attempt.\n",
+         KeyUnavailableError, "Current policy digest does not match"),
+        (False, "No usable token is available.\n", "", KeyUnavailableError, "systemd-cryptsetup"),
+        (False, "", "", KeyUnavailableError, "exit status 1"),
+        (False, "", "Device cr_test already exists.\n", StorageError, "already exists"),
+    ],
+)  # fmt: skip
+def test_what_a_token_lacks(
+    has_pin: bool, out: str, err: str, error: type[VmcryptdError], text: str
+) -> None:
+    spec, token = VolumeSpec("cr_test", "/dev/x"), Token(1, "systemd-tpm2")
+    found = token_failure(Completed(1, out, err), spec, token, has_pin=has_pin)
+    assert type(found) is error
+    assert text in str(found)
+
+
+def test_a_token_that_meets_a_mapping_that_is_there() -> None:
+    done = Completed(5, err="Device cr_test already exists.\n")
+    token = Token(1, "systemd-tpm2")
+    found = token_failure(done, VolumeSpec("cr_test", "/dev/x"), token, has_pin=False)
+    assert isinstance(found, BusyError)
 
 
 def test_closing_what_is_not_open() -> None:

@@ -17,7 +17,7 @@ import asyncio, os, subprocess, sys
 from vmcryptd.adapters.crypt import Cryptsetup
 from vmcryptd.adapters.keys import SystemKeys
 from vmcryptd.errors import VmcryptdError
-from vmcryptd.model import KeySource, SourceKind, VolumeSpec
+from vmcryptd.model import KeySource, SourceKind, Token, VolumeSpec
 
 path = sys.argv[1]
 volume = VolumeSpec("cr_test", path)
@@ -25,6 +25,10 @@ volume = VolumeSpec("cr_test", path)
 async def use(key):
     try:
         await Cryptsetup().open(volume, key)  # refused: it is no LUKS device; the child has read it or not
+    except VmcryptdError:
+        pass
+    try:
+        await Cryptsetup().open_by_token(volume, Token(0, "systemd-tpm2", (0,)), key, "")  # as a PIN
     except VmcryptdError:
         pass
     reader = key.reader()

@@ -26,12 +26,15 @@ from vmcryptd.model import (
     Observation,
     SourceType,
     Storage,
+    Token,
     Virtualisation,
 )
 from vmcryptd.survey import Facts, File
 
 UUID = "3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"
 ENABLED = dict.fromkeys(survey.UNITS[:3], "enabled")
+PLUGINS = frozenset({"systemd-tpm2"})
+TPM2 = Header(2, UUID, tokens=(Token(0, "systemd-tpm2", (0,)),))
 KEY = File(is_regular=True, mode=0o600)
 
 
@@ -58,6 +61,11 @@ def found(subject: Facts) -> list[Finding]:
 
 
 GOOD = '[volume.a]\ndevice = "/dev/vda"\n'
+
+
+def test_a_token_and_its_plugin_are_there() -> None:
+    text = GOOD + 'keys = ["tpm2"]\n'
+    assert found(facts(text, headers={"a": TPM2}, token_plugins=PLUGINS)) == []
 
 
 def test_nothing_is_wrong() -> None:
@@ -119,6 +127,30 @@ def test_a_detached_header_on_a_locked_volume(is_open: bool) -> None:
         (GOOD + 'keys = ["exec:/bin/x y"]\n', {}, ERROR, "/bin/x is not there"),
         (GOOD + 'keys = ["exec:/bin/x y"]\n', {"files": {"/bin/x": KEY}}, ERROR, "cannot be run"),
         (GOOD + 'keys = ["credential:c"]\n', {}, ERROR, "no credential c"),
+        (
+            GOOD + 'keys = ["tpm2", "prompt"]\n',
+            {"headers": {"a": Header(2, UUID)}, "token_plugins": PLUGINS},
+            WARNING,
+            "no systemd-tpm2 token",
+        ),
+        (
+            GOOD + 'keys = ["tpm2", "prompt"]\n',
+            {"headers": {"a": TPM2}, "token_plugins": {"systemd-fido2"}},
+            WARNING,
+            "no plugin for systemd-tpm2",
+        ),
+        (
+            GOOD + 'keys = ["clevis", "prompt"]\n',
+            {"headers": {"a": Header(2, UUID)}, "has_clevis": True},
+            WARNING,
+            "no Clevis binding",
+        ),
+        (
+            GOOD + 'keys = ["clevis", "prompt"]\n',
+            {"headers": {"a": Header(1, UUID)}},
+            WARNING,
+            "clevis is not installed",
+        ),
         ('[daemon]\non_waiting = ["/bin/x"]\n' + GOOD, {}, ERROR, "/bin/x is not there"),
         (
             GOOD + 'content = "filesystem"\nmount = "/m"\n',

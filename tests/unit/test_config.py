@@ -181,6 +181,10 @@ VOLUME = '[volume.a]\ndevice = "/dev/a"\n'
         (VOLUME + 'keys = ["fil:x"]\n',
          '[volume.a] keys.0: "fil:x" is no key source: expected one of KINDS (did you mean "file"?)'),
         (VOLUME + 'keys = ["prompt:x"]\n', '[volume.a] keys.0: "prompt" takes no argument'),
+        (VOLUME + 'keys = ["tpm2:7"]\n', '[volume.a] keys.0: "tpm2" takes no argument'),
+        (VOLUME + 'keys = ["fido2:"]\n', '[volume.a] keys.0: "fido2" takes no argument'),
+        (VOLUME + 'keys = ["fido"]\n',
+         '[volume.a] keys.0: "fido" is no key source: expected one of KINDS (did you mean "fido2"?)'),
         (VOLUME + 'keys = ["file:"]\n', '[volume.a] keys.0: "file:" needs an argument'),
         (VOLUME + 'keys = ["file:etc/k"]\n', '[volume.a] keys.0: expected an absolute path, not "etc/k"'),
         (VOLUME + 'keys = ["credential:../k"]\n', '[volume.a] keys.0: "../k" is not a valid credential name'),
@@ -223,7 +227,9 @@ VOLUME = '[volume.a]\ndevice = "/dev/a"\n'
 )  # fmt: skip
 def test_refusals_name_file_table_key_and_what_was_meant(text: str, sentence: str) -> None:
     sentence = sentence.replace("FILE", "/etc/x.toml")
-    sentence = sentence.replace("KINDS", "prompt, file:/path, credential:name, exec:/command")
+    sentence = sentence.replace(
+        "KINDS", "prompt, tpm2, fido2, pkcs11, clevis, file:/path, credential:name, exec:/command"
+    )
     sentence = sentence.replace("TAGS", "UUID=…, PARTUUID=…, LABEL=…, PARTLABEL=…")
     with pytest.raises(ConfigError) as caught:
         config.parse({"/etc/x.toml": text})

@@ -164,7 +164,7 @@ def test_the_page_of_the_bus_has_everything_that_is_offered() -> None:
         section = re.split(r"\n[A-Z]+\n===", section)[0]
         for method in members["methods"]:
             assert f"``{method}(" in section, f"{name}.{method}"
-        properties = re.findall(r"^``(\w+)`` \(\w+\)$", section, re.MULTILINE)
+        properties = re.findall(r"^``(\w+)`` \([\w{}]+\)$", section, re.MULTILINE)
         assert sorted(properties) == sorted(members["properties"]), name
 
 

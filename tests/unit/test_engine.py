@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -25,6 +26,7 @@ from vmcryptd.errors import (
     WrongKeyError,
 )
 from vmcryptd.model import GuestState, Settings
+from vmcryptd.prompt import Held
 
 A, B = opened_by("alpha"), opened_by("beta")
 
@@ -139,6 +141,56 @@ async def test_the_cache_keeps_an_answer_for_late_comers(run: Running) -> None:
     assert len(run.host.questions) == 1
     await run.engine.shutdown()
     assert not [link for link in descriptors().values() if "memfd:" in link]
+
+
+@play(CACHE + volume("a") + volume("late", A + "\npresent = false", timeout="1ms"))
+async def test_a_disk_that_appears_while_the_answer_is_held(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"a": "unlocked", "late": "missing"}
+    run.host.volume("late", present=True)
+    await run.until(lambda: run.volumes()["late"] == "unlocked")
+    await run.idle()
+    assert (run.state, len(run.host.questions)) == ("ready", 1)
+    await run.engine.shutdown()
+
+
+@play(CACHE + volume("a") + volume("b", B) + volume("late", A + "\npresent = false", timeout="1ms"))
+async def test_a_wrong_answer_does_not_take_the_place_of_one_that_fitted(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.volumes()["b"] == "waiting" and len(run.host.questions) == 2)
+    run.host.answer("wrong")
+    await run.until(lambda: len(run.host.questions) == 3)
+    assert run.volumes()["a"] == "unlocked"
+    run.host.volume("late", present=True)
+    await run.until(lambda: run.volumes()["late"] == "unlocked")
+    run.host.answer("beta")
+    await run.idle()
+    assert (run.state, len(run.host.questions)) == ("ready", 3)
+    await run.engine.shutdown()
+
+
+@play(CACHE.replace("infinity", "1h") + volume("a") + volume("b", B))
+async def test_what_is_held_is_told(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.host.questions)
+    assert run.engine.prompt.held == []
+    run.host.hold("try b")
+    before = time.time()
+    run.host.answer("alpha")
+    await run.until(lambda: run.volumes()["a"] == "unlocked")
+    assert run.engine.prompt.held == [Held("prompt", ("b",), 0.0)]
+    shown = run.shown
+    run.host.release("try b")
+    await run.until(lambda: len(run.host.questions) == 2)
+    [held] = run.engine.prompt.held
+    assert (held.source, held.volumes) == ("prompt", ())
+    assert before + 3600 <= held.until <= time.time() + 3600
+    assert run.shown > shown
+    await run.engine.panic()
+    assert run.engine.prompt.held == []
 
 
 @play(CACHE.replace("infinity", "20ms") + volume("a") + volume("b", A, unlock="manual"))
@@ -506,7 +558,7 @@ BIG = "memory_kib = 1048576"
 @play("".join(volume(f"v{i}", f"{A}\n{BIG}") for i in range(6)))
 async def test_key_derivations_stay_within_the_budget(run: Running) -> None:
     run.host.available_kib = 5 * 1024 * 1024  # half of it is the budget: two at a time
-    run.engine._steps.unlocker._budget._cores = 16
+    run.engine._steps.unlocker._attempts._budget._cores = 16
     run.engine.boot()
     run.host.answer("alpha")
     await run.idle()

@@ -14,9 +14,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 PACKAGE = PROJECT / "vmcryptd"
 
 VALUES = {"errors", "model"}
-CORE = VALUES | {"config", "domainxml", "graph", "luksheader", "planner", "state"}
+CORE = VALUES | {"config", "domainxml", "graph", "luksheader", "planner", "slots", "state"}
 ENGINE = {
-    "engine", "guests", "jobs", "keyed", "panic", "prompt", "steps", "unlock", "world",
+    "attempts", "engine", "guests", "jobs", "kdf", "keyed", "opening", "panic", "prompt", "steps",
+    "tokens", "unlock", "world",
 }  # fmt: skip
 BUS = {"bus", "objects"}
 
@@ -33,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": VALUES | {"collector"},
     "luksheader": VALUES,
     "planner": VALUES | {"collector", "graph"},
+    "slots": VALUES,
     "state": VALUES | {"graph"},
     "log": set(),
     "ports": VALUES,

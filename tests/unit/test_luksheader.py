@@ -54,9 +54,17 @@ def luks1() -> bytearray:
     return bytearray(head + off + on + off * 6)
 
 
+def test_a_slot_that_is_made_anew_is_another_one() -> None:
+    kdf = {**PBKDF, "salt": "c2FsdA=="}
+    slots = {"0": {"type": "luks2", "kdf": PBKDF}, "1": {"type": "luks2", "kdf": kdf}}
+    header = luksheader.parse(copy(metadata={"keyslots": slots}))
+    assert [slot.salt for slot in header.slots] == ["", "c2FsdA=="]
+    assert not header.is_reencrypting
+
+
 def test_luks2() -> None:
     header = luksheader.parse(copy() + copy(0x4000))
-    assert (header.version, header.uuid) == (2, UUID)
+    assert (header.version, header.uuid, header.is_reencrypting) == (2, UUID, True)
     assert header.slots == (
         KeySlot(0, "argon2id", memory_kib=65536, threads=2, iterations=4),
         KeySlot(1, "pbkdf2", iterations=1000),
@@ -195,5 +203,4 @@ def test_whatever_is_on_the_disk(data: st.DataObject) -> None:
     st.sampled_from(["keyslots", "0", "kdf", "type", "memory", "x"]), x)))  # fmt: skip
 def test_whatever_the_metadata_says(metadata: object) -> None:
     with contextlib.suppress(DamagedHeaderError):
-        luksheader.slots(metadata)
-        luksheader.tokens(metadata)
+        luksheader.header("0", metadata)

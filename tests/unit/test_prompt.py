@@ -126,7 +126,7 @@ async def test_the_question_waits_for_who_tries_another_source(
     asked: Prompt, person: Person
 ) -> None:
     asked.expect("slow")
-    asked.trying("slow", True)
+    asked.fetching("slow")
     wait(asked, "a")
     await turns()
     assert person.questions == []
@@ -138,13 +138,32 @@ async def test_the_question_waits_for_who_tries_another_source(
 @play
 async def test_a_slow_source_does_not_hold_up_the_question(asked: Prompt, person: Person) -> None:
     asked.expect("slow")
-    asked.trying("slow", True)
+    asked.fetching("slow")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt, "GATHER_S", 0.01)
         wait(asked, "a")
         while not person.questions:
             await asyncio.sleep(0.001)
     assert person.questions == ["Passphrase for volume a (/dev/a):"]
+
+
+@play
+async def test_a_slow_source_does_not_hold_up_the_second_question_either(
+    asked: Prompt, person: Person
+) -> None:
+    asked.expect("slow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt, "GATHER_S", 0.01)
+        [task] = wait(asked, "a")
+        asked.fetching("slow")
+        person.answers.put_nowait(Token())
+        answer = await task
+        assert answer is not None
+        asked.refuse("a", answer, WRONG)
+        wait(asked, "a")
+        while len(person.questions) < 2:
+            await asyncio.sleep(0.001)
+    assert person.questions[1] == "That did not fit. Passphrase for volume a (/dev/a):"
 
 
 @play
@@ -233,6 +252,18 @@ async def test_the_cache_lets_go_after_a_while(asked: Prompt, person: Person) ->
     assert not token.closed
     while not token.closed:
         await asyncio.sleep(0.001)
+
+
+@play
+async def test_the_cache_is_not_for_what_fitted_nothing(asked: Prompt, person: Person) -> None:
+    asked.key_cache_s = Infinity
+    [task] = wait(asked, "a")
+    token = Token()
+    person.answers.put_nowait(token)
+    answer = await task
+    assert answer is not None
+    asked.refuse("a", answer, WRONG)
+    assert (token.closed, asked.held) == (1, [])
 
 
 @play

@@ -33,6 +33,17 @@ def test_broken(tmp_path: Path, text: str) -> None:
     assert (list(paths.values()), uuids) in (([], {}), ([()], {}))
 
 
+def test_slots_that_fitted(tmp_path: Path) -> None:
+    files = StateFiles(tmp_path, tmp_path)
+    assert files.fitted() == {}
+    files.keep_fitted({"a": {"exec:/bin/fetch --token x": 1}})
+    assert StateFiles(tmp_path, tmp_path).fitted() == {"a": {"exec:/bin/fetch --token x": 1}}
+    path = tmp_path / "fitted.json"
+    assert path.stat().st_mode & 0o077 == 0  # what fetches keys may have told arguments
+    path.write_text('{"volumes": {"a": {"prompt": true, "key": "1", "file:/k": 2}, "b": 3}}')
+    assert files.fitted() == {"a": {"file:/k": 2}, "b": {}}
+
+
 def test_unwritable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):

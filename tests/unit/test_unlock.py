@@ -10,7 +10,7 @@ import pytest
 from tests.lib import Running, handed_in, opened_by, play
 from vmcryptd import keyed
 from vmcryptd.errors import BusyError, DamagedHeaderError, VmcryptdError, WrongUuidError
-from vmcryptd.unlock import KdfBudget
+from vmcryptd.kdf import KdfBudget
 
 A = opened_by("alpha")
 GIB = 1024 * 1024
@@ -25,14 +25,14 @@ class Derivations:
         self.ends: dict[int, asyncio.Event] = {}
         self.tasks: list[asyncio.Task[None]] = []
 
-    def start(self, *sizes: int) -> None:
+    def start(self, *sizes: int, height: int = 0) -> None:
         for size in sizes:
             number = len(self.tasks)
             self.ends[number] = asyncio.Event()
-            self.tasks.append(asyncio.create_task(self._derive(number, size)))
+            self.tasks.append(asyncio.create_task(self._derive(number, size, height)))
 
-    async def _derive(self, number: int, size: int) -> None:
-        async with self.budget.take(size, self.share):
+    async def _derive(self, number: int, size: int, height: int) -> None:
+        async with self.budget.take(size, self.share, height):
             self.running.append(number)
             try:
                 await self.ends[number].wait()
@@ -113,6 +113,49 @@ def test_a_cancelled_one_gives_back_what_it_held() -> None:
         derivations.tasks[2].cancel()  # while it waits
         assert await derivations.settle() == [1]
         assert await derivations.end(1) == []
+
+    asyncio.run(test())
+
+
+def test_what_most_waits_for_goes_first() -> None:
+    async def test() -> None:
+        derivations = Derivations(KdfBudget(lambda: 64 * GIB, cores=1))
+        derivations.start(0)
+        derivations.start(0, 0)
+        derivations.start(0, height=1)
+        derivations.start(0, height=2)
+        assert await derivations.settle() == [0]
+        assert [await derivations.end(number) for number in (0, 4, 3, 1)] == [[4], [3], [1], [2]]
+        await derivations.end(2)
+
+    asyncio.run(test())
+
+
+def test_a_small_one_does_not_wait_for_the_memory_of_a_large_one() -> None:
+    async def test() -> None:
+        derivations = Derivations(KdfBudget(lambda: 4 * GIB, cores=4))
+        derivations.start(GIB)
+        derivations.start(2 * GIB, height=1)
+        derivations.start(0)
+        assert await derivations.settle() == [0, 2]
+        assert await derivations.end(0) == [1, 2]
+        await derivations.end(1)
+        await derivations.end(2)
+
+    asyncio.run(test())
+
+
+def test_one_that_is_cancelled_in_the_turn_it_is_let_in() -> None:
+    async def test() -> None:
+        derivations = Derivations(KdfBudget(lambda: GIB, cores=1))
+        derivations.start(0, 0, 0)
+        assert await derivations.settle() == [0]
+        derivations.ends[0].set()
+        while len(derivations.budget._waiting) == 2:
+            await asyncio.sleep(0)
+        derivations.tasks[1].cancel()
+        assert await derivations.settle() == [2]
+        await derivations.end(2)
 
     asyncio.run(test())
 

@@ -21,20 +21,23 @@ from vmcryptd.errors import (
     DamagedHeaderError,
     DeadlineError,
     DeviceMissingError,
+    KeyUnavailableError,
     KeyUnusableError,
     NotLuksError,
     OutOfMemoryError,
     StorageError,
     VmcryptdError,
     WrongKeyError,
+    WrongPinError,
 )
-from vmcryptd.model import Header, VolumeSpec
+from vmcryptd.model import Header, Token, VolumeSpec
 from vmcryptd.ports import Key
 
 log = logging.getLogger(__name__)
 
 HEADER_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 600.0  # Argon2id on a slow, busy host, slot after slot
+TOKEN_TIMEOUT_S = 90.0  # a stick that blinks until somebody touches it gives up before that
 CLOSE_TIMEOUT_S = 30.0
 CLOSE_TRIES = 3
 DMSETUP_TIMEOUT_S = 10.0
@@ -70,27 +73,45 @@ class Cryptsetup:
         except NotLuksError as error:
             raise NotLuksError(f"{path} of {volume.name} is no LUKS device: {error}") from None
 
-    async def open(self, volume: VolumeSpec, key: Key) -> None:
+    async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         # --disable-external-tokens: a TPM's would be tried first, and any passphrase then "works".
         argv = [
             "cryptsetup", "open", "--type", "luks", "--batch-mode",
             "--key-file", "-",
             "--disable-external-tokens",
+            *_slot(slot),
             *(["--allow-discards"] if volume.discard else []),
             *(["--header", volume.header] if volume.header else []),
             "--", volume.device_path, volume.name,
         ]  # fmt: skip
         await self._with_key(argv, key, volume.name, volume.device_path, volume.header)
 
-    async def resume(self, volume: VolumeSpec, mapping: str, key: Key) -> None:
+    async def resume(
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
+    ) -> None:
         argv = [
             "cryptsetup", "luksResume", "--batch-mode",
             "--key-file", "-",
             "--disable-external-tokens",
+            *_slot(slot),
             *(["--header", volume.header] if volume.header else []),
             "--", mapping,
         ]  # fmt: skip
         await self._with_key(argv, key, volume.name, volume.device_path, volume.header)
+
+    async def open_by_token(
+        self, volume: VolumeSpec, token: Token, pin: Key | None, suspended: str
+    ) -> None:
+        argv = [
+            "cryptsetup", "luksResume" if suspended else "open",
+            "--batch-mode",
+            "--verbose",  # only then it says what the token lacks
+            "--token-only", f"--token-id={token.number}",
+            *(["--allow-discards"] if volume.discard and not suspended else []),
+            *(["--header", volume.header] if volume.header else []),
+            "--", *([suspended] if suspended else [volume.device_path, volume.name]),
+        ]  # fmt: skip
+        await self._with_pin(argv, pin, volume, token)
 
     async def close(self, mapping: str) -> None:
         complaint = ""
@@ -153,6 +174,23 @@ class Cryptsetup:
         if done.code != 0:
             raise failure(done, volume, device, header)
 
+    async def _with_pin(
+        self, argv: Sequence[str], pin: Key | None, volume: VolumeSpec, token: Token
+    ) -> None:
+        # Without --key-file a PIN is read from standard input, to the end of the line (utils_password.c).
+        reader = pin.reader() if pin else None
+        try:
+            done = await run(argv, stdin=reader, timeout_s=TOKEN_TIMEOUT_S, expendable=True)
+        except DeadlineError:
+            raise KeyUnavailableError(
+                f"{token.title} did not answer within {TOKEN_TIMEOUT_S:g} s: is it to be touched?"
+            ) from None
+        finally:
+            if reader is not None:
+                os.close(reader)
+        if done.code != 0:
+            raise token_failure(done, volume, token, has_pin=pin is not None)
+
     async def _close_without_udev(self, mapping: str) -> None:
         """cryptsetup waits for ever on a cookie that only udevd completes (systemd#43368)."""
         if not self.is_active(mapping):
@@ -179,9 +217,7 @@ class Cryptsetup:
         )
         if dump.code == 0 and uuid.code == 0:
             try:
-                metadata = json.loads(dump.out)
-                slots, tokens = luksheader.slots(metadata), luksheader.tokens(metadata)
-                return Header(2, uuid.out.strip().lower(), slots, tokens)
+                return luksheader.header(uuid.out.strip().lower(), json.loads(dump.out))
             except (ValueError, DamagedHeaderError) as error:
                 log.info("cryptsetup's dump of %s is not understood: %s", path, error)
         raise DamagedHeaderError(
@@ -210,7 +246,8 @@ def failure(done: Completed, volume: str, device: str, header: str | None = None
     """What a failed `open` or `luksResume` means, with the next step."""
     place = header or device
     said = done.err.lower()
-    if done.code == WRONG_KEY:
+    # The second is said of a slot that is gone since the header was read, or that holds no key of the volume's data.
+    if done.code == WRONG_KEY or "no usable keyslot" in said:
         return WrongKeyError(
             f"The key fits no key slot of {volume}: try another; "
             f"`cryptsetup luksDump {place}` shows the key slots"
@@ -237,6 +274,49 @@ def failure(done: Completed, volume: str, device: str, header: str | None = None
     if "nothing to read on input" in said:
         return KeyUnusableError(f"The key for {volume} is empty")
     return StorageError(f"cryptsetup could not open {volume}: {done.complaint}")
+
+
+# What cryptsetup (utils_tools.c, tools_token_error_msg) and systemd's plugins say, and what it means.
+TOKEN_COMPLAINTS = (
+    ("requires additional missing resource", "its device is not there: connect it, or see that its driver is loaded"),
+    ("lockout", "its device has locked itself after wrong PINs: wait, or clear that with its own tools"),
+    ("wrong keyslot passphrase", "what it gives does not fit its key slot any more: enroll it again"),
+)  # fmt: skip
+
+# cryptsetup of sticks, systemd of a TPM, and the TPM's own library (TPM2_RC_AUTH_FAIL).
+WRONG_PIN = ("with this pin", "bad pin", "authorization hmac check failed")
+
+
+def token_failure(
+    done: Completed, volume: VolumeSpec, token: Token, *, has_pin: bool
+) -> VmcryptdError:
+    """What a failed `open --token-only` or `luksResume --token-only` means, with the next step."""
+    said = f"{done.out}\n{done.err}".lower()
+    place = volume.header or volume.device_path
+    if done.code == OUT_OF_MEMORY or done.code in KILLED or "already exists" in said:
+        return failure(done, volume.name, volume.device_path, volume.header)
+    if "requires pin" in said and not has_pin:
+        return WrongPinError(f"{token.title} wants a PIN")
+    for words, meaning in TOKEN_COMPLAINTS:
+        if words in said.replace("lock-out", "lockout"):
+            return KeyUnavailableError(f"{token.title} does not open it: {meaning}")
+    if has_pin and any(words in said for words in WRONG_PIN):
+        return WrongPinError(f"{token.title} does not take this PIN")
+    if done.err.strip():
+        return KeyUnavailableError(f"{token.title} does not open it: {done.complaint}")
+    if "no usable token" in said:
+        return KeyUnavailableError(
+            f"{token.title} does not open it: cryptsetup has no plugin for {token.kind} "
+            f"(Debian: systemd-cryptsetup), or that does not accept it; "
+            f"`cryptsetup open --debug --test-passphrase --token-only {place}` tells more"
+        )
+    return KeyUnavailableError(
+        f"{token.title} does not open it: cryptsetup ended with {done.reason}"
+    )
+
+
+def _slot(number: int | None) -> list[str]:
+    return [] if number is None else [f"--key-slot={number}"]
 
 
 def _read(fd: int, size: int) -> bytes:

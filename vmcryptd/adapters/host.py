@@ -65,6 +65,7 @@ class StateFiles:
         self._runtime = runtime
         self._goals = runtime / "goals.json"
         self._seen = state / "seen.json"
+        self._fitted = state / "fitted.json"
 
     def goals(self) -> tuple[str, ...]:
         return _strings(_load(self._goals).get("goals"))
@@ -80,6 +81,17 @@ class StateFiles:
 
     def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None:
         _store(self._seen, {"paths": paths, "uuids": uuids})
+
+    def fitted(self) -> dict[str, dict[str, int]]:
+        volumes = _table(_load(self._fitted).get("volumes"))
+        return {
+            volume: {source: slot for source, slot in _table(slots).items() if type(slot) is int}
+            for volume, slots in volumes.items()
+        }
+
+    def keep_fitted(self, slots: dict[str, dict[str, int]]) -> None:
+        # Not for everybody: the arguments of a fetcher may tell more than they should.
+        _store(self._fitted, {"volumes": slots}, mode=0o600)
 
     def publish(self, volumes: dict[str, bool]) -> None:
         """`volumes` lists the mappings for the shutdown hook, `guest-content/NAME` marks those udev leaves alone."""
@@ -184,14 +196,15 @@ def _load(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _store(path: Path, content: dict[str, Any]) -> None:
+def _store(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
     text = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
     try:
         if path.exists() and path.read_bytes() == text:
             return
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         temporary = path.with_suffix(".new")
-        with temporary.open("wb") as file:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with open(fd, "wb") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

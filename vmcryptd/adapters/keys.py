@@ -4,23 +4,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import math
 import os
 import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from vmcryptd.adapters.memfd import (
-    LIMIT,
-    MemfdKey,
-    Pump,
-    TooLargeError,
-    copy_from_caller,
-    send_file,
-)
+from vmcryptd.adapters import clevis
+from vmcryptd.adapters.fetch import filled, run_into
+from vmcryptd.adapters.memfd import MemfdKey, copy_from_caller, send_file
 from vmcryptd.adapters.run import CommandError, Completed, run
 from vmcryptd.adapters.threads import DaemonThreads
 from vmcryptd.errors import (
@@ -28,9 +22,9 @@ from vmcryptd.errors import (
     DeadlineError,
     KeyUnavailableError,
     KeyUnusableError,
-    VmcryptdError,
+    NotYetError,
 )
-from vmcryptd.model import KeySource, SourceKind, VolumeSpec
+from vmcryptd.model import Header, KeySource, SourceKind, VolumeSpec
 from vmcryptd.ports import Key
 
 log = logging.getLogger(__name__)
@@ -71,6 +65,12 @@ class SystemKeys:
                 return await self._exec(source.argument, volume)
         raise KeyUnavailableError(f"The key source {source.kind} is not one that can be fetched")
 
+    async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:
+        return await clevis.bindings(volume, header)
+
+    async def fetch_bound(self, volume: VolumeSpec, header: Header, slot: int) -> Key:
+        return await clevis.fetch(volume, header, slot, self._timeout_s)
+
     async def ask(self, message: str) -> Key:
         if (
             not message.isprintable()
@@ -103,7 +103,7 @@ class SystemKeys:
     async def receive(self, fd: int) -> Key:
         what = "The key that was handed in"
         try:
-            with _filled(what, KeyUnusableError) as key:
+            with filled(what, KeyUnusableError) as key:
                 try:
                     async with asyncio.timeout(self._timeout_s):
                         await copy_from_caller(fd, key)
@@ -139,7 +139,7 @@ class SystemKeys:
                 "(LoadCredentialEncrypted=) or put it into /etc/credstore.encrypted"
             )
         argv = ["systemd-creds", "decrypt", f"--name={name}", "--", path, "-"]
-        with _filled(f"The credential {path}", KeyUnavailableError) as key:
+        with filled(f"The credential {path}", KeyUnavailableError) as key:
             done = await run(argv, stdout=key.fileno(), timeout_s=self._timeout_s)
             if done.code != 0:
                 raise KeyUnavailableError(
@@ -159,44 +159,17 @@ class SystemKeys:
             "VMCRYPTD_DEVICE": volume.device_path,
             "VMCRYPTD_UUID": volume.uuid or "",
         }
-        with _filled(f"The output of {argv[0]}", KeyUnavailableError) as key:
-            # Through a pipe, not into the memfd itself: an endless output must not fill the memory.
-            done = await self._run_into(key, argv, environment)
-            if done.code != 0:
-                raise KeyUnavailableError(f"The key command {argv[0]} failed: {done.reason}")
-        return key
-
-    async def _run_into(
-        self, key: MemfdKey, argv: Sequence[str], environment: dict[str, str]
-    ) -> Completed:
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        pump = Pump(reader, key)
-        try:
-            child = asyncio.ensure_future(
-                run(
-                    argv,
-                    stdout=writer,
-                    timeout_s=self._timeout_s,
-                    environment=environment,
-                    stderr_to_journal=True,
-                )
+        with filled(f"The output of {argv[0]}", KeyUnavailableError, NotYetError) as key:
+            done = await run_into(
+                key,
+                argv,
+                timeout_s=self._timeout_s,
+                environment=environment,
+                stderr_to_journal=True,
             )
-            moving = asyncio.ensure_future(pump.run())
-            try:
-                # The pipe cannot end while our side is open: `moving` ends first only by an error.
-                await asyncio.wait({child, moving}, return_when=asyncio.FIRST_COMPLETED)
-                if not child.done():
-                    moving.result()
-                done = await child
-            finally:
-                for task in (child, moving):
-                    task.cancel()
-                await asyncio.gather(child, moving, return_exceptions=True)
-            pump.step()  # what is left; a grandchild that keeps the pipe is not waited for
-            return done
-        finally:
-            os.close(reader)
-            os.close(writer)
+            if done.code != 0:
+                raise NotYetError(f"The key command {argv[0]} failed: {done.reason}")
+        return key
 
     async def _ask_once(self, message: str) -> tuple[MemfdKey, Completed]:
         # Without --accept-cached and --keyname nothing goes to or comes from the kernel's keyring.
@@ -217,29 +190,6 @@ class SystemKeys:
         except BaseException:
             key.close()
             raise
-
-
-@contextlib.contextmanager
-def _filled(what: str, refusal: type[VmcryptdError]) -> Iterator[MemfdKey]:
-    """A key, sealed at the end of the block; whatever is wrong with it is said as `refusal`."""
-    key = MemfdKey()
-    try:
-        yield key
-        if 0 < key.size <= LIMIT:
-            key.seal()
-            return
-        problem = f"{what} is larger than 8 MiB" if key.size else f"{what} is empty"
-    except TooLargeError:
-        problem = f"{what} is larger than 8 MiB"
-    except (CommandError, DeadlineError) as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{what} cannot be read: {error.strerror}"
-    except BaseException:
-        key.close()
-        raise
-    key.close()
-    raise refusal(problem)
 
 
 def _find(stores: Sequence[str], name: str) -> str:
@@ -267,7 +217,7 @@ def _read_file(path: str, *, private: bool) -> MemfdKey:
             raise KeyUnavailableError(
                 f"The key file {path} is open to others: run `chmod 600 {path}`"
             )
-        with _filled(f"The key file {path}", KeyUnavailableError) as key:
+        with filled(f"The key file {path}", KeyUnavailableError) as key:
             send_file(fd, key)
         return key
     finally:

@@ -10,8 +10,13 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
     present = false                   its device is not there; [sim.volume.x] appears_after = "10s": not yet
     open = true                       somebody opened it by hand
     delay = "0.2s"                    what one key derivation takes
+    away = true                       the servers of its "clevis" and "exec:" sources do not answer
     fault = "not-luks"                not-luks, damaged, out-of-memory, busy (cannot be closed)
     memory_kib = 65536                what one key derivation needs
+    slots = [{passphrase_sha256 = "…", sources = [], memory_kib = 0, priority = 1}]
+                                      further key slots: 1, 2, …
+    tokens = [{kind = "tpm2", pin_sha256 = "…", fault = "it is not there"}]
+                                      tpm2, fido2, pkcs11, each with a key slot of its own
 
     [sim.guest.imap]
     disks = ["/dev/mapper/cr_imap"]
@@ -49,9 +54,11 @@ from vmcryptd.errors import (
     KeyUnavailableError,
     LibvirtError,
     NotLuksError,
+    NotYetError,
     OutOfMemoryError,
     VmcryptdError,
     WrongKeyError,
+    WrongPinError,
 )
 from vmcryptd.model import (
     BlockDevice,
@@ -65,14 +72,35 @@ from vmcryptd.model import (
     KeySource,
     Mount,
     Settings,
+    SourceKind,
     SourceType,
     Storage,
+    Token,
     Virtualisation,
     VolumeSpec,
 )
 from vmcryptd.ports import Changed, Key, Ports
 
 _FAULTS: dict[str, type[VmcryptdError]] = {"not-luks": NotLuksError, "damaged": DamagedHeaderError}
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What opens one key slot, and what a try costs."""
+
+    digest: str = ""
+    sources: tuple[str, ...] = ()
+    memory_kib: int = 65536
+    priority: int = 1
+
+
+@dataclass(frozen=True)
+class _Token:
+    """Opens the volume, with a PIN if it has one."""
+
+    kind: str
+    pin: str = ""
+    fault: str = ""
 
 
 @dataclass
@@ -86,9 +114,16 @@ class _Volume:
     delay_s: float
     fault: str
     memory_kib: int
+    further: tuple[_Slot, ...] = ()
+    tokens: tuple[_Token, ...] = ()
+    away: bool = False
     suspended: bool = False
     mounted: bool = False
     active: bool = False
+
+    @property
+    def slots(self) -> tuple[_Slot, ...]:
+        return (_Slot(self.digest, self.sources, self.memory_kib), *self.further)
 
 
 @dataclass
@@ -130,6 +165,7 @@ class Simulation:
         self._real = SystemKeys()
         self._goals: tuple[str, ...] = ()
         self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
+        self._fitted: dict[str, dict[str, int]] = {}
         self.calls: list[str] = []  # what was done, in order
 
     @classmethod
@@ -257,35 +293,71 @@ class Simulation:
                 f"volume {volume.name}: {volume.device} has no sound LUKS header (simulated)"
             )
         number = list(self._volumes).index(volume.name)
-        slot = KeySlot(0, "argon2id", simulated.memory_kib)
-        return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", (slot,))
+        slots = tuple(
+            KeySlot(
+                place,
+                "argon2id" if slot.memory_kib else "pbkdf2",
+                slot.memory_kib,
+                iterations=4 if slot.memory_kib else 1000,
+                priority=slot.priority,
+                salt=slot.digest,
+            )
+            for place, slot in enumerate(simulated.slots)
+        )
+        tokens = tuple(
+            Token(place, f"systemd-{token.kind}", (len(slots) + place,), bool(token.pin))
+            for place, token in enumerate(simulated.tokens)
+        )
+        bound = (n for n, slot in enumerate(simulated.slots) if "clevis" in slot.sources)
+        tokens += tuple(Token(len(tokens) + i, "clevis", (n,)) for i, n in enumerate(bound))
+        slots += tuple(
+            KeySlot(t.slots[0], "pbkdf2", iterations=1000) for t in tokens[: len(simulated.tokens)]
+        )
+        return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", slots, tokens)
 
-    async def open(self, volume: VolumeSpec, key: Key) -> None:
+    async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         simulated = self._volumes[volume.name]
         await asyncio.sleep(simulated.delay_s)
         if simulated.fault == "out-of-memory":
             raise OutOfMemoryError(
                 f"volume {volume.name}: the key derivation ran out of memory (simulated)"
             )
-        if not await self._fits(simulated, key):
+        tried = simulated.slots if slot is None else simulated.slots[slot : slot + 1]
+        if not any([await self._fits(one, key) for one in tried]):
             raise WrongKeyError(
                 f"volume {volume.name}: the key fits no key slot of {volume.device}"
             )
         self._set(volume.name, f"open {volume.name}", open=True, suspended=False)
 
-    async def resume(self, volume: VolumeSpec, mapping: str, key: Key) -> None:
-        await self.open(volume, key)
+    async def resume(
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
+    ) -> None:
+        await self.open(volume, key, slot)
 
-    async def _fits(self, volume: _Volume, key: Key) -> bool:
+    async def open_by_token(
+        self, volume: VolumeSpec, token: Token, pin: Key | None, suspended: str
+    ) -> None:
+        simulated = self._volumes[volume.name]
+        await asyncio.sleep(simulated.delay_s)
+        one = simulated.tokens[token.number]
+        if one.fault:
+            raise KeyUnavailableError(f"{token.title} does not open it: {one.fault} (simulated)")
+        if one.pin and pin is None:
+            raise WrongPinError(f"{token.title} wants a PIN")
+        if one.pin and pin is not None and not await self._fits(_Slot(one.pin), pin):
+            raise WrongPinError(f"{token.title} does not take this PIN")
+        self._set(volume.name, f"open {volume.name}", open=True, suspended=False)
+
+    async def _fits(self, slot: _Slot, key: Key) -> bool:
         if isinstance(key, _SourceKey):
-            return key.source in volume.sources
+            return key.source in slot.sources
         reader = key.reader()
         try:
             # The key stays a descriptor here, too: a child reads it.
             done = await run(["sha256sum"], stdin=reader, timeout_s=10)
         finally:
             os.close(reader)
-        return bool(volume.digest) and done.out.split()[:1] == [volume.digest]
+        return bool(slot.digest) and done.out.split()[:1] == [slot.digest]
 
     async def close(self, mapping: str) -> None:
         if await self.holders(mapping):
@@ -301,9 +373,23 @@ class Simulation:
     # --- Keys ---
 
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
-        if str(source) not in self._volumes[volume.name].sources:
+        slots = self._volumes[volume.name].slots
+        if not any(str(source) in slot.sources for slot in slots):
             raise KeyUnavailableError("it gives no key (simulated)")
+        if source.kind is SourceKind.EXEC and self._volumes[volume.name].away:
+            raise NotYetError("its server does not answer (simulated)")
         return _SourceKey(str(source))
+
+    async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:
+        bound = [n for token in header.tokens if token.kind == "clevis" for n in token.slots]
+        if not bound:
+            raise KeyUnavailableError("the header has no Clevis binding (simulated)")
+        return tuple(bound)
+
+    async def fetch_bound(self, volume: VolumeSpec, header: Header, slot: int) -> Key:
+        if self._volumes[volume.name].away:
+            raise NotYetError("its server does not answer (simulated)")
+        return _SourceKey("clevis")
 
     async def ask(self, message: str) -> Key:
         self.calls.append(f"ask {message}")
@@ -398,6 +484,12 @@ class Simulation:
     def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None:
         self._seen = (paths, uuids)
 
+    def fitted(self) -> dict[str, dict[str, int]]:
+        return self._fitted
+
+    def keep_fitted(self, slots: dict[str, dict[str, int]]) -> None:
+        self._fitted = slots
+
     def publish(self, volumes: dict[str, bool]) -> None:
         pass
 
@@ -431,6 +523,21 @@ def _volume(entry: dict[str, Any]) -> _Volume:
         delay_s=_seconds(entry.get("delay", 0)),
         fault=entry.get("fault", ""),
         memory_kib=entry.get("memory_kib", 65536),
+        further=tuple(_slot(one) for one in entry.get("slots", ())),
+        tokens=tuple(
+            _Token(one["kind"], one.get("pin_sha256", ""), one.get("fault", ""))
+            for one in entry.get("tokens", ())
+        ),
+        away=entry.get("away", False),
+    )
+
+
+def _slot(entry: dict[str, Any]) -> _Slot:
+    return _Slot(
+        digest=entry.get("passphrase_sha256", ""),
+        sources=tuple(entry.get("sources", ())),
+        memory_kib=entry.get("memory_kib", 65536),
+        priority=entry.get("priority", 1),
     )
 
 
