@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.lib import Running, digest, handed_in, opened_by, play
-from vmcryptd import keyed
+from vmcryptd import keyed, opening
 from vmcryptd.errors import (
     CancelledError,
     KeyUnavailableError,
@@ -18,16 +18,22 @@ from vmcryptd.errors import (
 )
 from vmcryptd.model import VolumeSpec
 
+ALPHA = opened_by("alpha")
 PIN = f'pin_sha256 = "{digest("1234")}"'
 QUESTION = "PIN of the TPM2 token 0 of volume a:"
 WRONG = f"That PIN was wrong. {QUESTION}"
 
 
-def volume(name: str, keys: str, *tokens: str, sim: str = opened_by("alpha")) -> str:
+def volume(name: str, keys: str, *tokens: str, sim: str = ALPHA) -> str:
     return (
         f'[volume.{name}]\ndevice = "/dev/{name}"\nkeys = [{keys}]\n'
         f"[sim.volume.{name}]\n{sim}\ntokens = [{', '.join(f'{{{one}}}' for one in tokens)}]\n"
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "AGAIN_S", (0.001, 0.002))
 
 
 BOTH = '"tpm2", "prompt"'
@@ -163,6 +169,33 @@ async def test_a_pin_that_nobody_wants_to_give(run: Running) -> None:
     await run.until(lambda: "the PIN of the TPM2 token 0 was not given" in run.volume("a").error)
     assert run.volumes() == {"a": "waiting"}
     run.host.answer("alpha", to="Passphrase")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(volume("a", '"fido2", "prompt"', STICK, sim=f"{ALPHA}\naway = true"))
+async def test_a_stick_that_is_connected_later(run: Running) -> None:
+    run.engine.boot()
+    await asked(run)
+    assert (
+        "fido2: the FIDO2 token 0 does not open it: its device is not there"
+        in run.volume("a").error
+    )
+    run.host.volume("a", away=False)
+    await run.idle()
+    assert (run.state, run.volume("a").key_source) == ("ready", "fido2")
+
+
+@play(volume("a", '"fido2"', f"{STICK}, {PIN}", sim="away = true"))
+async def test_a_pin_before_the_stick(run: Running) -> None:
+    run.engine.boot()
+    await asked(run)
+    run.host.answer("1234")
+    await asked(run, 2)
+    assert run.host.questions[1] == run.host.questions[0]
+    assert "its device is not there" in run.volume("a").error
+    run.host.volume("a", away=False)
+    run.host.answer("1234")
     await run.idle()
     assert run.state == "ready"
 
