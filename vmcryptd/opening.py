@@ -146,13 +146,15 @@ class Opening:
                 self._needs_pin(source, token)
                 continue
             try:
-                await self._tokens.open(self._spec, self._header, token, None)
+                async with self._turn():
+                    if self._is_usable:
+                        return ""
+                    await self._tokens.open(self._spec, self._header, token, None)
+                    return str(source)
             except WrongPinError:  # what enrolled it did not write down that it has one
                 self._needs_pin(source, token)
             except KeyUnavailableError as error:
                 errors.append(error)
-            else:
-                return str(source)
         if errors:
             raise _together(errors)
         return None

@@ -249,7 +249,14 @@ async def test_a_shutdown_withdraws_the_question_for_a_pin(run: Running) -> None
     assert run.engine.waiting == []
 
 
-@play(volume("a", '"tpm2"', WITH_PIN) + volume("b", '"fido2", "prompt"', f"{STICK}, {PIN}"))
+LATE_STICK = volume("c", '"pkcs11", "prompt"', 'kind = "pkcs11"', sim=f"{ALPHA}\naway = true")
+
+
+@play(
+    volume("a", '"tpm2"', WITH_PIN)
+    + volume("b", '"fido2", "prompt"', f"{STICK}, {PIN}")
+    + LATE_STICK
+)
 async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -> None:
     """cryptsetup still waits for udev then; it is not to be killed, nor to be taken for somebody else."""
     opened, ended = run.host.open_by_token, asyncio.Event()
@@ -262,6 +269,7 @@ async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -
     run.host.open_by_token = slow  # type: ignore[method-assign]
     run.engine.boot()
     await asked(run, 3)
+    run.host.volume("c", away=False)
     run.host.answer("1234", to="volume a")
     run.host.answer("1234", to="volume b:")
     volumes = run.engine.graph.volumes
@@ -271,8 +279,8 @@ async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -
         await asyncio.sleep(0)
     ended.set()
     await run.idle()
-    assert sorted(run.host.done("ended")) == ["ended a", "ended b"]
-    assert [run.volume(name).key_source for name in "ab"] == ["tpm2", "fido2"]
+    assert sorted(run.host.done("ended")) == ["ended a", "ended b", "ended c"]
+    assert [run.volume(name).key_source for name in "abc"] == ["tpm2", "fido2", "pkcs11"]
 
 
 # --- side by side ---
