@@ -241,8 +241,9 @@ class VolumeTable(_Table):
         "prompt (ask a person). "
         'A person is asked after all others have failed; without "prompt" nobody is asked and the volume has failed. '
         "The PIN of a token is asked for then, too, by a question of its own beside that for the passphrase, at most "
-        "three times. While a person is asked, clevis and exec are tried again, after a second at first and every "
-        "minute in the end; clevis for five minutes even where nobody is asked, since the network may come up later. "
+        "three times. While a person is asked, clevis, exec and tokens that are not connected are tried again, after a "
+        "second at first and every minute in the end; clevis for five minutes even where nobody is asked, since the "
+        "network may come up later. "
         "What comes first opens the volume.",
         json_schema_extra={"shown": ["tpm2", "file:/etc/vmcryptd/keys/imap", "prompt"]},
     )

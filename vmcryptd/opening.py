@@ -136,29 +136,32 @@ class Opening:
                     key.close()
             except (KeyUnavailableError, WrongKeyError) as error:
                 errors.append(type(error)(f"key slot {slot}: {error}"))
-        # One that may open it later counts more than one that never will.
-        kinds = (NotYetError, KeyUnavailableError, WrongKeyError)
-        kind = next(kind for kind in kinds if any(isinstance(error, kind) for error in errors))
-        raise kind("; ".join(map(str, errors)))
+        raise _together(errors)
 
     async def _by_tokens(self, source: KeySource) -> str | None:
         """Each of the header's tokens of a kind; those that want a PIN are kept for later."""
-        errors = []
+        errors: list[VmcryptdError] = []
         for token in self._tokens.of(self._spec, self._header, source):
-            if token.needs_pin:
-                self._pins.append((source, token))
+            if token.needs_pin or (source, token) in self._pins:
+                self._needs_pin(source, token)
                 continue
             try:
-                await self._tokens.open(self._spec, self._header, token, None)
+                async with self._turn():
+                    if self._is_usable:
+                        return ""
+                    await self._tokens.open(self._spec, self._header, token, None)
+                    return str(source)
             except WrongPinError:  # what enrolled it did not write down that it has one
-                self._pins.append((source, token))
+                self._needs_pin(source, token)
             except KeyUnavailableError as error:
-                errors.append(str(error))
-            else:
-                return str(source)
+                errors.append(error)
         if errors:
-            raise KeyUnavailableError("; ".join(errors))
+            raise _together(errors)
         return None
+
+    def _needs_pin(self, source: KeySource, token: Token) -> None:
+        if (source, token) not in self._pins:
+            self._pins.append((source, token))
 
     # --- when these are exhausted: whatever comes first ---
 
@@ -250,6 +253,9 @@ class Opening:
                 return str(source)
             except WrongPinError as failed:
                 error, wrong = failed, True
+            except NotYetError as failed:  # the stick: to be connected, and then asked for again
+                error, wrong = failed, False
+                self._fail(str(source), error)
             except KeyUnavailableError as failed:
                 error = failed
                 break
@@ -351,3 +357,10 @@ class Opening:
             f"volume {name}: none of its key sources opened it: {told}; "
             f"`vmcryptctl unlock {name}` takes a passphrase"
         )
+
+
+def _together(errors: list[VmcryptdError]) -> VmcryptdError:
+    """One that may open it later counts more than one that never will."""
+    kinds = (NotYetError, KeyUnavailableError, WrongKeyError)
+    kind = next(kind for kind in kinds if any(isinstance(error, kind) for error in errors))
+    return kind("; ".join(map(str, errors)))

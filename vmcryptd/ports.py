@@ -85,7 +85,8 @@ class Crypt(Protocol):
     ) -> None:
         """Make the mapping by a token of the header, or resume the `suspended` mapping.
 
-        Raises WrongPinError, also if one is needed and not given; KeyUnavailableError, BusyError, OutOfMemoryError.
+        Raises WrongPinError, also if one is needed and not given; NotYetError if its device is not there;
+        KeyUnavailableError, BusyError, OutOfMemoryError.
         """
 
     async def close(self, mapping: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.lib import Running, digest, handed_in, opened_by, play
-from vmcryptd import keyed
+from vmcryptd import keyed, opening
 from vmcryptd.errors import (
     CancelledError,
     KeyUnavailableError,
@@ -18,16 +18,22 @@ from vmcryptd.errors import (
 )
 from vmcryptd.model import VolumeSpec
 
+ALPHA = opened_by("alpha")
 PIN = f'pin_sha256 = "{digest("1234")}"'
 QUESTION = "PIN of the TPM2 token 0 of volume a:"
 WRONG = f"That PIN was wrong. {QUESTION}"
 
 
-def volume(name: str, keys: str, *tokens: str, sim: str = opened_by("alpha")) -> str:
+def volume(name: str, keys: str, *tokens: str, sim: str = ALPHA) -> str:
     return (
         f'[volume.{name}]\ndevice = "/dev/{name}"\nkeys = [{keys}]\n'
         f"[sim.volume.{name}]\n{sim}\ntokens = [{', '.join(f'{{{one}}}' for one in tokens)}]\n"
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "AGAIN_S", (0.001, 0.002))
 
 
 BOTH = '"tpm2", "prompt"'
@@ -167,6 +173,33 @@ async def test_a_pin_that_nobody_wants_to_give(run: Running) -> None:
     assert run.state == "ready"
 
 
+@play(volume("a", '"fido2", "prompt"', STICK, sim=f"{ALPHA}\naway = true"))
+async def test_a_stick_that_is_connected_later(run: Running) -> None:
+    run.engine.boot()
+    await asked(run)
+    assert (
+        "fido2: the FIDO2 token 0 does not open it: its device is not there"
+        in run.volume("a").error
+    )
+    run.host.volume("a", away=False)
+    await run.idle()
+    assert (run.state, run.volume("a").key_source) == ("ready", "fido2")
+
+
+@play(volume("a", '"fido2"', f"{STICK}, {PIN}", sim="away = true"))
+async def test_a_pin_before_the_stick(run: Running) -> None:
+    run.engine.boot()
+    await asked(run)
+    run.host.answer("1234")
+    await asked(run, 2)
+    assert run.host.questions[1] == run.host.questions[0]
+    assert "its device is not there" in run.volume("a").error
+    run.host.volume("a", away=False)
+    run.host.answer("1234")
+    await run.idle()
+    assert run.state == "ready"
+
+
 @play(volume("a", '"tpm2"', WITH_PIN))
 async def test_a_key_that_is_handed_in_while_a_pin_is_asked_for(run: Running) -> None:
     run.engine.boot()
@@ -216,7 +249,14 @@ async def test_a_shutdown_withdraws_the_question_for_a_pin(run: Running) -> None
     assert run.engine.waiting == []
 
 
-@play(volume("a", '"tpm2"', WITH_PIN) + volume("b", '"fido2", "prompt"', f"{STICK}, {PIN}"))
+LATE_STICK = volume("c", '"pkcs11", "prompt"', 'kind = "pkcs11"', sim=f"{ALPHA}\naway = true")
+
+
+@play(
+    volume("a", '"tpm2"', WITH_PIN)
+    + volume("b", '"fido2", "prompt"', f"{STICK}, {PIN}")
+    + LATE_STICK
+)
 async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -> None:
     """cryptsetup still waits for udev then; it is not to be killed, nor to be taken for somebody else."""
     opened, ended = run.host.open_by_token, asyncio.Event()
@@ -229,6 +269,7 @@ async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -
     run.host.open_by_token = slow  # type: ignore[method-assign]
     run.engine.boot()
     await asked(run, 3)
+    run.host.volume("c", away=False)
     run.host.answer("1234", to="volume a")
     run.host.answer("1234", to="volume b:")
     volumes = run.engine.graph.volumes
@@ -238,8 +279,8 @@ async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -
         await asyncio.sleep(0)
     ended.set()
     await run.idle()
-    assert sorted(run.host.done("ended")) == ["ended a", "ended b"]
-    assert [run.volume(name).key_source for name in "ab"] == ["tpm2", "fido2"]
+    assert sorted(run.host.done("ended")) == ["ended a", "ended b", "ended c"]
+    assert [run.volume(name).key_source for name in "abc"] == ["tpm2", "fido2", "pkcs11"]
 
 
 # --- side by side ---

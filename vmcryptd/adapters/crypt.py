@@ -24,6 +24,7 @@ from vmcryptd.errors import (
     KeyUnavailableError,
     KeyUnusableError,
     NotLuksError,
+    NotYetError,
     OutOfMemoryError,
     StorageError,
     VmcryptdError,
@@ -278,7 +279,6 @@ def failure(done: Completed, volume: str, device: str, header: str | None = None
 
 # What cryptsetup (utils_tools.c, tools_token_error_msg) and systemd's plugins say, and what it means.
 TOKEN_COMPLAINTS = (
-    ("requires additional missing resource", "its device is not there: connect it, or see that its driver is loaded"),
     ("lockout", "its device has locked itself after wrong PINs: wait, or clear that with its own tools"),
     ("wrong keyslot passphrase", "what it gives does not fit its key slot any more: enroll it again"),
 )  # fmt: skip
@@ -297,6 +297,8 @@ def token_failure(
         return failure(done, volume.name, volume.device_path, volume.header)
     if "requires pin" in said and not has_pin:
         return WrongPinError(f"{token.title} wants a PIN")
+    if "requires additional missing resource" in said:
+        return NotYetError(f"{token.title} does not open it: its device is not there, connect it")
     for words, meaning in TOKEN_COMPLAINTS:
         if words in said.replace("lock-out", "lockout"):
             return KeyUnavailableError(f"{token.title} does not open it: {meaning}")

@@ -10,7 +10,7 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
     present = false                   its device is not there; [sim.volume.x] appears_after = "10s": not yet
     open = true                       somebody opened it by hand
     delay = "0.2s"                    what one key derivation takes
-    away = true                       the servers of its "clevis" and "exec:" sources do not answer
+    away = true                       the servers of its "clevis" and "exec:" sources do not answer, nor do tokens
     fault = "not-luks"                not-luks, damaged, out-of-memory, busy (cannot be closed)
     memory_kib = 65536                what one key derivation needs
     slots = [{passphrase_sha256 = "…", sources = [], memory_kib = 0, priority = 1}]
@@ -340,6 +340,10 @@ class Simulation:
         simulated = self._volumes[volume.name]
         await asyncio.sleep(simulated.delay_s)
         one = simulated.tokens[token.number]
+        if simulated.away:
+            raise NotYetError(
+                f"{token.title} does not open it: its device is not there (simulated)"
+            )
         if one.fault:
             raise KeyUnavailableError(f"{token.title} does not open it: {one.fault} (simulated)")
         if one.pin and pin is None:
