@@ -29,6 +29,7 @@ CollectMode=inactive-or-failed
 ExecStart=/usr/libexec/tangd /var/lib/{name}
 StandardInput=socket
 StandardOutput=socket
+StandardError=journal
 """
 BOTH = '{"t":1,"pins":{"tang":[{"url":"http://127.0.0.1:7501"},{"url":"http://127.0.0.1:7502"}]}}'
 FIRST = '{"url":"http://127.0.0.1:7501"}'
