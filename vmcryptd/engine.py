@@ -82,6 +82,7 @@ class Engine:
         self._stopping = 0  # requests to go down that are under way
         self._is_closed = False
         self._told_status = ""
+        self._sources: dict[str, str] = {}  # as kept for the next daemon
         self.prompt = Prompt(ports.keys, self._touch, self._on_waiting)
         self._activities = Activities(settings.volumes)
         self._steps = Steps(
@@ -107,6 +108,10 @@ class Engine:
     def start(self) -> None:
         """Look for the first time, and from then on whenever something changes."""
         self.world.start()
+        self._sources = self._ports.memory.sources()
+        for name, source in self._sources.items():
+            if name in self.graph.volumes and self.graph.volumes[name].is_open:
+                self._activities.volumes[name].key_source = source
         self._configured()
 
     def close(self) -> None:
@@ -214,6 +219,7 @@ class Engine:
     def _touch(self) -> None:
         """Something visible changed: wake who waits for it, and tell the bus."""
         self.world.moved()
+        self._keep_sources()
         state = self.state
         if state is HostState.READY and self._target_reached is not True:
             self._tell_target(True)
@@ -223,6 +229,13 @@ class Engine:
             self._told_status = line
             self._ports.host.status(line)
         self.changed()
+
+    def _keep_sources(self) -> None:
+        volumes = self._activities.volumes.items()
+        sources = {name: activity.key_source for name, activity in volumes if activity.key_source}
+        if sources != self._sources:
+            self._sources = sources
+            self._ports.memory.keep_sources(sources)
 
     def _tell_target(self, is_reached: bool) -> None:
         self._target_reached = is_reached

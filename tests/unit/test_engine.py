@@ -964,6 +964,7 @@ async def test_a_restart_takes_up_what_was_begun(run: Running) -> None:
     asked = len(run.host.questions)
     again = Running(run.host)
     assert again.volumes() == {"a": "unlocked", "b": "locked", "c": "missing"}
+    assert again.volume("a").key_source == "prompt"
     again.engine.resume()
     await again.until(lambda: len(run.host.questions) > asked)
     assert again.engine.waiting == ["b"]
@@ -982,6 +983,15 @@ async def test_a_restart_takes_up_what_was_begun(run: Running) -> None:
     assert third.state == "ready"
     assert run.host.done("close", "stop") == []
     run.engine = third.engine
+
+
+@play(volume("a", "open = true") + volume("b"))
+async def test_sources_of_what_was_closed_meanwhile(run: Running) -> None:
+    run.host.keep_sources({"a": "tpm2", "b": "tpm2", "gone": "tpm2"})
+    again = Running(run.host)
+    assert [again.volume(name).key_source for name in ("a", "b")] == ["tpm2", ""]
+    assert run.host.sources() == {"a": "tpm2"}
+    run.engine = again.engine
 
 
 @play(volume("a"))

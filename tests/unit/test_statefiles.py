@@ -16,19 +16,22 @@ def test_kept(tmp_path: Path) -> None:
     assert (files.goals(), files.seen()) == ((), ({}, {}))
     for _ in range(2):
         files.keep_goals(("boot", "unlock:a"))
+        files.keep_sources({"a": "exec:/bin/fetch --token x"})
         files.keep_seen({"/srv/x": ("a", "b")}, {"a": "u"})
     again = StateFiles(tmp_path / "run", tmp_path / "lib")
     assert again.goals() == ("boot", "unlock:a")
+    assert again.sources() == {"a": "exec:/bin/fetch --token x"}
+    assert (tmp_path / "run/sources.json").stat().st_mode & 0o077 == 0
     assert again.seen() == ({"/srv/x": ("a", "b")}, {"a": "u"})
     assert [path.name for path in (tmp_path / "lib").iterdir()] == ["seen.json"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"goals": 5}', '{"paths": {"x": 5}}', "\xff"])
 def test_broken(tmp_path: Path, text: str) -> None:
-    for name in ("goals.json", "seen.json"):
+    for name in ("goals.json", "seen.json", "sources.json"):
         (tmp_path / name).write_text(text, encoding="latin-1")
     files = StateFiles(tmp_path, tmp_path)
-    assert files.goals() == ()
+    assert (files.goals(), files.sources()) == ((), {})
     paths, uuids = files.seen()
     assert (list(paths.values()), uuids) in (([], {}), ([()], {}))
 

@@ -64,6 +64,7 @@ class StateFiles:
     ) -> None:
         self._runtime = runtime
         self._goals = runtime / "goals.json"
+        self._sources = runtime / "sources.json"
         self._seen = state / "seen.json"
         self._fitted = state / "fitted.json"
 
@@ -72,6 +73,13 @@ class StateFiles:
 
     def keep_goals(self, goals: Iterable[str]) -> None:
         _store(self._goals, {"goals": list(goals)})
+
+    def sources(self) -> dict[str, str]:
+        found = _table(_load(self._sources).get("sources"))
+        return {name: source for name, source in found.items() if isinstance(source, str)}
+
+    def keep_sources(self, sources: dict[str, str]) -> None:
+        _store(self._sources, {"sources": sources}, mode=0o600)
 
     def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         content = _load(self._seen)

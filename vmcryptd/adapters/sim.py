@@ -164,6 +164,7 @@ class Simulation:
         self._changed: list[Changed] = []
         self._real = SystemKeys()
         self._goals: tuple[str, ...] = ()
+        self._sources: dict[str, str] = {}
         self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
         self._fitted: dict[str, dict[str, int]] = {}
         self.calls: list[str] = []  # what was done, in order
@@ -481,6 +482,12 @@ class Simulation:
 
     def keep_goals(self, goals: Iterable[str]) -> None:
         self._goals = tuple(goals)
+
+    def sources(self) -> dict[str, str]:
+        return self._sources
+
+    def keep_sources(self, sources: dict[str, str]) -> None:
+        self._sources = sources
 
     def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         return self._seen
