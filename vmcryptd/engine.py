@@ -27,6 +27,7 @@ from vmcryptd.errors import (
 )
 from vmcryptd.graph import Graph
 from vmcryptd.jobs import Job, JobState, is_rising, outcome
+from vmcryptd.keyslots import KeySlots
 from vmcryptd.model import Action, HostState, Infinity, Lock, Plan, Settings, Unlock, VolumeState
 from vmcryptd.panic import panic
 from vmcryptd.ports import Key, Ports
@@ -91,6 +92,7 @@ class Engine:
             self._touch,
             self._open_for,
         )
+        self.key_slots = KeySlots(ports, self.world, self._steps.unlocker.derivation)
 
     @property
     def settings(self) -> Settings:

@@ -84,6 +84,13 @@ class Crypt(Protocol):
         """What the kernel says is available for new allocations."""
 
 
+class Slots(Protocol):
+    """The key slots of LUKS headers, one by one. None of this needs or makes a mapping."""
+
+    async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
+        """Whether the key opens this slot. Raises OutOfMemoryError, DeviceMissingError, StorageError."""
+
+
 class Keys(Protocol):
     """Where keys come from."""
 
@@ -171,6 +178,7 @@ class Ports:
 
     blocks: Blocks
     crypt: Crypt
+    slots: Slots
     keys: Keys
     domains: Domains
     host: Host

@@ -21,6 +21,9 @@ _COLOURS = {
 }
 
 
+_PRIORITIES = {0: "ignored", 1: "normal", 2: "preferred"}
+
+
 # --- JSON: the members are promised, and only ever added to ---
 
 
@@ -117,6 +120,31 @@ class Page:
             for values in guests
         ]
         return self._table(("GUEST", "STATE", "STARTS", "NEEDS"), rows)
+
+    def keys(self, keys: Mapping[str, Any]) -> list[str]:
+        """The key slots of one volume."""
+        rows = [
+            (
+                slot["slot"],
+                slot["opened_by"],
+                _cost(slot),
+                _PRIORITIES.get(slot["priority"], slot["priority"]),
+                [
+                    f"{one['token']} {one['kind']}"
+                    for one in keys["tokens"]
+                    if slot["slot"] in one["slots"]
+                ],
+                "",
+            )
+            for slot in keys["slots"]
+        ]
+        heads = ("SLOT", "OPENED BY", "ONE TRY COSTS", "PRIORITY", "TOKENS")
+        lines = self._table(heads, rows)[1:] or ["it has no key slot"]
+        lines += [
+            "",
+            *self._wrapped(f"key sources of {keys['volume']}: {', '.join(keys['sources'])}", 4),
+        ]
+        return lines
 
     def plan(self, plan: Mapping[str, Any]) -> list[str]:
         steps = plan["steps"]
@@ -257,6 +285,13 @@ def shortened(text: str, width: int) -> str:
         return text
     tail = (width - 3) * 2 // 3
     return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
+
+
+def _cost(slot: Mapping[str, Any]) -> str:
+    if slot["memory_kib"]:
+        mib = -(-slot["memory_kib"] // 1024)
+        return f"{slot['kdf']}, {mib} MiB, {_count(slot['iterations'], 'round')}"
+    return f"{slot['kdf']}, {_count(slot['iterations'], 'round')}"
 
 
 def _count(number: int, noun: str) -> str:

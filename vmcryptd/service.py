@@ -27,6 +27,7 @@ UNLOCK = "org.vmcryptd1.unlock"
 LOCK = "org.vmcryptd1.lock"
 GUESTS = "org.vmcryptd1.guests"
 PANIC = "org.vmcryptd1.panic"
+KEYS = "org.vmcryptd1.keys"
 RELOAD = "org.vmcryptd1.reload"
 
 _USEC_INFINITY = 2**63 - 1  # `x` is signed; systemd's own USEC_INFINITY does not fit
@@ -105,6 +106,16 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     def Plan(self, goal: str) -> str:
         """The steps that a goal would take, as JSON; does nothing."""
         return plan_json(self._engine.plan(goal))
+
+    @exported(action=None)
+    async def ListKeys(self, volume: str) -> str:
+        """The key slots and tokens of a volume's header, as JSON."""
+        return json.dumps(await self._engine.key_slots.listed(volume))
+
+    @exported(action=KEYS)
+    async def TestKey(self, volume: str, key: Handle) -> int:
+        """The key slot that a key opens. Fails with WrongKey if there is none. Opens nothing."""
+        return await self._engine.key_slots.test(volume, take_fd(key))
 
     @exported(action=RELOAD)
     async def Reload(self) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from vmcryptd.errors import (
     BusyError,
@@ -115,6 +115,10 @@ class Unlocker:
     def _is_usable(self, name: str) -> bool:
         node = self._world.graph.volumes.get(name)
         return node is not None and node.is_usable
+
+    def derivation(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
+        """Room in the budget for a key derivation that is none of an opening."""
+        return self._budget.take(memory_kib, self._world.settings.daemon.kdf_memory)
 
     async def _wait_for_device(self, spec: VolumeSpec) -> None:
         def is_there() -> bool:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 
@@ -20,7 +22,7 @@ class Argument(NamedTuple):
 class Verb(NamedTuple):
     """One verb, from its one line in the list to its examples."""
 
-    name: str
+    name: str  # one word, or two: the first is a group of verbs
     help: str
     text: str
     arguments: tuple[Argument, ...] = ()
@@ -30,6 +32,13 @@ class Verb(NamedTuple):
 
 
 JSON = Argument("--json", "print JSON, for programs")
+KEY_FILE = Argument(
+    "--key-file",
+    'read the key from FILE instead of asking, to its end, newlines included; "-" is standard input',
+    value="FILE",
+    completes="files",
+)
+ONE_VOLUME = Argument("VOLUME", "a volume", completes="volumes")
 
 VERBS: tuple[Verb, ...] = (
     Verb(
@@ -56,12 +65,7 @@ VERBS: tuple[Verb, ...] = (
         "of them. Without a terminal it leaves asking to the system's password agents.",
         (
             Argument("VOLUME", "a volume", nargs="*", completes="volumes"),
-            Argument(
-                "--key-file",
-                'read the key from FILE instead of asking, to its end, newlines included; "-" is standard input',
-                value="FILE",
-                completes="files",
-            ),
+            KEY_FILE,
         ),
         (
             ("vmcryptctl unlock", "asks once, opens all that wait"),
@@ -167,6 +171,26 @@ VERBS: tuple[Verb, ...] = (
         changes=True,
     ),
     Verb(
+        "key list",
+        "show the ways into a volume",
+        "Shows the key slots of the volume's header: what opens each, and what one try of it costs; the tokens "
+        "that open slots without a person; and the key sources that the configuration names.",
+        (ONE_VOLUME, JSON),
+        (("vmcryptctl key list cr_imap", ""),),
+    ),
+    Verb(
+        "key test",
+        "find out which key slot a key opens",
+        "Tries a key on the key slots of a volume and prints the number of the one that it opens. The volume "
+        "itself is left as it is, open or locked.",
+        (ONE_VOLUME, KEY_FILE, JSON),
+        (
+            ("vmcryptctl key test cr_imap", "do I still know the passphrase?"),
+            ("vmcryptctl key test cr_imap --key-file /root/imap.key", "does this file fit?"),
+        ),
+        changes=True,
+    ),
+    Verb(
         "console",
         "keep the console for the question at boot",
         "For vmcryptd-console.service.",
@@ -183,6 +207,7 @@ VERBS: tuple[Verb, ...] = (
 
 BY_NAME = {verb.name: verb for verb in VERBS}
 VISIBLE = tuple(verb for verb in VERBS if not verb.hidden)
+GROUPS = tuple(dict.fromkeys(verb.name.split()[0] for verb in VISIBLE if " " in verb.name))
 GOALS = ("boot", "shutdown", "lock-all", "unlock:", "lock:", "start:", "stop:")
 
 _EXIT_STATUS = """\
@@ -213,7 +238,7 @@ def overview() -> str:
         "Encrypted volumes and the guests that live on them.",
         "",
     ]
-    lines += [f"  {verb.name:<10}{verb.help}" for verb in VISIBLE]
+    lines += _listed(VISIBLE)
     lines += ["", "Examples:"]
     for name in ("status", "unlock", "check"):
         command, what = BY_NAME[name].examples[0]
@@ -230,17 +255,37 @@ def overview() -> str:
 def parse(argv: list[str]) -> tuple[Verb, argparse.Namespace]:
     """The verb and its arguments. Raises UsageError; SystemExit(0) for --help of a verb."""
     name, rest = argv[0], argv[1:]
+    if name in GROUPS:
+        name, rest = _in_group(name, rest)
     verb = BY_NAME.get(name)
     if verb is None:
         what = "option" if name.startswith("-") else "verb"
-        raise UsageError(
-            f'there is no {what} "{name}"{near(name, [verb.name for verb in VISIBLE])}'
-        )
+        known = [verb.name for verb in VISIBLE]
+        known += [] if " " in name else GROUPS
+        raise UsageError(f'there is no {what} "{name}"{near(name, known)}')
     try:
         return verb, parser(verb).parse_args(rest)
     except UsageError:
         # Also understands "unlock cr_a --key-file F cr_b", and takes twice the time.
         return verb, parser(verb).parse_intermixed_args(rest)
+
+
+def _in_group(group: str, rest: list[str]) -> tuple[str, list[str]]:
+    """The verb of two words, and its arguments. Raises UsageError; SystemExit(0) for --help."""
+    members = [verb for verb in VISIBLE if verb.name.startswith(f"{group} ")]
+    if rest[:1] in (["-h"], ["--help"]):
+        lines = [f"usage: vmcryptctl {group} VERB [ARGUMENT...]", "", *_listed(members)]
+        sys.stdout.write("\n".join(lines) + "\n")
+        raise SystemExit(0)
+    if not rest:
+        words = ", ".join(verb.name.removeprefix(f"{group} ") for verb in members)
+        raise UsageError(f'"{group}" what? One of: {words}; see `vmcryptctl {group} --help`')
+    return f"{group} {rest[0]}", rest[1:]
+
+
+def _listed(some: Sequence[Verb]) -> list[str]:
+    wide = max(len(verb.name) for verb in VISIBLE) + 3
+    return [f"  {verb.name:<{wide}}{verb.help}" for verb in some]
 
 
 def parser(verb: Verb) -> argparse.ArgumentParser:

@@ -4,18 +4,30 @@
 
 _vmcryptctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
-    local verb=${COMP_WORDS[1]} options='' names='' goals='' IFS=$'\n'
+    local verb=${COMP_WORDS[1]} options='' names='' goals='' files='' actions=() IFS=$'\n'
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload --help --version)" -- "$current")
+        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload key --help --version)" -- "$current")
         return
     fi
-    if [[ $previous == --key-file ]]; then
-        compopt -o filenames
-        mapfile -t COMPREPLY < <(compgen -f -- "$current")
-        return
+    case $verb in
+        key) actions=(list test --help) ;;
+    esac
+    if ((${#actions[@]})); then
+        if ((COMP_CWORD == 2)); then
+            mapfile -t COMPREPLY < <(compgen -W "${actions[*]}" -- "$current")
+            return
+        fi
+        verb="$verb ${COMP_WORDS[2]}"
     fi
-    [[ $previous == --timeout ]] && return
+    case $previous in
+        --key-file)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            return
+            ;;
+        --timeout) return ;;
+    esac
     case $verb in
         status) options='--help --all --json' names=all ;;
         unlock) options='--help --key-file' names=volumes ;;
@@ -30,6 +42,8 @@ _vmcryptctl() {
         wait) options='--help --timeout --json' ;;
         monitor) options='--help --json' ;;
         reload) options='--help' ;;
+        'key list') options='--help --json' names=volumes ;;
+        'key test') options='--help --key-file --json' names=volumes ;;
     esac
     local words=''
     if [[ $current == -* ]]; then
@@ -51,5 +65,9 @@ _vmcryptctl() {
         esac
     fi
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
+    if [[ -n $files && $current != -* ]]; then
+        compopt -o filenames
+        mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(compgen -f -- "$current")
+    fi
 }
 complete -F _vmcryptctl vmcryptctl

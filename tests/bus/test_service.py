@@ -242,6 +242,7 @@ SURFACE = {
             "Unlock": "s→", "UnlockWithKey": "sh→", "UnlockAll": "→", "UnlockAllWithKey": "h→",
             "Lock": "s→", "LockAll": "→", "StartGuest": "s→", "StopGuest": "s→", "Boot": "→o",
             "Shutdown": "→", "Panic": "→", "Plan": "s→s", "Reload": "→",
+            "ListKeys": "s→s", "TestKey": "sh→x",
             "State": "s", "Waiting": "as", "Version": "s",
             "ConsoleNeeded": "b", "ConsolePromptUSec": "x",
         },
@@ -584,7 +585,7 @@ CHANGING = (
     ("Unlock", "s", ("quiet",)), ("UnlockWithKey", "sh", ("outer", 0)), ("UnlockAll", "", ()),
     ("UnlockAllWithKey", "h", (0,)), ("Lock", "s", ("stuck",)), ("LockAll", "", ()),
     ("StartGuest", "s", ("imap",)), ("StopGuest", "s", ("imap",)), ("Boot", "", ()),
-    ("Shutdown", "", ()), ("Panic", "", ()), ("Reload", "", ()),
+    ("Shutdown", "", ()), ("Panic", "", ()), ("Reload", "", ()), ("TestKey", "sh", ("outer", 0)),
 )  # fmt: skip
 
 
@@ -686,7 +687,7 @@ def test_polkit_decides_by_action(start: Start, run: Any, bus_address: str) -> N
             assert asked == [
                 (f"{NAME}.{action}", 0)
                 for action in ("unlock", "unlock", "unlock", "unlock", "lock", "lock", "guests",
-                               "guests", "unlock", "lock", "panic", "reload")
+                               "guests", "unlock", "lock", "panic", "reload", "keys")
             ]  # fmt: skip
             assert await daemon.get("State") == "locked"
         await polkit.disconnect()

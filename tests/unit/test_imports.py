@@ -16,7 +16,7 @@ PACKAGE = PROJECT / "vmcryptd"
 VALUES = {"errors", "model"}
 CORE = VALUES | {"config", "domainxml", "graph", "luksheader", "planner", "state"}
 ENGINE = {
-    "engine", "guests", "jobs", "keyed", "panic", "prompt", "steps", "unlock", "world",
+    "engine", "guests", "jobs", "keyed", "keyslots", "panic", "prompt", "steps", "unlock", "world",
 }  # fmt: skip
 BUS = {"bus", "objects"}
 
@@ -46,20 +46,35 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": {"errors"},
     "check": CORE | {"settings", "bus", "client", "render", "survey"},
     "unlocking": {"adapters.memfd", "client", "errors", "terminal", "verbs"},
-    "cli": {"bus", "client", "errors", "render", "terminal", "verbs"},
+    "talk": {"client", "errors", "render", "verbs"},
+    "keycli": {"adapters.memfd", "client", "errors", "render", "talk", "terminal", "verbs"},
+    "cli": {"bus", "client", "errors", "render", "talk", "verbs"},
 }
 
 # What stands behind a port. Only the composition roots know these; the other modules in adapters/
 # are there for them to share.
-PORT_ADAPTERS = {"authority", "blocks", "crypt", "domains", "host", "keys", "memory", "sim"}
+PORT_ADAPTERS = {
+    "authority",
+    "blocks",
+    "crypt",
+    "domains",
+    "host",
+    "keys",
+    "memory",
+    "sim",
+    "slots",
+}
 
-COMMAND_LINE = {"check", "cli", "client", "render", "survey", "terminal", "unlocking", "verbs"}
+COMMAND_LINE = {
+    "check", "cli", "client", "keycli", "render", "survey", "talk", "terminal", "unlocking", "verbs",
+}  # fmt: skip
 
 # Inside functions only: few calls need these, and each call would wait for them. Without a daemon
 # "vmcryptctl shutdown" does its work in its own process.
 LAZY = {
-    "cli": {"check", "daemon", "settings", "unlocking"},
+    "cli": {"check", "daemon", "keycli", "settings", "unlocking"},
     "settings": {"config"},
+    "talk": {"terminal"},
     "unlocking": {"adapters.memfd"},
 }
 

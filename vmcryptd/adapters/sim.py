@@ -5,6 +5,7 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
 
     [sim.volume.cr_imap]              every key is optional
     passphrase_sha256 = "9f86d0…"     what opens it: `printf %s PASSPHRASE | sha256sum`
+    more_sha256 = ["9f86d0…"]         what else does, by further key slots
     sources = ["file:/etc/k"]         key sources that open it by themselves
     on = ["cr_outer"]                 volumes that must be open for its device to be there
     present = false                   its device is not there; [sim.volume.x] appears_after = "10s": not yet
@@ -30,7 +31,6 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
 from __future__ import annotations
 
 import asyncio
-import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.adapters.run import run
+from vmcryptd.adapters.simslots import SimSlots, SourceKey, digest, key_slots
 from vmcryptd.errors import (
     BusyError,
     ConfigError,
@@ -61,7 +61,6 @@ from vmcryptd.model import (
     GuestState,
     Header,
     Infinity,
-    KeySlot,
     KeySource,
     Mount,
     Settings,
@@ -77,7 +76,8 @@ _FAULTS: dict[str, type[VmcryptdError]] = {"not-luks": NotLuksError, "damaged": 
 
 @dataclass
 class _Volume:
-    digest: str
+    slots: dict[int, str]  # key slot → digest of what opens it
+    random: set[int]  # the slots of keys that nobody has to derive
     sources: tuple[str, ...]
     on: tuple[str, ...]
     present: bool
@@ -99,19 +99,6 @@ class _Guest:
     start_delay_s: float
     stop_delay_s: float
     fault: str
-
-
-@dataclass(frozen=True)
-class _SourceKey:
-    """A key that no person gave: it only remembers which source it is from."""
-
-    source: str
-
-    def reader(self) -> int:
-        raise AssertionError("a simulated source has no content")
-
-    def close(self) -> None:
-        pass
 
 
 class Simulation:
@@ -149,7 +136,10 @@ class Simulation:
             raise ConfigError(f"{name}: [sim]: {error}") from None
 
     def ports(self) -> Ports:
-        return Ports(blocks=self, crypt=self, keys=self, domains=self, host=self, memory=self)
+        slots = SimSlots(self._volumes, self.calls)
+        return Ports(
+            blocks=self, crypt=self, slots=slots, keys=self, domains=self, host=self, memory=self
+        )
 
     def reload(self) -> Settings:
         if self._path is None:
@@ -257,8 +247,7 @@ class Simulation:
                 f"volume {volume.name}: {volume.device} has no sound LUKS header (simulated)"
             )
         number = list(self._volumes).index(volume.name)
-        slot = KeySlot(0, "argon2id", simulated.memory_kib)
-        return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", (slot,))
+        return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", key_slots(simulated))
 
     async def open(self, volume: VolumeSpec, key: Key) -> None:
         simulated = self._volumes[volume.name]
@@ -277,15 +266,8 @@ class Simulation:
         await self.open(volume, key)
 
     async def _fits(self, volume: _Volume, key: Key) -> bool:
-        if isinstance(key, _SourceKey):
-            return key.source in volume.sources
-        reader = key.reader()
-        try:
-            # The key stays a descriptor here, too: a child reads it.
-            done = await run(["sha256sum"], stdin=reader, timeout_s=10)
-        finally:
-            os.close(reader)
-        return bool(volume.digest) and done.out.split()[:1] == [volume.digest]
+        found = await digest(key)
+        return found in volume.sources or found in volume.slots.values()
 
     async def close(self, mapping: str) -> None:
         if await self.holders(mapping):
@@ -303,7 +285,7 @@ class Simulation:
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
         if str(source) not in self._volumes[volume.name].sources:
             raise KeyUnavailableError("it gives no key (simulated)")
-        return _SourceKey(str(source))
+        return SourceKey(str(source))
 
     async def ask(self, message: str) -> Key:
         self.calls.append(f"ask {message}")
@@ -422,7 +404,8 @@ def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:
 def _volume(entry: dict[str, Any]) -> _Volume:
     appears_after_s = _seconds(entry.get("appears_after", 0))
     return _Volume(
-        digest=entry.get("passphrase_sha256", ""),
+        slots=dict(enumerate((entry.get("passphrase_sha256", ""), *entry.get("more_sha256", ())))),
+        random=set(),
         sources=tuple(entry.get("sources", ())),
         on=tuple(entry.get("on", ())),
         present=entry.get("present", appears_after_s == 0),

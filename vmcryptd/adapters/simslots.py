@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Key slots of simulated volumes: what would open them is known by its digest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vmcryptd.adapters.run import run
+from vmcryptd.model import KeySlot, VolumeSpec
+from vmcryptd.ports import Key
+
+
+@dataclass(frozen=True)
+class SourceKey:
+    """A key that no person gave: it only remembers which source it is from."""
+
+    source: str
+
+    def reader(self) -> int:
+        raise AssertionError("a simulated source has no content")
+
+    def close(self) -> None:
+        pass
+
+
+class HasSlots(Protocol):
+    """A simulated volume, as far as this module needs it."""
+
+    slots: dict[int, str]  # number → digest of what opens it
+    random: set[int]  # the slots of keys that nobody has to derive
+    memory_kib: int
+
+
+async def digest(key: Key) -> str:
+    if isinstance(key, SourceKey):
+        return key.source
+    reader = key.reader()
+    try:
+        # The key stays a descriptor here, too: a child reads it.
+        done = await run(["sha256sum"], stdin=reader, timeout_s=10)
+    finally:
+        os.close(reader)
+    return done.out.partition(" ")[0]
+
+
+def key_slots(volume: HasSlots) -> tuple[KeySlot, ...]:
+    return tuple(
+        KeySlot(number, "pbkdf2", iterations=1000)
+        if number in volume.random
+        else KeySlot(number, "argon2id", volume.memory_kib, 4, 4)
+        for number in sorted(volume.slots)
+    )
+
+
+@dataclass
+class SimSlots:
+    """The port `Slots` on a simulated host."""
+
+    volumes: Mapping[str, HasSlots]
+    calls: list[str] = field(default_factory=list)
+
+    async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
+        self.calls.append(f"test {volume.name} {slot}")
+        return await digest(key) == self.volumes[volume.name].slots.get(slot)
