@@ -380,10 +380,10 @@ RUN: dict[str, Callable[[Namespace], Coroutine[Any, Any, int]]] = {
     "wait": _wait,
     "monitor": _monitor,
     "reload": _reload,
-    **{name: _keys(name) for name in ("key list", "key test")},
     "console": _console,
     "_names": _names,
 }
+RUN |= {verb.name: _keys(verb.name) for verb in verbs.VISIBLE if " " in verb.name}
 
 if __name__ == "__main__":
     sys.exit(main())

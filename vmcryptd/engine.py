@@ -92,7 +92,7 @@ class Engine:
             self._touch,
             self._open_for,
         )
-        self.key_slots = KeySlots(ports, self.world, self._steps.unlocker.derivation)
+        self.key_slots = KeySlots(ports, self.world, self._steps.unlocker.derivation, self._touch)
 
     @property
     def settings(self) -> Settings:
@@ -290,7 +290,12 @@ class Engine:
 
     def volume_views(self) -> list[VolumeView]:
         return [
-            volume_view(self.graph, name, self._activities.volumes[name])
+            volume_view(
+                self.graph,
+                name,
+                self._activities.volumes[name],
+                header_backup_due=bool(self.key_slots.backup_due_since(name)),
+            )
             for name in self.graph.volumes
         ]
 

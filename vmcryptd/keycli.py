@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 from vmcryptd import terminal
 from vmcryptd.adapters.memfd import MemfdKey
-from vmcryptd.client import Client, connect
-from vmcryptd.errors import EXIT_OK, VmcryptdError, WrongKeyError
+from vmcryptd.adapters.run import run
+from vmcryptd.client import Client, connect, is_root
+from vmcryptd.errors import EXIT_OK, NotAuthorizedError, VmcryptdError, WrongKeyError
 from vmcryptd.talk import changing, open_key, page, print_json, say
 from vmcryptd.verbs import UsageError
 
 TRIES = 3
+COMPARING_S = 10.0
 
 
 class _Key(Protocol):
@@ -59,6 +61,107 @@ async def _test(arguments: Namespace) -> int:
     return EXIT_OK
 
 
+async def _add(arguments: Namespace) -> int:
+    volume = arguments.VOLUME
+    _check_standard_input(arguments)
+    async with changing() as client:
+        question = f"Passphrase that opens {volume} now:"
+        async with (
+            _known(client, volume, arguments.key_file, question) as key,
+            _new(client, volume, arguments.new_key_file) as new_key,
+        ):
+            [slot] = await _call(client, "AddKey", "shh", volume, 0, 1, keys=[key, new_key])
+    print(f"the new key opens {volume}, too: key slot {slot}")
+    _remind(volume)
+    return EXIT_OK
+
+
+async def _change(arguments: Namespace) -> int:
+    volume = arguments.VOLUME
+    _check_standard_input(arguments)
+    async with changing() as client:
+        question = f"Passphrase of {volume} that is to go:"
+        async with (
+            _known(client, volume, arguments.key_file, question) as key,
+            _new(client, volume, arguments.new_key_file) as new_key,
+        ):
+            [slot] = await _call(client, "ChangeKey", "shh", volume, 0, 1, keys=[key, new_key])
+    print(f"the new key opens {volume}, the old one does not any more: key slot {slot}")
+    _remind(volume, has_gone=True)
+    return EXIT_OK
+
+
+async def _remove(arguments: Namespace) -> int:
+    volume = arguments.VOLUME
+    if not arguments.SLOT.isdecimal():
+        raise UsageError(f'"{arguments.SLOT}" is no number of a key slot; `key list` shows them')
+    slot = int(arguments.SLOT)
+    async with changing() as client:
+        question = f"Passphrase of {volume} that stays, to remove key slot {slot}:"
+        async with _known(client, volume, arguments.key_file, question, but=slot) as key:
+            await _call(client, "RemoveKey", "sxh", volume, slot, 0, keys=[key])
+    print(f"key slot {slot} of {volume} is gone")
+    _remind(volume, has_gone=True)
+    return EXIT_OK
+
+
+async def _backup(arguments: Namespace) -> int:
+    volume, path = arguments.VOLUME, arguments.FILE
+    if not path.startswith("/"):
+        raise UsageError(f"{path} is no absolute path; give one")
+    if not is_root():
+        raise NotAuthorizedError("a backup of a header has to belong to root; run this as root")
+    async with changing() as client:
+        with _new_file(path) as file:
+            await client.call("BackupHeader", "sh", volume, 0, fds=[file])
+    print(f"{path} is a backup of the header of {volume}")
+    say(
+        f"keep it offline or encrypted: with it, whoever knows a passphrase of now opens {volume} for "
+        "ever, also after that was changed or removed. The same goes for older backups: destroy them"
+    )
+    return EXIT_OK
+
+
+@contextlib.contextmanager
+def _new_file(path: str) -> Iterator[int]:
+    """A file of root's own that was not there before, and is not when this fails."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o600)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already; nothing is overwritten: name another") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made: {error.strerror}") from None
+    try:
+        os.fchown(fd, 0, 0)
+        _sync_directory(path)  # before the backup counts as made
+        yield fd
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: str) -> None:
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _remind(volume: str, *, has_gone: bool = False) -> None:
+    old = "; destroy older ones: with these the old key opens it for ever" if has_gone else ""
+    say(f"make a new backup of its header: vmcryptctl header backup {volume} FILE{old}")
+
+
+def _check_standard_input(arguments: Namespace) -> None:
+    if arguments.key_file == arguments.new_key_file == "-":
+        raise UsageError('standard input holds one key only: "-" for one of the two')
+
+
 # --- keys ---
 
 
@@ -70,9 +173,9 @@ class _Fitting(MemfdKey):
 
 @contextlib.asynccontextmanager
 async def _known(
-    client: Client, volume: str, path: str | None, question: str
+    client: Client, volume: str, path: str | None, question: str, *, but: int = -1
 ) -> AsyncIterator[_Key]:
-    """A key that opens the volume: from a file, or one that is asked for until it fits."""
+    """A key that opens the volume: from a file, or one that is asked for until it fits, not `but` that slot."""
     if path is not None:
         with _opened(path) as file:
             yield file
@@ -89,8 +192,40 @@ async def _known(
                     raise
                 say("that did not fit; try again")
                 continue
+            if key.slot == but and left:
+                say(f"that is the key of key slot {but} itself; another one has to stay: try that")
+                continue
             yield key
             return
+
+
+@contextlib.asynccontextmanager
+async def _new(client: Client, volume: str, path: str | None) -> AsyncIterator[_Key]:
+    """A key that is to open the volume: from a file, or one that was typed twice."""
+    if path is not None:
+        with _opened(path) as file:
+            yield file
+        return
+    for left in reversed(range(TRIES)):
+        with contextlib.closing(MemfdKey()) as key, contextlib.closing(MemfdKey()) as again:
+            await _ask(client, f"New passphrase for {volume}:", key)
+            await _ask(client, f"New passphrase for {volume}, once more:", again)
+            if await _are_equal(key, again):
+                yield key
+                return
+        say("these were not the same" + ("; try again" if left else ""))
+    raise VmcryptdError("the new passphrase was not typed twice; nothing was done")
+
+
+async def _are_equal(one: MemfdKey, other: MemfdKey) -> bool:
+    fds = one.reader(), other.reader()
+    try:
+        paths = [f"/proc/self/fd/{fd}" for fd in fds]
+        done = await run(["cmp", "--silent", "--", *paths], fds=fds, timeout_s=COMPARING_S)
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return done.code == 0
 
 
 async def _ask(client: Client, question: str, key: MemfdKey) -> None:
@@ -132,4 +267,8 @@ async def _call(
 RUN: dict[str, Callable[[Namespace], Coroutine[Any, Any, int]]] = {
     "key list": _list,
     "key test": _test,
+    "key add": _add,
+    "key change": _change,
+    "key remove": _remove,
+    "header backup": _backup,
 }

@@ -90,6 +90,30 @@ class Slots(Protocol):
     async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
         """Whether the key opens this slot. Raises OutOfMemoryError, DeviceMissingError, StorageError."""
 
+    async def add(
+        self, volume: VolumeSpec, key: Key, new_key: Key, *, is_random: bool = False
+    ) -> None:
+        """Have a new key open the volume, too. `key` opens it already.
+
+        `is_random`: nobody can guess the new key, so trying it may cost next to nothing.
+        Raises WrongKeyError, OutOfMemoryError, DeviceMissingError, StorageError.
+        """
+
+    async def remove(self, volume: VolumeSpec, slot: int, key: Key) -> None:
+        """Wipe a slot. `key` opens another one, else WrongKeyError. Raises as `add`."""
+
+    async def prioritise(self, volume: VolumeSpec, slot: int, priority: int) -> None:
+        """Raises StorageError, DeviceMissingError."""
+
+    async def remove_token(self, volume: VolumeSpec, token: int) -> None:
+        """Raises StorageError, DeviceMissingError."""
+
+    async def back_up(self, volume: VolumeSpec, fd: int) -> None:
+        """Write the header and its key slots into an open file, and that to its disk.
+
+        Raises StorageError, DeviceMissingError.
+        """
+
 
 class Keys(Protocol):
     """Where keys come from."""
@@ -170,6 +194,11 @@ class Memory(Protocol):
 
     def publish(self, volumes: dict[str, bool]) -> None:
         """Tell udev's rule and the shutdown hook which mappings are ours, and which of them hold a guest's disk."""
+
+    def backups_due(self) -> dict[str, str]:
+        """Volume → since when its header has differed from every backup of it."""
+
+    def keep_backups_due(self, volumes: dict[str, str]) -> None: ...
 
 
 @dataclass(frozen=True)

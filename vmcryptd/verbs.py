@@ -38,6 +38,12 @@ KEY_FILE = Argument(
     value="FILE",
     completes="files",
 )
+NEW_KEY_FILE = Argument(
+    "--new-key-file",
+    'read the new key from FILE instead of asking for it twice; "-" is standard input',
+    value="FILE",
+    completes="files",
+)
 ONE_VOLUME = Argument("VOLUME", "a volume", completes="volumes")
 
 VERBS: tuple[Verb, ...] = (
@@ -187,6 +193,61 @@ VERBS: tuple[Verb, ...] = (
         (
             ("vmcryptctl key test cr_imap", "do I still know the passphrase?"),
             ("vmcryptctl key test cr_imap --key-file /root/imap.key", "does this file fit?"),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "key add",
+        "have another key open a volume, too",
+        "Asks for a passphrase that opens the volume and twice for the new one. The new key is tried before this "
+        "says that it is done. Afterwards a new backup of the header is due.",
+        (ONE_VOLUME, KEY_FILE, NEW_KEY_FILE),
+        (
+            ("vmcryptctl key add cr_imap", "a second passphrase"),
+            ("vmcryptctl key add cr_imap --new-key-file /root/imap.key", "a key file"),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "key change",
+        "put a new key in the place of another one",
+        "Asks for the passphrase that is to go and twice for the new one. The old one goes only when the new one "
+        "was seen to work. Afterwards a new backup of the header is due, and old ones are to be destroyed: the "
+        "old passphrase opens the volume with these for ever.",
+        (ONE_VOLUME, KEY_FILE, NEW_KEY_FILE),
+        (("vmcryptctl key change cr_imap", ""),),
+        changes=True,
+    ),
+    Verb(
+        "key remove",
+        "wipe a key slot of a volume",
+        "Asks for a passphrase of another key slot: only who can open the volume afterwards takes a way in away. The "
+        "last one stays. Afterwards a new backup of the header is due, and old ones are to be destroyed.",
+        (
+            ONE_VOLUME,
+            Argument("SLOT", "the number of the key slot, as `key list` shows it"),
+            KEY_FILE,
+        ),
+        (("vmcryptctl key list cr_imap", ""), ("vmcryptctl key remove cr_imap 1", "")),
+        changes=True,
+    ),
+    Verb(
+        "header backup",
+        "back up the LUKS header of a volume",
+        "Writes the header, without which no key opens the volume, into a new file that belongs to root alone. Keep "
+        "it offline or encrypted: with it, every passphrase of now opens the volume for ever, also after it was "
+        "changed or removed. To be run as root.",
+        (
+            ONE_VOLUME,
+            Argument(
+                "FILE", "where to: an absolute path, at which nothing is yet", completes="files"
+            ),
+        ),
+        (
+            (
+                "vmcryptctl header backup cr_imap /media/usb/cr_imap.header",
+                "after each change of its keys",
+            ),
         ),
         changes=True,
     ),

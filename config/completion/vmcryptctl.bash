@@ -7,11 +7,12 @@ _vmcryptctl() {
     local verb=${COMP_WORDS[1]} options='' names='' goals='' files='' actions=() IFS=$'\n'
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload key --help --version)" -- "$current")
+        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload key header --help --version)" -- "$current")
         return
     fi
     case $verb in
-        key) actions=(list test --help) ;;
+        key) actions=(list test add change remove --help) ;;
+        header) actions=(backup --help) ;;
     esac
     if ((${#actions[@]})); then
         if ((COMP_CWORD == 2)); then
@@ -21,7 +22,7 @@ _vmcryptctl() {
         verb="$verb ${COMP_WORDS[2]}"
     fi
     case $previous in
-        --key-file)
+        --key-file | --new-key-file)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return
@@ -44,6 +45,10 @@ _vmcryptctl() {
         reload) options='--help' ;;
         'key list') options='--help --json' names=volumes ;;
         'key test') options='--help --key-file --json' names=volumes ;;
+        'key add') options='--help --key-file --new-key-file' names=volumes ;;
+        'key change') options='--help --key-file --new-key-file' names=volumes ;;
+        'key remove') options='--help --key-file' names=volumes ;;
+        'header backup') options='--help' names=volumes files=yes ;;
     esac
     local words=''
     if [[ $current == -* ]]; then

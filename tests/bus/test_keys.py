@@ -6,16 +6,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import pytest
+
 from tests.bus.test_cli import Terminal, needs_ask_password
-from tests.bus.test_service import PROJECT, Daemon, handed_in, opened_by, start, with_daemon
+from tests.bus.test_service import PROJECT, Daemon, handed_in, memory, opened_by, start, with_daemon
 
 __all__ = ["start"]  # a fixture
 
 ALPHA, BETA, GAMMA = "canary-alpha-7d1f", "canary-beta-93ce", "canary-gamma-0b55"
+
+
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes backups of headers")
 
 
 def sha256(passphrase: str) -> str:
@@ -62,7 +68,7 @@ async def test_what_is_listed(daemon: Daemon) -> None:
     slots = listed.pop("slots")
     assert listed == {
         "volume": "mail", "uuid": "00000000-0000-0000-0000-000000000000", "version": 2,
-        "sources": ["file:/run/keys/mail.key", "prompt"], "tokens": [],
+        "header_backup_due_since": "", "sources": ["file:/run/keys/mail.key", "prompt"], "tokens": [],
     }  # fmt: skip
     assert [slot["slot"] for slot in slots] == [0, 1]
     assert slots[0] == {
@@ -154,3 +160,171 @@ async def test_a_key_is_asked_for_until_it_fits(daemon: Daemon) -> None:
         return terminal.end()
 
     assert await asyncio.to_thread(dialogue) == 0
+
+
+# --- changing ---
+
+
+@with_daemon(HOST)
+async def test_a_key_is_added_changed_and_removed(daemon: Daemon) -> None:
+    before = daemon.descriptors()
+    assert await call(daemon, "AddKey", "shh", "mail", 0, 1, keys=[BETA, GAMMA]) == 2
+    assert await call(daemon, "TestKey", "sh", "mail", 0, keys=[GAMMA]) == 2
+    await call(daemon, "RemoveKey", "sxh", "mail", 1, 0, keys=[GAMMA])
+    assert await refused(daemon, "TestKey", "sh", "mail", 0, keys=[BETA]) == "WrongKey"
+    assert await call(daemon, "ChangeKey", "shh", "mail", 0, 1, keys=[ALPHA, BETA]) == 1
+    assert await refused(daemon, "TestKey", "sh", "mail", 0, keys=[ALPHA]) == "WrongKey"
+    assert [
+        one["slot"] for one in json.loads(await daemon.call("ListKeys", "s", "mail"))["slots"]
+    ] == [1, 2]
+    await daemon.unlock("mail", GAMMA)
+    assert daemon.descriptors() == before
+
+
+@with_daemon(HOST)
+async def test_the_last_way_in_stays(daemon: Daemon) -> None:
+    assert await refused(daemon, "RemoveKey", "sxh", "one", 0, 0, keys=[ALPHA]) == "LastKey"
+    assert await refused(daemon, "RemoveKey", "sxh", "one", 3, 0, keys=[ALPHA]) == "NoSuchKeySlot"
+    # Its own key is no proof that there is another one.
+    assert await refused(daemon, "RemoveKey", "sxh", "mail", 0, 0, keys=[ALPHA]) == "WrongKey"
+    for member in ("AddKey", "ChangeKey"):
+        assert await refused(daemon, member, "shh", "one", 0, 1, keys=[BETA, GAMMA]) == "WrongKey"
+        assert await refused(daemon, member, "shh", "one", 0, 1, keys=[ALPHA, ""]) == "KeyUnusable"
+        assert (
+            await refused(daemon, member, "shh", "no", 0, 1, keys=[ALPHA, BETA]) == "NoSuchVolume"
+        )
+    assert not (await daemon.volume("one"))["HeaderBackupDue"]
+    assert await call(daemon, "TestKey", "sh", "one", 0, keys=[ALPHA]) == 0
+
+
+@only_root
+@with_daemon(HOST)
+async def test_a_backup_is_due_until_it_is_made(daemon: Daemon) -> None:
+    await call(daemon, "AddKey", "shh", "one", 0, 1, keys=[ALPHA, BETA])
+    assert (await daemon.volume("one"))["HeaderBackupDue"] is True
+    assert (await daemon.volume("mail"))["HeaderBackupDue"] is False
+    assert json.loads(await daemon.call("ListKeys", "s", "one"))["header_backup_due_since"]
+    shown = await ctl("status", "one")
+    assert "no backup of it was made since -- run: vmcryptctl header backup one FILE" in shown.out
+    status = json.loads((await ctl("status", "--json")).out)
+    due = {volume["name"]: volume["header_backup_due"] for volume in status["volumes"]}
+    assert due == {"mail": False, "one": True, "plain": False}
+    full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
+    assert await daemon.refused("BackupHeader", "sh", "one", 0, fds=[full]) == "StorageFailed"
+    os.close(full)
+    assert (await daemon.volume("one"))["HeaderBackupDue"] is True
+    path = daemon.sim.with_name("header")
+    shown = await ctl("header", "backup", "one", str(path))
+    assert (shown.code, shown.out) == (0, f"{path} is a backup of the header of one\n")
+    assert "keep it offline or encrypted" in shown.err
+    assert path.read_text() == "the simulated header of one\n"
+    assert (path.stat().st_mode & 0o777, path.stat().st_uid) == (0o600, os.geteuid())
+    assert (await daemon.volume("one"))["HeaderBackupDue"] is False
+
+
+@only_root
+@with_daemon(HOST)
+async def test_a_backup_overwrites_nothing_and_leaves_nothing(daemon: Daemon) -> None:
+    path = daemon.sim.with_name("header")
+    path.write_text("precious")
+    link = daemon.sim.with_name("link")
+    link.symlink_to(daemon.sim.with_name("target"))
+    for there in (path, link):
+        assert (await ctl("header", "backup", "one", str(there))).code == 2
+    assert path.read_text() == "precious"
+    assert not link.exists()
+    path.unlink()
+    assert (await ctl("header", "backup", "nobody", str(path))).code == 2
+    assert not path.exists()
+    assert (await ctl("header", "backup", "one", "header")).code == 2
+    assert (await ctl("header", "backup", "one", "/nowhere/header")).code == 2
+
+
+@with_daemon(HOST)
+async def test_keys_from_files(daemon: Daemon) -> None:
+    old, new = daemon.sim.with_name("old"), daemon.sim.with_name("new")
+    old.write_text(ALPHA)
+    new.write_text(GAMMA)
+    files = ["--key-file", str(old), "--new-key-file"]
+    shown = await ctl("key", "add", "one", *files, str(new))
+    assert (shown.code, shown.out) == (0, "the new key opens one, too: key slot 1\n")
+    assert "vmcryptctl header backup one FILE" in shown.err
+    shown = await ctl("key", "remove", "one", "0", "--key-file", str(new))
+    assert (shown.code, shown.out) == (0, "key slot 0 of one is gone\n")
+    assert "destroy older ones" in shown.err
+    assert (await ctl("key", "remove", "one", "1", "--key-file", str(new))).code == 1
+    assert (await ctl("key", "remove", "one", "one", "--key-file", str(new))).code == 2
+    assert (await ctl("key", "change", "one", *files, "-", typed=BETA)).code == 3
+    shown = await ctl("key", "change", "mail", *files, "-", typed=GAMMA)
+    assert (shown.code, shown.out) == (
+        0,
+        "the new key opens mail, the old one does not any more: key slot 2\n",
+    )
+    shown = await ctl("key", "add", "one", "--key-file", "-", "--new-key-file", "-", typed=BETA)
+    assert shown.code == 2
+
+
+@needs_ask_password
+@with_daemon(HOST)
+async def test_a_change_on_a_terminal(daemon: Daemon) -> None:
+    def dialogue() -> int:
+        terminal = Terminal("key", "change", "mail")
+        terminal.expect("Passphrase of mail that is to go:")
+        terminal.type(f"{ALPHA}\n")
+        terminal.expect("New passphrase for mail:")
+        terminal.type(f"{GAMMA}\n")
+        terminal.expect("New passphrase for mail, once more:")
+        terminal.type("canary-typo\n")
+        terminal.expect("these were not the same; try again")
+        for question in ("New passphrase for mail:", "once more:"):
+            terminal.expect(question)
+            terminal.type(f"{GAMMA}\n")
+        terminal.expect("the old one does not any more: key slot 2")
+        return terminal.end()
+
+    assert await asyncio.to_thread(dialogue) == 0
+    assert await call(daemon, "TestKey", "sh", "mail", 0, keys=[GAMMA]) == 2
+    assert await refused(daemon, "TestKey", "sh", "mail", 0, keys=[ALPHA]) == "WrongKey"
+
+
+@needs_ask_password
+@with_daemon(HOST)
+async def test_a_removal_on_a_terminal(daemon: Daemon) -> None:
+    def dialogue() -> int:
+        terminal = Terminal("key", "remove", "mail", "1")
+        terminal.expect("Passphrase of mail that stays, to remove key slot 1:")
+        terminal.type(f"{BETA}\n")
+        terminal.expect("that is the key of key slot 1 itself; another one has to stay")
+        terminal.expect("Passphrase of mail")
+        terminal.type(f"{ALPHA}\n")
+        terminal.expect("key slot 1 of mail is gone")
+        return terminal.end()
+
+    assert await asyncio.to_thread(dialogue) == 0
+
+
+@needs_ask_password
+@with_daemon(HOST)
+async def test_a_question_that_is_declined_changes_nothing(daemon: Daemon) -> None:
+    def dialogue() -> int:
+        terminal = Terminal("key", "add", "mail")
+        terminal.expect("Passphrase that opens mail now:")
+        terminal.type(f"{ALPHA}\n")
+        terminal.expect("New passphrase for mail:")
+        terminal.type("\x04")
+        terminal.expect("nothing was done")
+        return terminal.end()
+
+    assert await asyncio.to_thread(dialogue) == 1
+    assert not (await daemon.volume("mail"))["HeaderBackupDue"]
+
+
+def test_keys_are_not_in_the_memory_of_the_daemon(start: Any, run: Any) -> None:
+    async def test() -> None:
+        async with start(HOST) as daemon:
+            await call(daemon, "AddKey", "shh", "one", 0, 1, keys=[ALPHA, BETA])
+            await call(daemon, "ChangeKey", "shh", "one", 0, 1, keys=[BETA, GAMMA])
+            await call(daemon, "RemoveKey", "sxh", "one", 0, 0, keys=[GAMMA])
+            assert b"canary" not in memory(daemon.process.pid)
+
+    run(test())

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "check": CORE | {"settings", "bus", "client", "render", "survey"},
     "unlocking": {"adapters.memfd", "client", "errors", "terminal", "verbs"},
     "talk": {"client", "errors", "render", "verbs"},
-    "keycli": {"adapters.memfd", "client", "errors", "render", "talk", "terminal", "verbs"},
+    "keycli": {"adapters.memfd", "adapters.run", "client", "errors", "talk", "terminal", "verbs"},
     "cli": {"bus", "client", "errors", "render", "talk", "verbs"},
 }
 

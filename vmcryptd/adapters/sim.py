@@ -117,6 +117,7 @@ class Simulation:
         self._real = SystemKeys()
         self._goals: tuple[str, ...] = ()
         self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
+        self._backups_due: dict[str, str] = {}
         self.calls: list[str] = []  # what was done, in order
 
     @classmethod
@@ -382,6 +383,12 @@ class Simulation:
 
     def publish(self, volumes: dict[str, bool]) -> None:
         pass
+
+    def backups_due(self) -> dict[str, str]:
+        return self._backups_due
+
+    def keep_backups_due(self, volumes: dict[str, str]) -> None:
+        self._backups_due = dict(volumes)
 
 
 def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:

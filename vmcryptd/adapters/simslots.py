@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vmcryptd.adapters.run import run
+from vmcryptd.errors import StorageError, WrongKeyError
 from vmcryptd.model import KeySlot, VolumeSpec
 from vmcryptd.ports import Key
+
+MOST = 8  # key slots of one volume
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,39 @@ class SimSlots:
     async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
         self.calls.append(f"test {volume.name} {slot}")
         return await digest(key) == self.volumes[volume.name].slots.get(slot)
+
+    async def add(
+        self, volume: VolumeSpec, key: Key, new_key: Key, *, is_random: bool = False
+    ) -> None:
+        simulated = self.volumes[volume.name]
+        if await digest(key) not in simulated.slots.values():
+            raise WrongKeyError(f"the key fits no key slot of {volume.name}")
+        number = min(set(range(MOST)) - simulated.slots.keys(), default=MOST)
+        if number == MOST:
+            raise StorageError(f"all key slots of {volume.name} are in use")
+        self.calls.append(f"add {volume.name} {number}")
+        simulated.slots[number] = await digest(new_key)
+        if is_random:
+            simulated.random.add(number)
+
+    async def remove(self, volume: VolumeSpec, slot: int, key: Key) -> None:
+        simulated = self.volumes[volume.name]
+        proof = await digest(key)
+        if not any(found == proof for n, found in simulated.slots.items() if n != slot):
+            raise WrongKeyError(f"the key fits no other key slot of {volume.name}")
+        self.calls.append(f"remove {volume.name} {slot}")
+        del simulated.slots[slot]
+        simulated.random.discard(slot)
+
+    async def prioritise(self, volume: VolumeSpec, slot: int, priority: int) -> None:
+        raise AssertionError("simulated slots have no priorities")
+
+    async def remove_token(self, volume: VolumeSpec, token: int) -> None:
+        raise AssertionError("simulated volumes have no tokens")
+
+    async def back_up(self, volume: VolumeSpec, fd: int) -> None:
+        self.calls.append(f"back up {volume.name}")
+        try:
+            os.write(fd, f"the simulated header of {volume.name}\n".encode())
+        except OSError as error:
+            raise StorageError(f"the backup cannot be written: {error.strerror}") from None

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from vmcryptd.adapters.run import Completed, run
 from vmcryptd.errors import (
@@ -21,13 +22,24 @@ from vmcryptd.model import VolumeSpec
 from vmcryptd.ports import Key
 
 DERIVATION_S = 600.0  # Argon2id on a slow, busy host
+WRITING_S = 60.0
+
+# The fewest iterations that cryptsetup allows: a key of 512 random bits is not found by trying.
+CHEAP = ("--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000")
+PRIORITIES = ("ignore", "normal", "prefer")
 
 WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
+@dataclass(frozen=True)
 class CryptsetupSlots:
     """The port `Slots` on this host."""
+
+    runtime: str = "/run/vmcryptd"  # in memory, and root's alone
+    derivation: tuple[
+        str, ...
+    ] = ()  # for slots of passphrases; cryptsetup's own choice is Argon2id
 
     async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
         # Tokens come first otherwise, and with a TPM's any passphrase would be right.
@@ -37,6 +49,56 @@ class CryptsetupSlots:
         except WrongKeyError:
             return False
         return True
+
+    async def add(
+        self, volume: VolumeSpec, key: Key, new_key: Key, *, is_random: bool = False
+    ) -> None:
+        derivation = CHEAP if is_random else self.derivation
+        argv = ["luksAddKey", "--disable-external-tokens", *derivation]
+        await self._cryptsetup(argv, volume, key, new_key)
+
+    async def remove(self, volume: VolumeSpec, slot: int, key: Key) -> None:
+        argv = ["luksKillSlot", "--disable-external-tokens"]
+        await self._cryptsetup(argv, volume, key, then=str(slot))
+
+    async def prioritise(self, volume: VolumeSpec, slot: int, priority: int) -> None:
+        argv = ["config", f"--key-slot={slot}", f"--priority={PRIORITIES[priority]}"]
+        await self._keyless(argv, volume)
+
+    async def remove_token(self, volume: VolumeSpec, token: int) -> None:
+        await self._keyless(["token", "remove", f"--token-id={token}"], volume)
+
+    async def back_up(self, volume: VolumeSpec, fd: int) -> None:
+        # cryptsetup wants to make its file itself. Whether one may be made where the caller wants it
+        # is between the caller and the kernel, so that one comes open.
+        copy = f"{self.runtime}/header-{volume.name}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(copy)  # a daemon before this one was killed at it
+        try:
+            await self._keyless(["luksHeaderBackup", f"--header-backup-file={copy}"], volume)
+            reader = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                # Once this has ended the backup counts as made: it has to be on the disk.
+                argv = ["dd", "bs=1M", "conv=fsync", "status=none"]
+                done = await run(argv, stdin=reader, stdout=fd, timeout_s=WRITING_S)
+            finally:
+                os.close(reader)
+        except OSError as error:
+            raise StorageError(f"{copy} cannot be used: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(copy)
+        if done.code != 0:
+            raise StorageError(
+                f"The backup of the header of {volume.name} cannot be written: {done.complaint}"
+            )
+
+    async def _keyless(self, argv: list[str], volume: VolumeSpec) -> None:
+        place = volume.header or volume.device_path
+        argv = ["cryptsetup", *argv, "--batch-mode", "--", place]
+        done = await run(argv, timeout_s=WRITING_S)
+        if done.code != 0:
+            raise _failure(argv[1], done, volume)
 
     async def _cryptsetup(
         self, argv: list[str], volume: VolumeSpec, key: Key, *more: Key, then: str = ""
