@@ -7,34 +7,14 @@ import contextlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
-from vmcryptd import terminal
-from vmcryptd.adapters.memfd import MemfdKey
-from vmcryptd.adapters.run import run
-from vmcryptd.client import Client, connect, is_root
-from vmcryptd.errors import EXIT_OK, NotAuthorizedError, VmcryptdError, WrongKeyError
-from vmcryptd.talk import changing, open_key, page, print_json, say
+from vmcryptd.asking import Fitting, call, known, new, slot_of
+from vmcryptd.client import connect, is_root
+from vmcryptd.errors import EXIT_OK, NotAuthorizedError
+from vmcryptd.talk import changing, page, print_json, say
 from vmcryptd.verbs import UsageError
-
-TRIES = 3
-COMPARING_S = 10.0
-
-
-class _Key(Protocol):
-    """Typed, or a file that the caller named; never in Python."""
-
-    def reader(self) -> int:
-        """A new descriptor of it, to be closed by who called."""
-
-
-class _File:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def reader(self) -> int:
-        return os.dup(self._fd)
 
 
 async def _list(arguments: Namespace) -> int:
@@ -52,8 +32,8 @@ async def _test(arguments: Namespace) -> int:
     volume = arguments.VOLUME
     async with changing() as client:
         question = f"Passphrase of {volume} to test:"
-        async with _known(client, volume, arguments.key_file, question) as key:
-            slot = key.slot if isinstance(key, _Fitting) else await _slot_of(client, volume, key)
+        async with known(client, volume, arguments.key_file, question) as key:
+            slot = key.slot if isinstance(key, Fitting) else await slot_of(client, volume, key)
     if arguments.json:
         print_json({"volume": volume, "slot": slot})
     else:
@@ -64,16 +44,46 @@ async def _test(arguments: Namespace) -> int:
 async def _add(arguments: Namespace) -> int:
     volume = arguments.VOLUME
     _check_standard_input(arguments)
+    if arguments.keystore is not None:
+        return await _add_from_keystore(arguments)
     async with changing() as client:
         question = f"Passphrase that opens {volume} now:"
         async with (
-            _known(client, volume, arguments.key_file, question) as key,
-            _new(client, volume, arguments.new_key_file) as new_key,
+            known(client, volume, arguments.key_file, question) as key,
+            new(client, volume, arguments.new_key_file) as new_key,
         ):
-            [slot] = await _call(client, "AddKey", "shh", volume, 0, 1, keys=[key, new_key])
+            [slot] = await call(client, "AddKey", "shh", volume, 0, 1, keys=[key, new_key])
     print(f"the new key opens {volume}, too: key slot {slot}")
     _remind(volume)
     return EXIT_OK
+
+
+async def _add_from_keystore(arguments: Namespace) -> int:
+    volume, keystore = arguments.VOLUME, arguments.keystore
+    if arguments.new_key_file is not None:
+        raise UsageError("--keystore makes the new key itself; --new-key-file is for your own")
+    async with changing() as client:
+        question = f"Passphrase that opens {volume} now:"
+        async with known(client, volume, arguments.key_file, question) as key:
+            [source] = await call(client, "AddKeystoreKey", "ssh", volume, keystore, 0, keys=[key])
+        [text] = await client.call("ListKeys", "s", volume)
+    sources = json.loads(text)["sources"]
+    if source in sources:
+        print(f"{volume} is opened from the keystore {keystore} from now on")
+    else:
+        # The configuration is its author's, with comments and an order of its own: never rewritten.
+        keys = json.dumps([source, *sources], ensure_ascii=False)
+        print(f"the keystore {keystore} holds a key of {volume} now. To have it used, write")
+        print(f"\n    keys = {keys}\n")
+        print(f"into the table of {volume} in the configuration, then run: vmcryptctl reload")
+    _remind(volume)
+    return EXIT_OK
+
+
+async def _keystore_init(arguments: Namespace) -> int:
+    from vmcryptd import keystore
+
+    return await keystore.init(arguments)
 
 
 async def _change(arguments: Namespace) -> int:
@@ -82,10 +92,10 @@ async def _change(arguments: Namespace) -> int:
     async with changing() as client:
         question = f"Passphrase of {volume} that is to go:"
         async with (
-            _known(client, volume, arguments.key_file, question) as key,
-            _new(client, volume, arguments.new_key_file) as new_key,
+            known(client, volume, arguments.key_file, question) as key,
+            new(client, volume, arguments.new_key_file) as new_key,
         ):
-            [slot] = await _call(client, "ChangeKey", "shh", volume, 0, 1, keys=[key, new_key])
+            [slot] = await call(client, "ChangeKey", "shh", volume, 0, 1, keys=[key, new_key])
     print(f"the new key opens {volume}, the old one does not any more: key slot {slot}")
     _remind(volume, has_gone=True)
     return EXIT_OK
@@ -98,8 +108,8 @@ async def _remove(arguments: Namespace) -> int:
     slot = int(arguments.SLOT)
     async with changing() as client:
         question = f"Passphrase of {volume} that stays, to remove key slot {slot}:"
-        async with _known(client, volume, arguments.key_file, question, but=slot) as key:
-            await _call(client, "RemoveKey", "sxh", volume, slot, 0, keys=[key])
+        async with known(client, volume, arguments.key_file, question, but=slot) as key:
+            await call(client, "RemoveKey", "sxh", volume, slot, 0, keys=[key])
     print(f"key slot {slot} of {volume} is gone")
     _remind(volume, has_gone=True)
     return EXIT_OK
@@ -162,113 +172,12 @@ def _check_standard_input(arguments: Namespace) -> None:
         raise UsageError('standard input holds one key only: "-" for one of the two')
 
 
-# --- keys ---
-
-
-class _Fitting(MemfdKey):
-    """A key that was typed, and the key slot that it opens."""
-
-    slot = -1
-
-
-@contextlib.asynccontextmanager
-async def _known(
-    client: Client, volume: str, path: str | None, question: str, *, but: int = -1
-) -> AsyncIterator[_Key]:
-    """A key that opens the volume: from a file, or one that is asked for until it fits, not `but` that slot."""
-    if path is not None:
-        with _opened(path) as file:
-            yield file
-        return
-    await client.call("ListKeys", "s", volume)  # a name that is wrong shows before anybody types
-    for left in reversed(range(TRIES)):
-        with contextlib.closing(_Fitting()) as key:
-            await _ask(client, question, key)
-            try:
-                key.slot = await _slot_of(client, volume, key)
-            except WrongKeyError:
-                # Here rather than after all that is still to be typed.
-                if not left:
-                    raise
-                say("that did not fit; try again")
-                continue
-            if key.slot == but and left:
-                say(f"that is the key of key slot {but} itself; another one has to stay: try that")
-                continue
-            yield key
-            return
-
-
-@contextlib.asynccontextmanager
-async def _new(client: Client, volume: str, path: str | None) -> AsyncIterator[_Key]:
-    """A key that is to open the volume: from a file, or one that was typed twice."""
-    if path is not None:
-        with _opened(path) as file:
-            yield file
-        return
-    for left in reversed(range(TRIES)):
-        with contextlib.closing(MemfdKey()) as key, contextlib.closing(MemfdKey()) as again:
-            await _ask(client, f"New passphrase for {volume}:", key)
-            await _ask(client, f"New passphrase for {volume}, once more:", again)
-            if await _are_equal(key, again):
-                yield key
-                return
-        say("these were not the same" + ("; try again" if left else ""))
-    raise VmcryptdError("the new passphrase was not typed twice; nothing was done")
-
-
-async def _are_equal(one: MemfdKey, other: MemfdKey) -> bool:
-    fds = one.reader(), other.reader()
-    try:
-        paths = [f"/proc/self/fd/{fd}" for fd in fds]
-        done = await run(["cmp", "--silent", "--", *paths], fds=fds, timeout_s=COMPARING_S)
-    finally:
-        for fd in fds:
-            os.close(fd)
-    return done.code == 0
-
-
-async def _ask(client: Client, question: str, key: MemfdKey) -> None:
-    if not client.interactive:
-        raise UsageError("there is no terminal on which to ask for a passphrase; give --key-file")
-    if not await terminal.ask(question, key.fileno()):
-        raise VmcryptdError("no passphrase was given; nothing was done")
-    if not key.size:
-        raise VmcryptdError("nothing was entered; nothing was done")
-    key.seal()
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[_File]:
-    fd = open_key(path)
-    try:
-        yield _File(fd)
-    finally:
-        if fd:  # not standard input
-            os.close(fd)
-
-
-async def _slot_of(client: Client, volume: str, key: _Key) -> int:
-    [slot] = await _call(client, "TestKey", "sh", volume, 0, keys=[key])
-    return int(slot)
-
-
-async def _call(
-    client: Client, member: str, signature: str, *body: Any, keys: list[_Key]
-) -> list[Any]:
-    with contextlib.ExitStack() as opened:
-        fds = []
-        for key in keys:
-            fds.append(key.reader())
-            opened.callback(os.close, fds[-1])
-        return await client.call(member, signature, *body, fds=fds)
-
-
 RUN: dict[str, Callable[[Namespace], Coroutine[Any, Any, int]]] = {
     "key list": _list,
     "key test": _test,
     "key add": _add,
     "key change": _change,
     "key remove": _remove,
+    "keystore init": _keystore_init,
     "header backup": _backup,
 }

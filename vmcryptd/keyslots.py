@@ -18,6 +18,7 @@ from typing import Any
 
 from vmcryptd import planner
 from vmcryptd.errors import (
+    DependencyError,
     LastKeyError,
     NoSuchKeySlotError,
     StorageError,
@@ -113,7 +114,7 @@ class KeySlots:
         async with self._keys(name, fd, new_fd) as (spec, key, new_key):
             header = await self._ports.crypt.header(spec)
             old = await self._slot_of(spec, header, key)
-            new = await self._add(spec, key, new_key, old.priority)
+            new = await self._add(spec, key, new_key, priority=old.priority)
             # Until here the old key opens the volume, and from here on both do, until the old one is gone.
             try:
                 await self._remove(spec, await self._ports.crypt.header(spec), old.number, new_key)
@@ -123,6 +124,48 @@ class KeySlots:
                     f"(key slot {old.number}): `vmcryptctl key remove {name} {old.number}` removes it"
                 ) from None
             return new
+
+    async def add_from_keystore(self, name: str, keystore: str, fd: int) -> str:
+        """Have the volume opened by a random key that lies in a keystore, too. Returns the key source.
+
+        Raises DependencyError unless the keystore is open, and as `add`.
+        """
+        async with self._keys(name, fd) as (spec, key):
+            path = self._place_in(keystore, name)
+            new_key = await self._ports.slots.make_key(path)
+            try:
+                self._place_in(keystore, name)  # was it closed just now, it would lie in the open
+                await self._add(spec, key, new_key, is_random=True)
+            except BaseException:
+                # Also when only its test failed: what does not open the volume must not seem to.
+                with contextlib.suppress(VmcryptdError):
+                    await self._ports.slots.drop_key(path)
+                raise
+            finally:
+                new_key.close()
+        return f"file:{path}"
+
+    def _place_in(self, keystore: str, name: str) -> str:
+        """Where the keystore holds the volume's key. Raises NoSuchVolumeError, DependencyError, StorageError."""
+        self._world.observe()
+        planner.check_volume(self._world.graph, keystore)
+        node = self._world.graph.volumes[keystore]
+        if node.spec.mount is None:
+            raise StorageError(
+                f'volume {keystore} is no keystore: that has content = "filesystem" and a mount; '
+                "`vmcryptctl keystore init` makes one"
+            )
+        if name in self._world.graph.beneath([keystore]):
+            raise StorageError(
+                f"volume {keystore} needs {name} itself: the key of {name} would be locked in with it; "
+                "take another keystore"
+            )
+        if not node.is_usable or node.spec.mount not in node.mounts:
+            raise DependencyError(
+                f"keystore {keystore} is not open and mounted at {node.spec.mount}: "
+                f"`vmcryptctl unlock {keystore}` first, and `vmcryptctl lock {keystore}` afterwards"
+            )
+        return f"{node.spec.mount}/{name}.key"
 
     async def back_up(self, name: str, fd: int) -> None:
         """Write the header into a caller's file; `fd` is closed. Raises StorageError, DeviceMissingError."""
@@ -138,13 +181,21 @@ class KeySlots:
         """Since when every backup of the volume's header is out of date; empty if none is."""
         return self._due.get(name, "")
 
-    async def _add(self, spec: VolumeSpec, key: Key, new_key: Key, priority: int = 1) -> int:
+    async def _add(
+        self,
+        spec: VolumeSpec,
+        key: Key,
+        new_key: Key,
+        *,
+        priority: int = 1,
+        is_random: bool = False,
+    ) -> int:
         before = await self._ports.crypt.header(spec)
         known = {slot.number for slot in before.slots}
         async with self._changing(spec, before):
-            new_kib = NEW_SLOT_KIB if before.version > 1 else 0
+            new_kib = NEW_SLOT_KIB if before.version > 1 and not is_random else 0
             async with self._derivation(max(before.memory_kib, new_kib)):
-                await self._ports.slots.add(spec, key, new_key)
+                await self._ports.slots.add(spec, key, new_key, is_random=is_random)
             after = await self._ports.crypt.header(spec)
             added = [slot for slot in after.slots if slot.number not in known]
             if len(added) != 1:

@@ -114,6 +114,12 @@ class Slots(Protocol):
         Raises StorageError, DeviceMissingError.
         """
 
+    async def make_key(self, path: str) -> Key:
+        """A key of 512 random bits, in a new file of root alone, on its disk. Raises StorageError."""
+
+    async def drop_key(self, path: str) -> None:
+        """Remove the file again. Raises StorageError."""
+
 
 class Keys(Protocol):
     """Where keys come from."""

@@ -123,6 +123,11 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         return await self._engine.key_slots.add(volume, take_fd(key), take_fd(new_key))
 
     @exported(action=KEYS)
+    async def AddKeystoreKey(self, volume: str, keystore: str, key: Handle) -> str:
+        """Have a random key in an open keystore open a volume, too. Answers with the key source for its `keys`."""
+        return await self._engine.key_slots.add_from_keystore(volume, keystore, take_fd(key))
+
+    @exported(action=KEYS)
     async def RemoveKey(self, volume: str, slot: int, key: Handle) -> None:
         """Wipe a key slot. The key proves that the volume can be opened by another one."""
         await self._engine.key_slots.remove(volume, slot, take_fd(key))

@@ -200,10 +200,22 @@ VERBS: tuple[Verb, ...] = (
         "key add",
         "have another key open a volume, too",
         "Asks for a passphrase that opens the volume and twice for the new one. The new key is tried before this "
-        "says that it is done. Afterwards a new backup of the header is due.",
-        (ONE_VOLUME, KEY_FILE, NEW_KEY_FILE),
+        "says that it is done. Afterwards a new backup of the header is due. With --keystore the new key is a random "
+        "one that lies in a keystore; what is to be written into the configuration is printed.",
+        (
+            ONE_VOLUME,
+            KEY_FILE,
+            NEW_KEY_FILE,
+            Argument(
+                "--keystore",
+                "make the new key in this keystore, which is open",
+                value="NAME",
+                completes="volumes",
+            ),
+        ),
         (
             ("vmcryptctl key add cr_imap", "a second passphrase"),
+            ("vmcryptctl key add cr_imap --keystore keys", "a key of a keystore"),
             ("vmcryptctl key add cr_imap --new-key-file /root/imap.key", "a key file"),
         ),
         changes=True,
@@ -229,6 +241,31 @@ VERBS: tuple[Verb, ...] = (
             KEY_FILE,
         ),
         (("vmcryptctl key list cr_imap", ""), ("vmcryptctl key remove cr_imap 1", "")),
+        changes=True,
+    ),
+    Verb(
+        "keystore init",
+        "make a volume that holds the keys of others",
+        "Makes a small LUKS volume with one passphrase, for random keys of other volumes: one slow key derivation then "
+        "opens them all. In a new file or on an empty device; what is not empty is not touched. It is configured in a "
+        "file of its own, conf.d/NAME.toml. If a step fails, nothing is left behind. To be run as root.",
+        (
+            Argument("NAME", "what the keystore is to be called"),
+            Argument("--file", "make it in this new file", value="FILE", completes="files"),
+            Argument("--device", "make it on this empty device", value="DEVICE", completes="files"),
+            Argument("--size", "how large the file becomes; default 32M", value="SIZE"),
+            Argument(
+                "--mount",
+                "where it is mounted while it is open; default /run/vmcryptd/keystore/NAME",
+                value="DIR",
+                completes="files",
+            ),
+            KEY_FILE,
+        ),
+        (
+            ("vmcryptctl keystore init keys --file /var/lib/keys.luks", ""),
+            ("vmcryptctl keystore init keys --device /dev/vg0/keys", ""),
+        ),
         changes=True,
     ),
     Verb(

@@ -7,11 +7,12 @@ _vmcryptctl() {
     local verb=${COMP_WORDS[1]} options='' names='' goals='' files='' actions=() IFS=$'\n'
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload key header --help --version)" -- "$current")
+        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload key keystore header --help --version)" -- "$current")
         return
     fi
     case $verb in
         key) actions=(list test add change remove --help) ;;
+        keystore) actions=(init --help) ;;
         header) actions=(backup --help) ;;
     esac
     if ((${#actions[@]})); then
@@ -22,13 +23,14 @@ _vmcryptctl() {
         verb="$verb ${COMP_WORDS[2]}"
     fi
     case $previous in
-        --key-file | --new-key-file)
+        --key-file | --new-key-file | --file | --device | --mount)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return
             ;;
-        --timeout) return ;;
+        --timeout | --size) return ;;
     esac
+    [[ $previous == --keystore ]] && verb='' names=volumes
     case $verb in
         status) options='--help --all --json' names=all ;;
         unlock) options='--help --key-file' names=volumes ;;
@@ -45,9 +47,10 @@ _vmcryptctl() {
         reload) options='--help' ;;
         'key list') options='--help --json' names=volumes ;;
         'key test') options='--help --key-file --json' names=volumes ;;
-        'key add') options='--help --key-file --new-key-file' names=volumes ;;
+        'key add') options='--help --key-file --new-key-file --keystore' names=volumes ;;
         'key change') options='--help --key-file --new-key-file' names=volumes ;;
         'key remove') options='--help --key-file' names=volumes ;;
+        'keystore init') options='--help --file --device --size --mount --key-file' ;;
         'header backup') options='--help' names=volumes files=yes ;;
     esac
     local words=''

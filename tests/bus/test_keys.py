@@ -328,3 +328,142 @@ def test_keys_are_not_in_the_memory_of_the_daemon(start: Any, run: Any) -> None:
             assert b"canary" not in memory(daemon.process.pid)
 
     run(test())
+
+
+# --- keystores ---
+
+STORE = (
+    HOST
+    + f"""
+[volume.keys]
+device = "/dev/vg/keys"
+content = "filesystem"
+mount = "/run/keys"
+lock = "boot"
+unlock = "manual"
+[sim.volume.keys]
+{opened_by(GAMMA)}
+[volume.above]
+device = "/dev/vg/above"
+keys = ["file:/run/keys/above.key"]
+unlock = "manual"
+[sim.volume.above]
+{opened_by(ALPHA)}
+"""
+)
+
+
+@with_daemon(STORE)
+async def test_a_key_in_a_keystore(daemon: Daemon) -> None:
+    arguments = "AddKeystoreKey", "ssh", "mail"
+    assert await refused(daemon, *arguments, "keys", 0, keys=[ALPHA]) == "DependencyFailed"
+    assert await refused(daemon, *arguments, "one", 0, keys=[ALPHA]) == "StorageFailed"
+    assert await refused(daemon, *arguments, "no", 0, keys=[ALPHA]) == "NoSuchVolume"
+    await daemon.unlock("keys", GAMMA)
+    assert await refused(daemon, *arguments, "keys", 0, keys=["canary-no"]) == "WrongKey"
+    await daemon.call("Lock", "s", "keys")
+    assert await refused(daemon, *arguments, "keys", 0, keys=[ALPHA]) == "DependencyFailed"
+    await daemon.unlock("keys", GAMMA)
+    source = await call(daemon, *arguments, "keys", 0, keys=[ALPHA])
+    assert source == "file:/run/keys/mail.key"
+    slots = json.loads(await daemon.call("ListKeys", "s", "mail"))["slots"]
+    assert [slot["opened_by"] for slot in slots] == ["passphrase", "passphrase", "random key"]
+    assert await refused(daemon, *arguments, "keys", 0, keys=[ALPHA]) == "StorageFailed"  # has one
+    # Its own key would be locked in with it.
+    assert (
+        await refused(daemon, "AddKeystoreKey", "ssh", "keys", "keys", 0, keys=[GAMMA])
+        == "StorageFailed"
+    )
+    await daemon.call("Unlock", "s", "mail")
+    assert (await daemon.volume("mail"))["KeySource"] == "file:/run/keys/mail.key"
+
+
+@with_daemon(STORE)
+async def test_a_keystore_opens_what_it_has_a_key_of_and_closes(daemon: Daemon) -> None:
+    await daemon.unlock("keys", GAMMA)
+    await call(daemon, "AddKeystoreKey", "ssh", "above", "keys", 0, keys=[ALPHA])
+    await daemon.call("Lock", "s", "keys")
+    opening = asyncio.ensure_future(daemon.call("Unlock", "s", "above"))
+    await daemon.state("waiting")
+    assert await daemon.get("Waiting") == ["keys"]  # one question, not two
+    await daemon.unlock("keys", GAMMA)
+    await opening
+    assert (await daemon.volume("above"))["KeySource"] == "file:/run/keys/above.key"
+
+    async def closed() -> bool:
+        return bool((await daemon.volume("keys"))["State"] == "locked")
+
+    async with asyncio.timeout(30):
+        await daemon.until(closed)
+    assert (await daemon.volume("above"))["State"] == "unlocked"
+    await daemon.call("Lock", "s", "above")
+    # The keystore is lost. The other key slot works as ever.
+    await daemon.unlock("above", ALPHA)
+
+
+@with_daemon(STORE)
+async def test_what_is_to_be_configured_is_printed(daemon: Daemon) -> None:
+    await daemon.unlock("keys", GAMMA)
+    from_stdin = ["--key-file", "-", "--keystore", "keys"]
+    before = daemon.sim.read_text()
+    shown = await ctl("key", "add", "one", *from_stdin, typed=ALPHA)
+    assert shown.code == 0
+    assert '\n    keys = ["file:/run/keys/one.key", "prompt"]\n' in shown.out
+    shown = await ctl("key", "add", "above", *from_stdin, typed=ALPHA)
+    assert (shown.code, shown.out) == (0, "above is opened from the keystore keys from now on\n")
+    assert daemon.sim.read_text() == before
+    shown = await ctl("key", "add", "mail", *from_stdin, "--new-key-file", "/x", typed=ALPHA)
+    assert shown.code == 2
+    await daemon.call("Lock", "s", "keys")
+    shown = await ctl("key", "add", "mail", *from_stdin, typed=ALPHA)
+    assert shown.code == 1
+    assert "`vmcryptctl unlock keys` first" in shown.err
+
+
+LOST = STORE.replace('unlock = "manual"\n', "").replace(
+    'keys = ["file:/run/keys/above.key"]', 'keys = ["file:/run/keys/above.key", "prompt"]'
+)
+
+
+@with_daemon(
+    LOST.replace('device = "/dev/vg/keys"', 'device = "/dev/vg/keys"\ntimeout = "10ms"').replace(
+        "[sim.volume.keys]", "[sim.volume.keys]\npresent = false"
+    )
+)
+async def test_a_keystore_whose_disk_is_lost(daemon: Daemon) -> None:
+    """What it had keys of is asked for at boot, and opened by its other key slots."""
+    await daemon.call("Boot")
+
+    async def asked() -> bool:
+        return "above" in await daemon.get("Waiting")
+
+    async with asyncio.timeout(60):
+        await daemon.until(asked)
+    assert (await daemon.volume("keys"))["State"] == "missing"
+    await daemon.unlock("above", ALPHA)
+    assert (await daemon.volume("above"))["State"] == "unlocked"
+    await daemon.call("Lock", "s", "above")
+    opening = asyncio.ensure_future(daemon.call("Unlock", "s", "above"))
+    await daemon.until(asked)
+    await daemon.unlock("above", ALPHA)
+    await opening  # it is open, so this has not failed
+
+
+@with_daemon(LOST)
+async def test_a_keystore_whose_passphrase_is_lost(daemon: Daemon) -> None:
+    await daemon.unlock("above", ALPHA)
+    assert (await daemon.volume("above"))["State"] == "unlocked"
+    assert (await daemon.volume("keys"))["State"] != "unlocked"
+    assert await refused(daemon, "UnlockWithKey", "sh", "mail", 0, keys=["canary-no"]) == "WrongKey"
+    await daemon.call("Lock", "s", "above")
+    # While it is waited for at boot: given up, it lets the others be asked for.
+    await daemon.call("Boot")
+    await daemon.state("waiting")
+    await daemon.call("Lock", "s", "keys")
+
+    async def asked() -> bool:
+        return "above" in await daemon.get("Waiting")
+
+    async with asyncio.timeout(60):
+        await daemon.until(asked)
+    await daemon.unlock("above", ALPHA)

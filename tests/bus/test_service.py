@@ -243,7 +243,7 @@ SURFACE = {
             "Lock": "s→", "LockAll": "→", "StartGuest": "s→", "StopGuest": "s→", "Boot": "→o",
             "Shutdown": "→", "Panic": "→", "Plan": "s→s", "Reload": "→",
             "ListKeys": "s→s", "TestKey": "sh→x", "AddKey": "shh→x", "RemoveKey": "sxh→",
-            "ChangeKey": "shh→x", "BackupHeader": "sh→",
+            "ChangeKey": "shh→x", "BackupHeader": "sh→", "AddKeystoreKey": "ssh→s",
             "State": "s", "Waiting": "as", "Version": "s",
             "ConsoleNeeded": "b", "ConsolePromptUSec": "x",
         },
@@ -589,6 +589,7 @@ CHANGING = (
     ("Shutdown", "", ()), ("Panic", "", ()), ("Reload", "", ()), ("TestKey", "sh", ("outer", 0)),
     ("AddKey", "shh", ("outer", 0, 1)), ("RemoveKey", "sxh", ("outer", 0, 0)),
     ("ChangeKey", "shh", ("outer", 0, 1)), ("BackupHeader", "sh", ("outer", 0)),
+    ("AddKeystoreKey", "ssh", ("outer", "quiet", 0)),
 )  # fmt: skip
 
 
@@ -690,7 +691,7 @@ def test_polkit_decides_by_action(start: Start, run: Any, bus_address: str) -> N
             assert asked == [
                 (f"{NAME}.{action}", 0)
                 for action in ("unlock", "unlock", "unlock", "unlock", "lock", "lock", "guests",
-                               "guests", "unlock", "lock", "panic", "reload", *["keys"] * 5)
+                               "guests", "unlock", "lock", "panic", "reload", *["keys"] * 6)
             ]  # fmt: skip
             assert await daemon.get("State") == "locked"
         await polkit.disconnect()

@@ -315,3 +315,57 @@ def test_a_detached_header(templates: Path, tmp_path: Path) -> None:
     real.do(lambda keys: _backed_up(keys, tmp_path / "backup"))
     assert real.slots() == [2]
     assert data.read_bytes() == bytes(1 << 20)
+
+
+# --- keystores ---
+
+
+def test_a_key_is_made_by_the_kernel_and_its_slot_is_cheap(luks2: Real, tmp_path: Path) -> None:
+    path = str(tmp_path / "mail.key")
+
+    async def enrol(keys: KeySlots) -> None:
+        slots = CryptsetupSlots()
+        new_key = await slots.make_key(path)
+        old_key = lib.key(FIRST)
+        try:
+            await slots.add(luks2.engine.settings.volumes["mail"], old_key, new_key, is_random=True)
+        finally:
+            new_key.close()
+            old_key.close()
+
+    luks2.do(enrol)
+    status = os.stat(path)
+    assert (status.st_size, status.st_mode & 0o777, status.st_uid) == (64, 0o600, os.geteuid())
+    assert len(set(Path(path).read_bytes())) > 16
+    listed = luks2.do(lambda keys: keys.listed("mail"))["slots"][2]
+    assert (listed["kdf"], listed["iterations"]) == ("pbkdf2", 1000)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    assert luks2.do(lambda keys: keys.test("mail", os.dup(fd))) == 2
+    os.close(fd)
+
+
+def test_a_key_is_made_where_nothing_is(luks2: Real, tmp_path: Path) -> None:
+    path = tmp_path / "mail.key"
+    path.write_text("precious")
+    link = tmp_path / "link.key"
+    link.symlink_to(tmp_path / "target")
+
+    async def make(path: Path) -> None:
+        (await CryptsetupSlots().make_key(str(path))).close()
+
+    for there in (path, link):
+        with pytest.raises(StorageError, match="is there already"):
+            luks2.do(lambda keys, there=there: make(there))
+    assert path.read_text() == "precious"
+    assert not (tmp_path / "target").exists()
+    with pytest.raises(StorageError, match="cannot be made"):
+        luks2.do(lambda keys: make(tmp_path / "nowhere/mail.key"))
+
+
+def test_a_key_that_cannot_be_written_is_none(
+    luks2: Real, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "KEY_SIZE", 0)  # dd refuses to write nothing
+    with pytest.raises(StorageError, match="cannot be written"):
+        luks2.do(lambda keys: CryptsetupSlots().make_key(str(tmp_path / "mail.key")))
+    assert not (tmp_path / "mail.key").exists()

@@ -47,7 +47,26 @@ ALLOWED: dict[str, set[str]] = {
     "check": CORE | {"settings", "bus", "client", "render", "survey"},
     "unlocking": {"adapters.memfd", "client", "errors", "terminal", "verbs"},
     "talk": {"client", "errors", "render", "verbs"},
-    "keycli": {"adapters.memfd", "adapters.run", "client", "errors", "talk", "terminal", "verbs"},
+    "asking": {
+        "adapters.memfd",
+        "adapters.run",
+        "client",
+        "errors",
+        "talk",
+        "terminal",
+        "verbs",
+    },
+    "keycli": {"asking", "client", "errors", "talk", "verbs"},
+    "keystore": {
+        "adapters.memfd",
+        "adapters.run",
+        "asking",
+        "client",
+        "errors",
+        "settings",
+        "talk",
+        "verbs",
+    },
     "cli": {"bus", "client", "errors", "render", "talk", "verbs"},
 }
 
@@ -66,13 +85,16 @@ PORT_ADAPTERS = {
 }
 
 COMMAND_LINE = {
-    "check", "cli", "client", "keycli", "render", "survey", "talk", "terminal", "unlocking", "verbs",
+    "asking", "check", "cli", "client", "keycli", "keystore", "render", "survey", "talk", "terminal",
+    "unlocking", "verbs",
 }  # fmt: skip
 
 # Inside functions only: few calls need these, and each call would wait for them. Without a daemon
 # "vmcryptctl shutdown" does its work in its own process.
 LAZY = {
     "cli": {"check", "daemon", "keycli", "settings", "unlocking"},
+    "keycli": {"keystore"},
+    "keystore": {"config"},
     "settings": {"config"},
     "talk": {"terminal"},
     "unlocking": {"adapters.memfd"},

@@ -284,7 +284,8 @@ class Simulation:
     # --- Keys ---
 
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
-        if str(source) not in self._volumes[volume.name].sources:
+        simulated = self._volumes[volume.name]
+        if str(source) not in (*simulated.sources, *simulated.slots.values()):
             raise KeyUnavailableError("it gives no key (simulated)")
         return SourceKey(str(source))
 

@@ -64,6 +64,7 @@ class SimSlots:
 
     volumes: Mapping[str, HasSlots]
     calls: list[str] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)  # keys in keystores
 
     async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
         self.calls.append(f"test {volume.name} {slot}")
@@ -97,6 +98,17 @@ class SimSlots:
 
     async def remove_token(self, volume: VolumeSpec, token: int) -> None:
         raise AssertionError("simulated volumes have no tokens")
+
+    async def make_key(self, path: str) -> Key:
+        self.calls.append(f"make {path}")
+        if path in self.files:
+            raise StorageError(f"{path} is there already")
+        self.files.add(path)
+        return SourceKey(f"file:{path}")
+
+    async def drop_key(self, path: str) -> None:
+        self.calls.append(f"drop {path}")
+        self.files.discard(path)
 
     async def back_up(self, volume: VolumeSpec, fd: int) -> None:
         self.calls.append(f"back up {volume.name}")

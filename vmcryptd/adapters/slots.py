@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from vmcryptd.adapters.memfd import MemfdKey, send_file
 from vmcryptd.adapters.run import Completed, run
+from vmcryptd.adapters.threads import DaemonThreads
 from vmcryptd.errors import (
     BusyError,
     DeviceMissingError,
@@ -25,6 +29,7 @@ DERIVATION_S = 600.0  # Argon2id on a slow, busy host
 WRITING_S = 60.0
 
 # The fewest iterations that cryptsetup allows: a key of 512 random bits is not found by trying.
+KEY_SIZE = 64  # bytes
 CHEAP = ("--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000")
 PRIORITIES = ("ignore", "normal", "prefer")
 
@@ -37,9 +42,8 @@ class CryptsetupSlots:
     """The port `Slots` on this host."""
 
     runtime: str = "/run/vmcryptd"  # in memory, and root's alone
-    derivation: tuple[
-        str, ...
-    ] = ()  # for slots of passphrases; cryptsetup's own choice is Argon2id
+    derivation: tuple[str, ...] = ()  # for passphrases; cryptsetup's own choice is Argon2id
+    _threads: DaemonThreads = field(default_factory=DaemonThreads)
 
     async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
         # Tokens come first otherwise, and with a TPM's any passphrase would be right.
@@ -93,6 +97,48 @@ class CryptsetupSlots:
                 f"The backup of the header of {volume.name} cannot be written: {done.complaint}"
             )
 
+    async def make_key(self, path: str) -> Key:
+        try:
+            fd = await self._threads.call(WRITING_S, functools.partial(_new_file, path))
+        except FileExistsError:
+            raise StorageError(
+                f"{path} is there already: `vmcryptctl key test VOLUME --key-file {path}` tells whether its key "
+                "is in use; if it is not, remove the file"
+            ) from None
+        except OSError as error:
+            raise StorageError(f"{path} cannot be made: {error.strerror}") from None
+        key = MemfdKey()
+        try:
+            argv = [
+                "dd",
+                f"bs={KEY_SIZE}",
+                "count=1",
+                "iflag=fullblock",
+                "conv=fsync",
+                "status=none",
+            ]
+            done = await run([*argv, "if=/dev/urandom"], stdout=fd, timeout_s=WRITING_S)
+            if done.code != 0:
+                raise StorageError(f"{path} cannot be written: {done.complaint}")
+            try:
+                await self._threads.call(WRITING_S, functools.partial(_written, path, fd, key))
+            except OSError as error:
+                raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+        except BaseException:
+            key.close()
+            with contextlib.suppress(VmcryptdError):
+                await self.drop_key(path)
+            raise
+        finally:
+            os.close(fd)
+        return key
+
+    async def drop_key(self, path: str) -> None:
+        try:
+            await self._threads.call(WRITING_S, functools.partial(os.unlink, path))
+        except OSError as error:
+            raise StorageError(f"{path} cannot be removed: {error.strerror}") from None
+
     async def _keyless(self, argv: list[str], volume: VolumeSpec) -> None:
         place = volume.header or volume.device_path
         argv = ["cryptsetup", *argv, "--batch-mode", "--", place]
@@ -119,6 +165,25 @@ class CryptsetupSlots:
             )  # fmt: skip
         if done.code != 0:
             raise _failure(argv[0], done, volume)
+
+
+def _new_file(path: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)
+
+
+def _written(path: str, fd: int, key: MemfdKey) -> None:
+    """It is on the disk under its name before a key slot counts on it; into the key goes what lies there."""
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    os.lseek(fd, 0, os.SEEK_SET)
+    send_file(fd, key)
+    if key.size != KEY_SIZE:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    key.seal()
 
 
 @contextlib.contextmanager
