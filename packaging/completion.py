@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vmcryptd.verbs import GOALS, VISIBLE, Argument, Verb
+from vmcryptd.verbs import GOALS, GROUPS, VISIBLE, Argument, Verb
 
 HEAD = """\
 # SPDX-License-Identifier: LGPL-2.1-or-later
@@ -16,38 +16,88 @@ def _options(verb: Verb) -> list[Argument]:
     return [argument for argument in verb.arguments if argument.name.startswith("-")]
 
 
+def _words(verb: Verb) -> list[Argument]:
+    return [argument for argument in verb.arguments if not argument.name.startswith("-")]
+
+
 def _completes(verb: Verb) -> str:
-    """What a word that is no option may be."""
-    return next((one.completes for one in verb.arguments if not one.name.startswith("-")), "")
+    """What the first word that is no option may be."""
+    return next((one.completes for one in _words(verb)), "")
+
+
+def _takes_file(verb: Verb) -> bool:
+    return any(one.completes == "files" for one in _words(verb))
+
+
+def _first_words() -> list[str]:
+    """What may stand behind vmcryptctl: verbs, and groups of them once each."""
+    return list(dict.fromkeys(verb.name.split()[0] for verb in VISIBLE))
+
+
+def _members(group: str) -> list[Verb]:
+    return [verb for verb in VISIBLE if verb.name.startswith(f"{group} ")]
+
+
+def _second_word(verb: Verb) -> str:
+    return verb.name.split()[1]
+
+
+def _options_that_take(*kinds: str) -> list[str]:
+    """Options whose value is completed so, of all verbs."""
+    options = [option for verb in VISIBLE for option in _options(verb) if option.value]
+    return list(dict.fromkeys(option.name for option in options if option.completes in kinds))
 
 
 def bash() -> str:
-    names = " ".join(verb.name for verb in VISIBLE)
     cases = []
     for verb in VISIBLE:
         options = " ".join(["--help", *(option.name for option in _options(verb))])
         what = _completes(verb)
         live = f"names={NAMED[what]}" if what in NAMED else "goals=yes" if what == "goals" else ""
-        cases.append(f"        {verb.name}) options='{options}' {live}".rstrip() + " ;;")
+        files = " files=yes" if _takes_file(verb) else ""
+        pattern = f"'{verb.name}'" if " " in verb.name else verb.name
+        cases.append(f"        {pattern}) options='{options}' {live}{files}".rstrip() + " ;;")
+    groups = [
+        f"        {group}) actions=({' '.join(map(_second_word, _members(group)))} --help) ;;"
+        for group in GROUPS
+    ]
+    names = " ".join(_first_words())
     goals = " ".join(GOALS)
-    lines = "\n".join(cases)
+    lines, grouped = "\n".join(cases), "\n".join(groups)
+    files, nothing = " | ".join(_options_that_take("files")), " | ".join(_options_that_take(""))
+    volumes = _options_that_take("volumes")
+    live_value = (
+        f"    [[ $previous == {volumes[0]} ]] && verb='' names=volumes\n" if volumes else ""
+    )
     return f"""{HEAD}# shellcheck shell=bash
 
 _vmcryptctl() {{
     local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD - 1]}}
-    local verb=${{COMP_WORDS[1]}} options='' names='' goals='' IFS=$'\\n'
+    local verb=${{COMP_WORDS[1]}} options='' names='' goals='' files='' actions=() IFS=$'\\n'
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
         mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\\n' {names} --help --version)" -- "$current")
         return
     fi
-    if [[ $previous == --key-file ]]; then
-        compopt -o filenames
-        mapfile -t COMPREPLY < <(compgen -f -- "$current")
-        return
-    fi
-    [[ $previous == --timeout ]] && return
     case $verb in
+{grouped}
+    esac
+    if ((${{#actions[@]}})); then
+        if ((COMP_CWORD == 2)); then
+            mapfile -t COMPREPLY < <(compgen -W "${{actions[*]}}" -- "$current")
+            return
+        fi
+        verb="$verb ${{COMP_WORDS[2]}}"
+    fi
+    case $previous in
+        {files})
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            return
+            ;;
+        {nothing}) return ;;
+    esac
+{live_value}    case $verb in
 {lines}
     esac
     local words=''
@@ -74,6 +124,10 @@ _vmcryptctl() {{
     while read -r word; do
         [[ -n $word && $word == "$current"* ]] && COMPREPLY+=("$(printf %q "$word")")
     done <<<"$words"
+    if [[ -n $files && $current != -* ]]; then
+        compopt -o filenames
+        mapfile -t -O ${{#COMPREPLY[@]}} COMPREPLY < <(compgen -f -- "$current")
+    fi
 }}
 complete -F _vmcryptctl vmcryptctl
 """
@@ -83,24 +137,42 @@ def _quoted(text: str) -> str:
     return text.replace("'", "'\\''")
 
 
+def _about(word: str) -> str:
+    """What a first word is about."""
+    verb = next((verb for verb in VISIBLE if verb.name == word), None)
+    if verb is not None:
+        return verb.help
+    return ", ".join(map(_second_word, _members(word)))
+
+
+def _zsh_action(argument: Argument) -> str:
+    if not argument.completes:
+        return " "
+    return "_files" if argument.completes == "files" else f"_vmcryptctl_{argument.completes}"
+
+
 def _zsh_text(text: str) -> str:
     return _quoted(text).replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
 
 
 def zsh() -> str:
-    listed = "\n".join(f"        '{verb.name}:{_quoted(verb.help)}'" for verb in VISIBLE)
+    listed = "\n".join(f"        '{word}:{_quoted(_about(word))}'" for word in _first_words())
+    groups = []
+    for group in GROUPS:
+        told = " ".join(f"'{_second_word(one)}:{_quoted(one.help)}'" for one in _members(group))
+        groups.append(f"        {group}) verbs=({told}) ;;")
     cases = []
     for verb in VISIBLE:
         words = ["'--help[tell more about it]'"]
         for option in _options(verb):
-            value = {"FILE": ":file:_files", "TIME": ":time:"}.get(option.value, "")
+            value = f":{option.value.lower()}:{_zsh_action(option)}" if option.value else ""
             words.append(f"'{option.name}[{_zsh_text(option.help)}]{value}'")
-        for argument in verb.arguments:
-            if not argument.name.startswith("-"):
-                many = "*" if argument.nargs else ""
-                words.append(f"'{many}:{argument.name.lower()}:_vmcryptctl_{argument.completes}'")
-        cases.append(f"        {verb.name}) _arguments {' '.join(words)} ;;")
-    lines = "\n".join(cases)
+        for argument in _words(verb):
+            many = "*" if argument.nargs else ""
+            words.append(f"'{many}:{argument.name.lower()}:{_zsh_action(argument)}'")
+        pattern = f"'{verb.name}'" if " " in verb.name else verb.name
+        cases.append(f"        {pattern}) _arguments {' '.join(words)} ;;")
+    lines, grouped = "\n".join(cases), "\n".join(groups)
     goals = " ".join(GOALS)
     return f"""#compdef vmcryptctl
 {HEAD}
@@ -137,6 +209,20 @@ _vmcryptctl() {{
     local verb=$words[2]
     shift words
     ((CURRENT--))
+    verbs=()
+    case $verb in
+{grouped}
+    esac
+    if (($#verbs)); then
+        if ((CURRENT == 2)); then
+            _describe verb verbs
+            _arguments '--help'
+            return
+        fi
+        verb="$verb $words[2]"
+        shift words
+        ((CURRENT--))
+    fi
     case $verb in
 {lines}
     esac
@@ -153,14 +239,26 @@ def fish() -> str:
         "complete -c vmcryptctl -n __fish_use_subcommand -l help -d 'show all verbs'",
         "complete -c vmcryptctl -n __fish_use_subcommand -l version -d 'show the version'",
     ]
+    for word in _first_words():
+        about = _fish_text(_about(word))
+        lines.append(f"complete -c vmcryptctl -n __fish_use_subcommand -a {word} -d '{about}'")
+    for group in GROUPS:
+        words = " ".join(map(_second_word, _members(group)))
+        begun = f"__fish_seen_subcommand_from {group}; and not __fish_seen_subcommand_from {words}"
+        lines += [
+            f"complete -c vmcryptctl -n '{begun}' -a {_second_word(one)} -d '{_fish_text(one.help)}'"
+            for one in _members(group)
+        ]
     for verb in VISIBLE:
-        lines.append(
-            f"complete -c vmcryptctl -n __fish_use_subcommand -a {verb.name} -d '{_fish_text(verb.help)}'"
-        )
-        seen = f"-n '__fish_seen_subcommand_from {verb.name}'"
+        seen = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in verb.name.split())
+        seen = f"-n '{seen}'"
         lines.append(f"complete -c vmcryptctl {seen} -l help -d 'tell more about it'")
         for option in _options(verb):
-            takes = {"FILE": " -r -F", "TIME": " -x"}.get(option.value, "")
+            takes = "" if not option.value else " -x"
+            if option.completes == "files":
+                takes = " -r -F"
+            elif option.completes in NAMED:
+                takes += f" -a '(vmcryptctl _names {NAMED[option.completes]} 2>/dev/null)'"
             name = option.name.removeprefix("--")
             lines.append(
                 f"complete -c vmcryptctl {seen} -l {name}{takes} -d '{_fish_text(option.help)}'"
@@ -175,6 +273,8 @@ def fish() -> str:
                 f"complete -c vmcryptctl {seen} -a '{' '.join(goal for goal in GOALS if goal[-1] != ':')}'",
                 *(_fish_goal(seen, goal) for goal in GOALS if goal[-1] == ":"),
             ]
+        if _takes_file(verb):
+            lines.append(f"complete -c vmcryptctl {seen} -F")
     return "\n".join(lines) + "\n"
 
 

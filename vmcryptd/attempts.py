@@ -82,6 +82,10 @@ class Attempts:
         async with self._room(spec, memory_kib):
             yield
 
+    def derivation(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
+        """Room in the budget for a key derivation that is none of an opening: it waits behind these."""
+        return self._budget.take(memory_kib, self._world.settings.daemon.kdf_memory, 0)
+
     def _room(self, spec: VolumeSpec, memory_kib: int) -> AbstractAsyncContextManager[None]:
         share = self._world.settings.daemon.kdf_memory
         return self._budget.take(memory_kib, share, self._height(spec.name))

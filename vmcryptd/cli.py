@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from vmcryptd import verbs
@@ -23,7 +23,6 @@ from vmcryptd.errors import (
     VmcryptdError,
 )
 from vmcryptd.render import (
-    Page,
     change,
     guest_members,
     printable,
@@ -31,6 +30,7 @@ from vmcryptd.render import (
     status_members,
     volume_members,
 )
+from vmcryptd.talk import changing, open_key, page, print_json, report, say
 from vmcryptd.verbs import UsageError
 
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
@@ -87,28 +87,6 @@ def _run(argv: list[str]) -> int:
         return error.exit_code
 
 
-def say(text: str) -> None:
-    """A message, for people."""
-    print(f"vmcryptctl: {printable(text)}", file=sys.stderr, flush=True)
-
-
-def _print_json(value: object, *, indent: int | None = 2) -> None:
-    import json
-
-    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
-
-
-def _page() -> Page:
-    if not sys.stdout.isatty():
-        return Page()
-    try:
-        width = os.get_terminal_size(1).columns
-    except OSError:
-        width = 0
-    plain = "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb"
-    return Page(width=width or 80, colour=not plain)  # a serial line knows no size
-
-
 # --- reading ---
 
 
@@ -126,16 +104,16 @@ async def _status(arguments: Namespace) -> int:
         volumes = [values for values in volumes if values["Name"] in names]
         guests = [values for values in guests if values["Name"] in names]
     if arguments.json:
-        _print_json(status_members(client.host, volumes, guests))
+        print_json(status_members(client.host, volumes, guests))
         return EXIT_OK
-    page = _page()
+    shown = page()
     if names:
-        lines = [*page.volumes(volumes), *page.guests(guests)][1:]
+        lines = [*shown.volumes(volumes), *shown.guests(guests)][1:]
     else:
         if not arguments.all:
             members = "Needs", "StartsAtBoot", "LastError"
             guests = [values for values in guests if any(values[key] for key in members)]
-        lines = page.status(client.host, volumes, guests)
+        lines = shown.status(client.host, volumes, guests)
     print("\n".join(lines))
     return EXIT_OK
 
@@ -147,9 +125,9 @@ async def _plan(arguments: Namespace) -> int:
         [text] = await client.call("Plan", "s", arguments.GOAL)
     plan = json.loads(text)
     if arguments.json:
-        _print_json(plan)
+        print_json(plan)
     else:
-        print("\n".join(_page().plan(plan)))
+        print("\n".join(page().plan(plan)))
     return EXIT_OK
 
 
@@ -158,14 +136,14 @@ async def _check(arguments: Namespace) -> int:
 
     findings = await check.problems()
     if arguments.json:
-        _print_json(
+        print_json(
             {
                 "ok": check.exit_status(findings) == EXIT_OK,
                 "findings": [one._asdict() for one in findings],
             }
         )
     elif findings:
-        print("\n".join(_page().findings([one._asdict() for one in findings])))
+        print("\n".join(page().findings([one._asdict() for one in findings])))
     else:
         print("nothing is wrong: boot will work")
     return check.exit_status(findings)
@@ -183,7 +161,7 @@ async def _wait(arguments: Namespace) -> int:
         if one["LastError"]
     ]
     if arguments.json:
-        _print_json({"state": state, "waiting": list(client.host["Waiting"]), "reasons": reasons})
+        print_json({"state": state, "waiting": list(client.host["Waiting"]), "reasons": reasons})
     if not ended:
         waiting = ", ".join(client.host["Waiting"])
         why = f"a passphrase is missing for {waiting}" if waiting else f"the state is {state}"
@@ -203,7 +181,7 @@ async def _monitor(arguments: Namespace) -> int:
     async with connect() as client:
         await client.follow(changes.put_nowait)
         if not arguments.json:
-            first = _page().status(
+            first = page().status(
                 client.host, [*client.volumes.values()], [*client.guests.values()]
             )[0]
             print(first, flush=True)
@@ -218,7 +196,7 @@ async def _monitor(arguments: Namespace) -> int:
             if arguments.json:
                 stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
                 members = {"time": stamp, "event": what.event, "type": what.kind, "name": what.name}
-                _print_json({**members, **_members(what)}, indent=None)
+                print_json({**members, **_members(what)}, indent=None)
             else:
                 print(time.strftime("%H:%M:%S"), printable(change(*what)), flush=True)
 
@@ -246,21 +224,11 @@ async def _names(arguments: Namespace) -> int:
 # --- changing ---
 
 
-@contextlib.asynccontextmanager
-async def _changing() -> AsyncIterator[Client]:
-    """A connection whose caller can be asked by polkit."""
-    from vmcryptd import terminal
-
-    interactive = terminal.is_interactive()
-    async with terminal.polkit_agent(), connect(interactive=interactive) as client:
-        yield client
-
-
 async def _unlock(arguments: Namespace) -> int:
     from vmcryptd.unlocking import Unlocking, check_names, with_key_file
 
-    key = None if arguments.key_file is None else _open_key(arguments.key_file)
-    async with _changing() as client:
+    key = None if arguments.key_file is None else open_key(arguments.key_file)
+    async with changing() as client:
         await client.follow()
         if key is not None:
             check_names(client, arguments.VOLUME)
@@ -268,21 +236,7 @@ async def _unlock(arguments: Namespace) -> int:
         else:
             unlocking = Unlocking(client, arguments.VOLUME, can_ask=client.interactive, say=say)
             failed = await unlocking.run()
-    return _report(failed.values())
-
-
-def _open_key(path: str) -> int:
-    if path == "-":
-        if os.isatty(0):
-            raise UsageError(
-                '"--key-file -" reads standard input, which is the terminal; without it you are asked'
-            )
-        return 0
-    try:
-        # A directory or a device is the daemon's to refuse: it knows what can be read to an end.
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
+    return report(failed.values())
 
 
 async def _lock(arguments: Namespace) -> int:
@@ -299,7 +253,7 @@ async def _stop(arguments: Namespace) -> int:
 
 async def _each(method: str, names: list[str], method_for_all: str = "") -> int:
     failed: list[VmcryptdError] = []
-    async with _changing() as client:
+    async with changing() as client:
         if not names:
             await client.call(method_for_all)
         for name in names:
@@ -309,32 +263,24 @@ async def _each(method: str, names: list[str], method_for_all: str = "") -> int:
                 raise
             except VmcryptdError as error:
                 failed.append(error)
-    return _report(failed)
-
-
-def _report(errors: Iterable[VmcryptdError]) -> int:
-    """Say each, and return the highest exit status."""
-    errors = list(errors)
-    for error in errors:
-        say(str(error))
-    return max((error.exit_code for error in errors), default=EXIT_OK)
+    return report(failed)
 
 
 async def _boot(arguments: Namespace) -> int:
-    async with _changing() as client:
+    async with changing() as client:
         await client.call("Boot")
     print("booting: `vmcryptctl status` shows how far it is, `vmcryptctl wait` waits for its end")
     return EXIT_OK
 
 
 async def _panic(arguments: Namespace) -> int:
-    async with _changing() as client:
+    async with changing() as client:
         await client.call("Panic")
     return EXIT_OK
 
 
 async def _reload(arguments: Namespace) -> int:
-    async with _changing() as client:
+    async with changing() as client:
         await client.call("Reload")
     return EXIT_OK
 
@@ -347,7 +293,7 @@ async def _shutdown(arguments: Namespace) -> int:
         if what.kind in ("guest", "volume") and "State" in what.values and what.event == "changed":
             print(printable(change(*what)), flush=True)
 
-    async with _changing() as client:
+    async with changing() as client:
         await client.follow(show)
         await client.call("Shutdown")
     return EXIT_OK
@@ -408,6 +354,18 @@ def _notify_longer(seconds: float) -> None:
         sender.sendto(f"EXTEND_TIMEOUT_USEC={usec}".encode(), address.replace("@", "\0", 1))
 
 
+# --- what is behind a verb of two words ---
+
+
+def _keys(name: str) -> Callable[[Namespace], Coroutine[Any, Any, int]]:
+    async def run(arguments: Namespace) -> int:
+        from vmcryptd import keycli
+
+        return await keycli.RUN[name](arguments)
+
+    return run
+
+
 RUN: dict[str, Callable[[Namespace], Coroutine[Any, Any, int]]] = {
     "status": _status,
     "unlock": _unlock,
@@ -425,6 +383,7 @@ RUN: dict[str, Callable[[Namespace], Coroutine[Any, Any, int]]] = {
     "console": _console,
     "_names": _names,
 }
+RUN |= {verb.name: _keys(verb.name) for verb in verbs.VISIBLE if " " in verb.name}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -95,10 +95,12 @@ def real_ports(settings: Settings) -> Ports:
     from vmcryptd.adapters.crypt import Cryptsetup
     from vmcryptd.adapters.domains import Libvirt
     from vmcryptd.adapters.keys import SystemKeys
+    from vmcryptd.adapters.slots import CryptsetupSlots
 
     return Ports(
         blocks=SysfsBlocks(),
         crypt=Cryptsetup(),
+        slots=CryptsetupSlots(),
         keys=SystemKeys(),
         domains=Libvirt(settings.daemon.libvirt_uri),
         host=host.SystemdHost(),

@@ -27,6 +27,7 @@ from vmcryptd.errors import (
 )
 from vmcryptd.graph import Graph
 from vmcryptd.jobs import Job, JobState, is_rising, outcome, together
+from vmcryptd.keyslots import KeySlots
 from vmcryptd.model import Action, HostState, Infinity, Lock, Plan, Settings, Unlock, VolumeState
 from vmcryptd.panic import panic
 from vmcryptd.ports import Key, Ports
@@ -94,6 +95,7 @@ class Engine:
             self._touch,
             self._open_for,
         )
+        self.key_slots = KeySlots(ports, self.world, self._steps.unlocker.derivation, self._touch)
 
     @property
     def settings(self) -> Settings:
@@ -321,7 +323,12 @@ class Engine:
 
     def volume_views(self) -> list[VolumeView]:
         return [
-            volume_view(self.graph, name, self._activities.volumes[name])
+            volume_view(
+                self.graph,
+                name,
+                self._activities.volumes[name],
+                header_backup_due=bool(self.key_slots.backup_due_since(name)),
+            )
             for name in self.graph.volumes
         ]
 
@@ -515,10 +522,14 @@ class Engine:
                 rebuilt = self._rebuilt
                 self._add_steps(job, self._plan_again(job))
                 is_known = libvirt is None or libvirt.done()
-                if job.is_idle and (job.is_stopped or (is_known and not self._is_undone(job))):
+                needless = self._needless(job)
+                if job.is_idle_but(needless) and (
+                    job.is_stopped or (is_known and not self._is_undone(job))
+                ):
                     break
                 await rebuilt.wait()
-            job.error = next(iter(job.failures().values()), None)
+            failures = job.failures()
+            job.error = next((failures[one] for one in failures if one not in needless), None)
         except Exception:
             log.exception("job %s (%s) broke off", job.id, job.goal)
             job.error = InternalError("an internal error; the journal has the details")
@@ -527,18 +538,45 @@ class Engine:
                 libvirt.cancel()
             self._finish(job)
 
+    def _needless(self, job: Job) -> set[str]:
+        """Steps of the job that its goal can do without: of keystores, once other keys have opened what it wants."""
+        volumes = self.graph.volumes
+        wanted = [name for name in self._wanted(job.goal) if name in volumes]
+        if not wanted or not all(volumes[name].is_usable for name in wanted):
+            return set()
+        bearing = self.graph.bearing(wanted)
+        parts = {step_id: step_id.partition(":") for step_id in job.tasks}
+        return {
+            step_id
+            for step_id, (action, _, volume) in parts.items()
+            if action in _RISING_VOLUME and volume not in bearing
+        }
+
+    def _wanted(self, goal: str) -> tuple[str, ...]:
+        """The volumes that a goal about one volume or guest is to open."""
+        verb, _, name = goal.partition(":")
+        if verb == "start" and name in self.graph.guests:
+            return self.graph.guests[name].needs
+        return (name,) if verb == "unlock" else ()
+
     def _is_undone(self, job: Job) -> bool:
         """Whether what the job wants to be up is open still, but just being closed."""
         verb, _, name = job.goal.partition(":")
         if verb != "unlock" or name not in self.graph.volumes:
             return False
         closing = (Action.UNMOUNT, Action.DEACTIVATE, Action.LOCK)
-        wanted = self.graph.beneath([name])
+        # A keystore is closed when it has done its work; what it opened does not wait for that.
+        wanted = self.graph.beneath([name], still=True)
         return any(f"{action}:{volume}" in self._running for action in closing for volume in wanted)
 
     def _finish(self, job: Job) -> None:
         job.state = JobState.FAILED if job.error else JobState.DONE
         self.jobs.pop(job.id, None)
+        if undone := [task for task in job.tasks.values() if not task.done()]:
+            others = {task for other in self.jobs.values() for task in other.tasks.values()}
+            for task in undone:
+                if task not in others:
+                    task.cancel()  # nobody needs the keystore any more: it is not asked for
         if job.is_rising and job.goal != "boot":
             self._keystores.update(
                 name
@@ -636,6 +674,10 @@ class Engine:
     def running(self) -> Iterable[str]:
         """The steps under way."""
         return self._running.keys()
+
+    def is_at_work(self, name: str) -> bool:
+        """Whether keys are tried on the volume, or asked for: its step waits for no other one."""
+        return self._activities.volumes[name].doing is not None
 
     def is_absent(self, name: str) -> bool:
         """Whether the volume's device is being waited for."""

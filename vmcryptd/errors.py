@@ -65,6 +65,17 @@ class WrongKeyError(VmcryptdError):
     exit_code = EXIT_WRONG_KEY
 
 
+class NoSuchKeySlotError(VmcryptdError):
+    name = "NoSuchKeySlot"
+    exit_code = EXIT_USAGE
+
+
+class LastKeyError(VmcryptdError):
+    """It is the last way into a volume, so it stays."""
+
+    name = "LastKey"
+
+
 class KeyUnavailableError(VmcryptdError):
     """No key source gave a key that fits, and nobody may be asked."""
 

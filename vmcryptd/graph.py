@@ -25,6 +25,7 @@ from vmcryptd.model import (
     SourceKind,
     SourceType,
     Start,
+    Storage,
     Virtualisation,
     VolumeSpec,
 )
@@ -39,7 +40,12 @@ class VolumeNode:
     opens_after: tuple[
         str, ...
     ] = ()  # volumes that must be open to open it (its key file, `after`)
-    device: str = ""  # kernel name of its device, empty while that is not there
+    keys_in: tuple[
+        str, ...
+    ] = ()  # of these, what only holds a key of it: another key opens it, too
+    device: str = (
+        ""  # kernel name of its device, or its path if that is a file; empty while not there
+    )
     mapping: str = ""  # dm name of its mapping (ours, or one made by hand), empty while locked
     suspended: bool = False
     taken_by: str = ""  # what holds its mapping name although it is not this volume
@@ -145,6 +151,18 @@ class Graph:
                 stack.append((name, True))
                 stack.extend((lower, False) for lower in lowers if lower not in found)
         return list(found)
+
+    def bearing(self, names: Iterable[str]) -> set[str]:
+        """The named volumes and all without which no key opens them: not what only holds keys of theirs."""
+        found: set[str] = set()
+        left = list(names)
+        while left:
+            name = left.pop()
+            if name not in found and name in self.volumes:
+                found.add(name)
+                node = self.volumes[name]
+                left += [lower for lower in node.needs if lower not in node.keys_in]
+        return found
 
     def is_explained(self, name: str) -> bool:
         """Whether a missing device is no surprise, because a volume beneath it is locked."""
@@ -343,15 +361,21 @@ def _build(settings: Settings, observation: Observation) -> Graph:
             # What it is mounted on must be mounted first, and unmounted last.
             stands_on.update(dict.fromkeys(places.of_path(_parent(spec.mount))))
             stands_on.pop(name, None)
+        must: dict[str, None] = dict.fromkeys(spec.after)
+        if spec.header:
+            must.update(dict.fromkeys(places.of_path(spec.header)))
         opens_after: dict[str, None] = {}
         for key_path in list(_volume_paths(spec))[1:]:
             opens_after.update(dict.fromkeys(places.of_path(key_path)))
-        opens_after.update(dict.fromkeys(spec.after))
+        opens_after.update(must)
         volumes[name] = VolumeNode(
             spec=spec,
             stands_on=tuple(stands_on),
             opens_after=tuple(lower for lower in opens_after if lower not in stands_on),
-            device=observation.storage.links.get(spec.device_path, ""),
+            keys_in=tuple(
+                lower for lower in opens_after if lower not in must and lower not in stands_on
+            ),
+            device=_device(spec, observation.storage),
             mapping=mapping.dm_name if mapping else "",
             suspended=mapping.suspended if mapping else False,
             taken_by=taken_by,
@@ -412,6 +436,13 @@ def _build(settings: Settings, observation: Observation) -> Graph:
     )
 
 
+def _device(spec: VolumeSpec, storage: Storage) -> str:
+    path = spec.device_path
+    if path in storage.files:
+        return storage.real.get(path, path)
+    return storage.links.get(path, "")
+
+
 def _uuid(spec: VolumeSpec, observation: Observation) -> str:
     return (
         spec.uuid
@@ -432,7 +463,10 @@ def _mappings(
     by_uuid: dict[str, list[BlockDevice]] = {}
     by_lower: dict[str, list[BlockDevice]] = {}
     by_name: dict[str, BlockDevice] = {}
+    loops: dict[str, list[str]] = {}  # file → loop devices on it, which cryptsetup makes by itself
     for device in devices.values():
+        if device.backing_file:
+            loops.setdefault(device.backing_file, []).append(device.name)
         if device.dm_name:
             by_name[device.dm_name] = device
         if uuid := device.luks_uuid:
@@ -454,11 +488,12 @@ def _mappings(
 
     away = []
     for name, spec in settings.volumes.items():
-        kernel_name = observation.storage.links.get(spec.device_path)
-        if kernel_name is None:
+        place = _device(spec, observation.storage)
+        if not place:
             away.append(name)
             continue
-        candidates = by_lower.get(kernel_name, [])
+        lowers = loops.get(place, []) if place.startswith("/") else [place]
+        candidates = [mapping for lower in lowers for mapping in by_lower.get(lower, ())]
         if spec.uuid:
             candidates = [device for device in candidates if device.luks_uuid == spec.uuid]
         find(name, candidates)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -38,9 +38,9 @@ class Job:
     def is_rising(self) -> bool:
         return is_rising(self.goal)
 
-    @property
-    def is_idle(self) -> bool:
-        return all(task.done() for task in self.tasks.values())
+    def is_idle_but(self, needless: Container[str]) -> bool:
+        """Whether nothing is under way for it, but for these steps."""
+        return all(task.done() for step_id, task in self.tasks.items() if step_id not in needless)
 
     def forget_failures(self) -> None:
         """What failed may be tried again."""

@@ -119,8 +119,13 @@ async def _tried(
             return not any(
                 step.startswith((Action.ACTIVATE, Action.MOUNT)) for step in engine.running
             )
-        beneath = engine.graph.beneath([name])[:-1]
-        return any(lower in answer.refused or is_absent(lower) for lower in beneath)
+        # That this key does not open a keystore is no reason not to try it on the volume, unless that waits.
+        bearing = engine.graph.bearing([name])
+        blocking = set() if engine.is_at_work(name) else set(engine.waiting)
+        return any(
+            is_absent(lower) or (lower in answer.refused and lower in bearing | blocking)
+            for lower in engine.graph.beneath([name])[:-1]
+        )
 
     while any(job.id in engine.jobs for job in jobs) and not all(map(is_settled, volumes)):
         await engine.world.move()

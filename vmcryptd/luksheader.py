@@ -83,7 +83,13 @@ def _slots(metadata: object) -> tuple[KeySlot, ...]:
     keyslots = metadata.get("keyslots") if isinstance(metadata, dict) else None
     if not isinstance(keyslots, dict):
         raise DamagedHeaderError("the LUKS2 metadata has no key slots object")
-    found = [slot for number, value in keyslots.items() for slot in _luks2_slot(number, value)]
+    unbound = _unbound(metadata)
+    found = [
+        slot
+        for number, value in keyslots.items()
+        if number not in unbound
+        for slot in _luks2_slot(number, value)
+    ]
     return tuple(sorted(found, key=lambda slot: slot.number))
 
 
@@ -165,6 +171,17 @@ def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
         )
     else:
         raise DamagedHeaderError(f"key slot {number} has an unknown key derivation")
+
+
+def _unbound(metadata: object) -> set[str]:
+    """The slots whose key opens no segment (`cryptsetup luksAddKey --unbound`): they are no way in."""
+    digests = metadata.get("digests") if isinstance(metadata, dict) else None
+    found: set[str] = set()
+    for digest in digests.values() if isinstance(digests, dict) else ():
+        if isinstance(digest, dict) and digest.get("segments") == []:
+            slots = digest.get("keyslots")
+            found.update(str(slot) for slot in (slots if isinstance(slots, list) else ()))
+    return found
 
 
 def _token(number: str, value: Any) -> Token | None:

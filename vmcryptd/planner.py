@@ -181,10 +181,13 @@ class _Steps:
 
     def _one_up(self, name: str, reason: str) -> tuple[str, ...]:
         node = self._graph.volumes[name]
-        below = [step for lower in node.still_needs for step in self._tops.get(lower, ())]
+        # A keystore that is lost does not keep what has other keys closed: it is only waited for.
+        needs = {lower: lower not in node.keys_in for lower in node.still_needs}
+        below = [step for lower in needs if needs[lower] for step in self._tops.get(lower, ())]
+        keys = [step for lower in needs if not needs[lower] for step in self._tops.get(lower, ())]
         tops = []
         if not node.is_usable:
-            tops.append(self.add(Action.UNLOCK, name, reason, below))
+            tops.append(self.add(Action.UNLOCK, name, reason, below, keys))
         if node.spec.content is Content.LVM and not node.is_active:
             tops.append(self.add(Action.ACTIVATE, name, f"volume group on {name}", tops or below))
         if node.spec.content is Content.FILESYSTEM and node.spec.mount not in node.mounts:

@@ -99,6 +99,43 @@ class Crypt(Protocol):
         """What the kernel says is available for new allocations."""
 
 
+class Slots(Protocol):
+    """The key slots of LUKS headers, one by one. None of this needs or makes a mapping."""
+
+    async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
+        """Whether the key opens this slot. Raises OutOfMemoryError, DeviceMissingError, StorageError."""
+
+    async def add(
+        self, volume: VolumeSpec, key: Key, new_key: Key, *, is_random: bool = False
+    ) -> None:
+        """Have a new key open the volume, too. `key` opens it already.
+
+        `is_random`: nobody can guess the new key, so trying it may cost next to nothing.
+        Raises WrongKeyError, OutOfMemoryError, DeviceMissingError, StorageError.
+        """
+
+    async def remove(self, volume: VolumeSpec, slot: int, key: Key) -> None:
+        """Wipe a slot. `key` opens another one, else WrongKeyError. Raises as `add`."""
+
+    async def prioritise(self, volume: VolumeSpec, slot: int, priority: int) -> None:
+        """Raises StorageError, DeviceMissingError."""
+
+    async def remove_token(self, volume: VolumeSpec, token: int) -> None:
+        """Raises StorageError, DeviceMissingError."""
+
+    async def back_up(self, volume: VolumeSpec, fd: int) -> None:
+        """Write the header and its key slots into an open file, and that to its disk.
+
+        Raises StorageError, DeviceMissingError.
+        """
+
+    async def make_key(self, path: str) -> Key:
+        """A key of 512 random bits, in a new file of root alone, on its disk. Raises StorageError."""
+
+    async def drop_key(self, path: str) -> None:
+        """Remove the file again. Raises StorageError."""
+
+
 class Keys(Protocol):
     """Where keys come from."""
 
@@ -198,6 +235,11 @@ class Memory(Protocol):
     def publish(self, volumes: dict[str, bool]) -> None:
         """Tell udev's rule and the shutdown hook which mappings are ours, and which of them hold a guest's disk."""
 
+    def backups_due(self) -> dict[str, str]:
+        """Volume → since when its header has differed from every backup of it."""
+
+    def keep_backups_due(self, volumes: dict[str, str]) -> None: ...
+
 
 @dataclass(frozen=True)
 class Ports:
@@ -205,6 +247,7 @@ class Ports:
 
     blocks: Blocks
     crypt: Crypt
+    slots: Slots
     keys: Keys
     domains: Domains
     host: Host

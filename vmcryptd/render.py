@@ -21,6 +21,9 @@ _COLOURS = {
 }
 
 
+_PRIORITIES = {0: "ignored", 1: "normal", 2: "preferred"}
+
+
 # --- JSON: the members are promised, and only ever added to ---
 
 
@@ -32,6 +35,7 @@ def volume_members(values: Properties) -> dict[str, Any]:
         "uuid": values["Uuid"],
         "key_source": values["KeySource"],
         "needed_by": list(values["NeededBy"]),
+        "header_backup_due": bool(values.get("HeaderBackupDue")),
         "error": values["LastError"],
     }
 
@@ -105,7 +109,7 @@ class Page:
                 values["Device"],
                 values["KeySource"] or "-",
                 list(values["NeededBy"]),
-                values["LastError"],
+                [values["LastError"], _backup_note(values)],
             )
             for values in volumes
         ]
@@ -118,11 +122,37 @@ class Page:
                 values["State"],
                 "at boot" if values["StartsAtBoot"] else "-",
                 list(values["Needs"]),
-                values["LastError"],
+                [values["LastError"]],
             )
             for values in guests
         ]
         return self._table(("GUEST", "STATE", "STARTS", "NEEDS"), rows)
+
+    def keys(self, keys: Mapping[str, Any]) -> list[str]:
+        """The key slots of one volume."""
+        rows: list[tuple[Any, ...]] = [
+            (
+                slot["slot"],
+                slot["opened_by"],
+                _cost(slot),
+                _PRIORITIES.get(slot["priority"], slot["priority"]),
+                [
+                    f"{one['token']} {one['kind']}"
+                    for one in keys["tokens"]
+                    if slot["slot"] in one["slots"]
+                ],
+                [],
+            )
+            for slot in keys["slots"]
+        ]
+        heads = ("SLOT", "OPENED BY", "ONE TRY COSTS", "PRIORITY", "TOKENS")
+        lines = self._table(heads, rows)[1:] or ["it has no key slot"]
+        sources = f"key sources of {keys['volume']}: {', '.join(keys['sources'])}"
+        lines += ["", *self._wrapped(sources, 4)]
+        if since := keys["header_backup_due_since"]:
+            command = f"vmcryptctl header backup {keys['volume']} FILE"
+            lines += self._wrapped(f"a new backup of its header is due since {since}: {command}", 4)
+        return lines
 
     def plan(self, plan: Mapping[str, Any]) -> list[str]:
         steps = plan["steps"]
@@ -153,7 +183,7 @@ class Page:
         return lines
 
     def _table(self, heads: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:
-        """Each row: cells, then a list for the last column, then an error for the lines below."""
+        """Each row: cells, then a list for the last column, then what stands on lines of its own below."""
         if not rows:
             return []
         cells = [[printable(str(cell)) for cell in row[:-2]] for row in rows]
@@ -172,8 +202,8 @@ class Page:
             wrapped = self._wrapped(" " * indent + ", ".join(names), indent)
             lines.append(line + wrapped[0][indent:])
             lines += wrapped[1:]
-            if row[-1]:
-                lines += self._wrapped(f"    {row[-1]}", 4)
+            for text in filter(None, row[-1]):
+                lines += self._wrapped(f"    {text}", 4)
         return [line.rstrip() for line in lines]
 
     def _row(self, texts: Sequence[str], widths: Sequence[int], state: str = "") -> str:
@@ -279,6 +309,22 @@ def shortened(text: str, width: int) -> str:
         return text
     tail = (width - 3) * 2 // 3
     return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
+
+
+def _backup_note(values: Properties) -> str:
+    if not values.get("HeaderBackupDue"):
+        return ""
+    return (
+        "its header has changed, and no backup of it was made since -- "
+        f"run: vmcryptctl header backup {values['Name']} FILE"
+    )
+
+
+def _cost(slot: Mapping[str, Any]) -> str:
+    if slot["memory_kib"]:
+        mib = -(-slot["memory_kib"] // 1024)
+        return f"{slot['kdf']}, {mib} MiB, {_count(slot['iterations'], 'round')}"
+    return f"{slot['kdf']}, {_count(slot['iterations'], 'round')}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -29,6 +29,7 @@ UNLOCK = "org.vmcryptd1.unlock"
 LOCK = "org.vmcryptd1.lock"
 GUESTS = "org.vmcryptd1.guests"
 PANIC = "org.vmcryptd1.panic"
+KEYS = "org.vmcryptd1.keys"
 RELOAD = "org.vmcryptd1.reload"
 
 _USEC_INFINITY = 2**63 - 1  # `x` is signed; systemd's own USEC_INFINITY does not fit
@@ -109,6 +110,41 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         """The steps that a goal would take, as JSON; does nothing."""
         return plan_json(self._engine.plan(goal))
 
+    @exported(action=None)
+    async def ListKeys(self, volume: str) -> str:
+        """The key slots and tokens of a volume's header, as JSON."""
+        return json.dumps(await self._engine.key_slots.listed(volume))
+
+    @exported(action=KEYS)
+    async def TestKey(self, volume: str, key: Handle) -> int:
+        """The key slot that a key opens. Fails with WrongKey if there is none. Opens nothing."""
+        return await self._engine.key_slots.test(volume, take_fd(key))
+
+    @exported(action=KEYS)
+    async def AddKey(self, volume: str, key: Handle, new_key: Handle) -> int:
+        """Have a new key open a volume, too. Answers with its key slot once it was seen to work."""
+        return await self._engine.key_slots.add(volume, take_fd(key), take_fd(new_key))
+
+    @exported(action=KEYS)
+    async def AddKeystoreKey(self, volume: str, keystore: str, key: Handle) -> str:
+        """Have a random key in an open keystore open a volume, too. Answers with the key source for its `keys`."""
+        return await self._engine.key_slots.add_from_keystore(volume, keystore, take_fd(key))
+
+    @exported(action=KEYS)
+    async def RemoveKey(self, volume: str, slot: int, key: Handle) -> None:
+        """Wipe a key slot. The key proves that the volume can be opened by another one."""
+        await self._engine.key_slots.remove(volume, slot, take_fd(key))
+
+    @exported(action=KEYS)
+    async def ChangeKey(self, volume: str, key: Handle, new_key: Handle) -> int:
+        """Put a new key in the place of one. The old one goes when the new one was seen to work."""
+        return await self._engine.key_slots.change(volume, take_fd(key), take_fd(new_key))
+
+    @exported(action=KEYS)
+    async def BackupHeader(self, volume: str, file: Handle) -> None:
+        """Write a backup of a volume's header into a new file."""
+        await self._engine.key_slots.back_up(volume, take_fd(file))
+
     @exported(action=RELOAD)
     async def Reload(self) -> None:
         """Read the configuration again; a bad one is refused and the running one kept."""
@@ -125,6 +161,7 @@ class Volume(Interface, name="org.vmcryptd1.Volume"):
     KeySource: str
     Discard: bool
     NeededBy: list[str]
+    HeaderBackupDue: bool
     LastError: str
 
 

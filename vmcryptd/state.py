@@ -52,6 +52,7 @@ class VolumeView:
     key_source: str
     discard: bool
     needed_by: tuple[str, ...]
+    header_backup_due: bool
     error: str
 
 
@@ -79,7 +80,9 @@ def volume_state(graph: Graph, name: str, activity: Activity) -> VolumeState:
     return VolumeState.LOCKED
 
 
-def volume_view(graph: Graph, name: str, activity: Activity) -> VolumeView:
+def volume_view(
+    graph: Graph, name: str, activity: Activity, *, header_backup_due: bool = False
+) -> VolumeView:
     node = graph.volumes[name]
     needed_by = (*graph.standing_on.get(name, ()), *graph.guests_on.get(name, ()))
     return VolumeView(
@@ -90,6 +93,7 @@ def volume_view(graph: Graph, name: str, activity: Activity) -> VolumeView:
         key_source=activity.key_source if node.is_open else "",
         discard=node.spec.discard,
         needed_by=tuple(dict.fromkeys(needed_by)),
+        header_backup_due=header_backup_due,
         error=str(activity.error or ""),
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 from vmcryptd.attempts import Attempts
 from vmcryptd.errors import (
@@ -98,6 +99,10 @@ class Unlocker:
     def _is_usable(self, name: str) -> bool:
         node = self._world.graph.volumes.get(name)
         return node is not None and node.is_usable
+
+    def derivation(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
+        """Room in the budget for a key derivation that is none of an opening."""
+        return self._attempts.derivation(memory_kib)
 
     async def _wait_for_device(self, spec: VolumeSpec) -> None:
         def is_there() -> bool:

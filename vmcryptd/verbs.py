@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 
@@ -20,7 +22,7 @@ class Argument(NamedTuple):
 class Verb(NamedTuple):
     """One verb, from its one line in the list to its examples."""
 
-    name: str
+    name: str  # one word, or two: the first is a group of verbs
     help: str
     text: str
     arguments: tuple[Argument, ...] = ()
@@ -30,6 +32,19 @@ class Verb(NamedTuple):
 
 
 JSON = Argument("--json", "print JSON, for programs")
+KEY_FILE = Argument(
+    "--key-file",
+    'read the key from FILE instead of asking, to its end, newlines included; "-" is standard input',
+    value="FILE",
+    completes="files",
+)
+NEW_KEY_FILE = Argument(
+    "--new-key-file",
+    'read the new key from FILE instead of asking for it twice; "-" is standard input',
+    value="FILE",
+    completes="files",
+)
+ONE_VOLUME = Argument("VOLUME", "a volume", completes="volumes")
 
 VERBS: tuple[Verb, ...] = (
     Verb(
@@ -56,12 +71,7 @@ VERBS: tuple[Verb, ...] = (
         "of them. Without a terminal it leaves asking to the system's password agents.",
         (
             Argument("VOLUME", "a volume", nargs="*", completes="volumes"),
-            Argument(
-                "--key-file",
-                'read the key from FILE instead of asking, to its end, newlines included; "-" is standard input',
-                value="FILE",
-                completes="files",
-            ),
+            KEY_FILE,
         ),
         (
             ("vmcryptctl unlock", "asks once, opens all that wait"),
@@ -167,6 +177,118 @@ VERBS: tuple[Verb, ...] = (
         changes=True,
     ),
     Verb(
+        "key list",
+        "show the ways into a volume",
+        "Shows the key slots of the volume's header: what opens each, and what one try of it costs; the tokens "
+        "that open slots without a person; and the key sources that the configuration names.",
+        (ONE_VOLUME, JSON),
+        (("vmcryptctl key list cr_imap", ""),),
+    ),
+    Verb(
+        "key test",
+        "find out which key slot a key opens",
+        "Tries a key on the key slots of a volume and prints the number of the one that it opens. The volume "
+        "itself is left as it is, open or locked.",
+        (ONE_VOLUME, KEY_FILE, JSON),
+        (
+            ("vmcryptctl key test cr_imap", "do I still know the passphrase?"),
+            ("vmcryptctl key test cr_imap --key-file /root/imap.key", "does this file fit?"),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "key add",
+        "have another key open a volume, too",
+        "Asks for a passphrase that opens the volume and twice for the new one. The new key is tried before this "
+        "says that it is done. Afterwards a new backup of the header is due. With --keystore the new key is a random "
+        "one that lies in a keystore; what is to be written into the configuration is printed.",
+        (
+            ONE_VOLUME,
+            KEY_FILE,
+            NEW_KEY_FILE,
+            Argument(
+                "--keystore",
+                "make the new key in this keystore, which is open",
+                value="NAME",
+                completes="volumes",
+            ),
+        ),
+        (
+            ("vmcryptctl key add cr_imap", "a second passphrase"),
+            ("vmcryptctl key add cr_imap --keystore keys", "a key of a keystore"),
+            ("vmcryptctl key add cr_imap --new-key-file /root/imap.key", "a key file"),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "key change",
+        "put a new key in the place of another one",
+        "Asks for the passphrase that is to go and twice for the new one. The old one goes only when the new one "
+        "was seen to work. Afterwards a new backup of the header is due, and old ones are to be destroyed: the "
+        "old passphrase opens the volume with these for ever.",
+        (ONE_VOLUME, KEY_FILE, NEW_KEY_FILE),
+        (("vmcryptctl key change cr_imap", ""),),
+        changes=True,
+    ),
+    Verb(
+        "key remove",
+        "wipe a key slot of a volume",
+        "Asks for a passphrase of another key slot: only who can open the volume afterwards takes a way in away. The "
+        "last one stays. Afterwards a new backup of the header is due, and old ones are to be destroyed.",
+        (
+            ONE_VOLUME,
+            Argument("SLOT", "the number of the key slot, as `key list` shows it"),
+            KEY_FILE,
+        ),
+        (("vmcryptctl key list cr_imap", ""), ("vmcryptctl key remove cr_imap 1", "")),
+        changes=True,
+    ),
+    Verb(
+        "keystore init",
+        "make a volume that holds the keys of others",
+        "Makes a small LUKS volume with one passphrase, for random keys of other volumes: one slow key derivation then "
+        "opens them all. In a new file or on an empty device; what is not empty is not touched. It is configured in a "
+        "file of its own, conf.d/NAME.toml. If a step fails, nothing is left behind. To be run as root.",
+        (
+            Argument("NAME", "what the keystore is to be called"),
+            Argument("--file", "make it in this new file", value="FILE", completes="files"),
+            Argument("--device", "make it on this empty device", value="DEVICE", completes="files"),
+            Argument("--size", "how large the file becomes; default 32M", value="SIZE"),
+            Argument(
+                "--mount",
+                "where it is mounted while it is open; default /run/vmcryptd/keystore/NAME",
+                value="DIR",
+                completes="files",
+            ),
+            KEY_FILE,
+        ),
+        (
+            ("vmcryptctl keystore init keys --file /var/lib/keys.luks", ""),
+            ("vmcryptctl keystore init keys --device /dev/vg0/keys", ""),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "header backup",
+        "back up the LUKS header of a volume",
+        "Writes the header, without which no key opens the volume, into a new file that belongs to root alone. Keep "
+        "it offline or encrypted: with it, every passphrase of now opens the volume for ever, also after it was "
+        "changed or removed. To be run as root.",
+        (
+            ONE_VOLUME,
+            Argument(
+                "FILE", "where to: an absolute path, at which nothing is yet", completes="files"
+            ),
+        ),
+        (
+            (
+                "vmcryptctl header backup cr_imap /media/usb/cr_imap.header",
+                "after each change of its keys",
+            ),
+        ),
+        changes=True,
+    ),
+    Verb(
         "console",
         "keep the console for the question at boot",
         "For vmcryptd-console.service.",
@@ -183,6 +305,7 @@ VERBS: tuple[Verb, ...] = (
 
 BY_NAME = {verb.name: verb for verb in VERBS}
 VISIBLE = tuple(verb for verb in VERBS if not verb.hidden)
+GROUPS = tuple(dict.fromkeys(verb.name.split()[0] for verb in VISIBLE if " " in verb.name))
 GOALS = ("boot", "shutdown", "lock-all", "unlock:", "lock:", "start:", "stop:")
 
 _EXIT_STATUS = """\
@@ -213,7 +336,7 @@ def overview() -> str:
         "Encrypted volumes and the guests that live on them.",
         "",
     ]
-    lines += [f"  {verb.name:<10}{verb.help}" for verb in VISIBLE]
+    lines += _listed(VISIBLE)
     lines += ["", "Examples:"]
     for name in ("status", "unlock", "check"):
         command, what = BY_NAME[name].examples[0]
@@ -230,17 +353,37 @@ def overview() -> str:
 def parse(argv: list[str]) -> tuple[Verb, argparse.Namespace]:
     """The verb and its arguments. Raises UsageError; SystemExit(0) for --help of a verb."""
     name, rest = argv[0], argv[1:]
+    if name in GROUPS:
+        name, rest = _in_group(name, rest)
     verb = BY_NAME.get(name)
     if verb is None:
         what = "option" if name.startswith("-") else "verb"
-        raise UsageError(
-            f'there is no {what} "{name}"{near(name, [verb.name for verb in VISIBLE])}'
-        )
+        known = [verb.name for verb in VISIBLE]
+        known += [] if " " in name else GROUPS
+        raise UsageError(f'there is no {what} "{name}"{near(name, known)}')
     try:
         return verb, parser(verb).parse_args(rest)
     except UsageError:
         # Also understands "unlock cr_a --key-file F cr_b", and takes twice the time.
         return verb, parser(verb).parse_intermixed_args(rest)
+
+
+def _in_group(group: str, rest: list[str]) -> tuple[str, list[str]]:
+    """The verb of two words, and its arguments. Raises UsageError; SystemExit(0) for --help."""
+    members = [verb for verb in VISIBLE if verb.name.startswith(f"{group} ")]
+    if rest[:1] in (["-h"], ["--help"]):
+        lines = [f"usage: vmcryptctl {group} VERB [ARGUMENT...]", "", *_listed(members)]
+        sys.stdout.write("\n".join(lines) + "\n")
+        raise SystemExit(0)
+    if not rest:
+        words = ", ".join(verb.name.removeprefix(f"{group} ") for verb in members)
+        raise UsageError(f'"{group}" what? One of: {words}; see `vmcryptctl {group} --help`')
+    return f"{group} {rest[0]}", rest[1:]
+
+
+def _listed(some: Sequence[Verb]) -> list[str]:
+    wide = max(len(verb.name) for verb in VISIBLE) + 3
+    return [f"  {verb.name:<{wide}}{verb.help}" for verb in some]
 
 
 def parser(verb: Verb) -> argparse.ArgumentParser:

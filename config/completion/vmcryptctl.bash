@@ -4,18 +4,33 @@
 
 _vmcryptctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
-    local verb=${COMP_WORDS[1]} options='' names='' goals='' IFS=$'\n'
+    local verb=${COMP_WORDS[1]} options='' names='' goals='' files='' actions=() IFS=$'\n'
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload --help --version)" -- "$current")
+        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload key keystore header --help --version)" -- "$current")
         return
     fi
-    if [[ $previous == --key-file ]]; then
-        compopt -o filenames
-        mapfile -t COMPREPLY < <(compgen -f -- "$current")
-        return
+    case $verb in
+        key) actions=(list test add change remove --help) ;;
+        keystore) actions=(init --help) ;;
+        header) actions=(backup --help) ;;
+    esac
+    if ((${#actions[@]})); then
+        if ((COMP_CWORD == 2)); then
+            mapfile -t COMPREPLY < <(compgen -W "${actions[*]}" -- "$current")
+            return
+        fi
+        verb="$verb ${COMP_WORDS[2]}"
     fi
-    [[ $previous == --timeout ]] && return
+    case $previous in
+        --key-file | --new-key-file | --file | --device | --mount)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            return
+            ;;
+        --timeout | --size) return ;;
+    esac
+    [[ $previous == --keystore ]] && verb='' names=volumes
     case $verb in
         status) options='--help --all --json' names=all ;;
         unlock) options='--help --key-file' names=volumes ;;
@@ -30,6 +45,13 @@ _vmcryptctl() {
         wait) options='--help --timeout --json' ;;
         monitor) options='--help --json' ;;
         reload) options='--help' ;;
+        'key list') options='--help --json' names=volumes ;;
+        'key test') options='--help --key-file --json' names=volumes ;;
+        'key add') options='--help --key-file --new-key-file --keystore' names=volumes ;;
+        'key change') options='--help --key-file --new-key-file' names=volumes ;;
+        'key remove') options='--help --key-file' names=volumes ;;
+        'keystore init') options='--help --file --device --size --mount --key-file' ;;
+        'header backup') options='--help' names=volumes files=yes ;;
     esac
     local words=''
     if [[ $current == -* ]]; then
@@ -55,5 +77,9 @@ _vmcryptctl() {
     while read -r word; do
         [[ -n $word && $word == "$current"* ]] && COMPREPLY+=("$(printf %q "$word")")
     done <<<"$words"
+    if [[ -n $files && $current != -* ]]; then
+        compopt -o filenames
+        mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(compgen -f -- "$current")
+    fi
 }
 complete -F _vmcryptctl vmcryptctl

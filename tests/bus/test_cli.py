@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import bus, cli, render, verbs
+from vmcryptd import bus, cli, keycli, render, verbs
 from vmcryptd import daemon as daemon_module
 from vmcryptd.bus import RemoteError, object_path
 from vmcryptd.client import translated
@@ -443,6 +443,7 @@ def test_status_as_json(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
                 "uuid": "",
                 "key_source": "",
                 "needed_by": ["imap"],
+                "header_backup_due": False,
                 "error": "",
             }
             for name in ("cr_a", "cr_b")
@@ -836,6 +837,10 @@ def test_errors_of_others(name: str, code: int) -> None:
     [
         (["unlok"], 'there is no verb "unlok"; did you mean "unlock"?'),
         (["--verson"], 'there is no option "--verson"'),
+        (["key"], '"key" what? One of: list, '),
+        (["key", "lst"], 'there is no verb "key lst"; did you mean "key list"?'),
+        (["keys"], 'did you mean "key"?'),
+        (["key", "list"], "VOLUME"),
         (["start"], "GUEST"),
         (["plan"], "GOAL"),
         (["status", "--jsn"], "--jsn"),
@@ -855,7 +860,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for verb in verbs.VISIBLE:
         assert f"  {verb.name} " in shown
-        assert cli.main([verb.name, "--help"]) == 0
+        assert cli.main([*verb.name.split(), "--help"]) == 0
         text = capsys.readouterr().out
         assert all(command in text for command, _ in verb.examples)
     assert all(len(line) <= 100 for line in shown.splitlines())
@@ -864,7 +869,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_verb_is_carried_out() -> None:
-    assert list(cli.RUN) == [verb.name for verb in verbs.VERBS]
+    assert cli.RUN.keys() == {verb.name for verb in verbs.VERBS}
+    assert set(keycli.RUN) == {verb.name for verb in verbs.VERBS if " " in verb.name}
     assert {
         verb.name for verb in verbs.VERBS if any("--json" in a.name for a in verb.arguments)
     } == {
@@ -873,6 +879,8 @@ def test_every_verb_is_carried_out() -> None:
         "check",
         "wait",
         "monitor",
+        "key list",
+        "key test",
     }
 
 

@@ -196,7 +196,9 @@ def start(bus_address: str, tmp_path: Path) -> Iterator[Start]:
         )  # fmt: skip
         sim = spawn(text)
         async with asyncio.timeout(120):
-            await owned.wait()
+            while not owned.is_set():
+                assert processes[-1].poll() is None, journal.read_text()
+                await asyncio.sleep(0.01)
         end()
         try:
             yield Daemon(processes[-1], connection, sim)
@@ -242,6 +244,8 @@ SURFACE = {
             "Unlock": "s→", "UnlockWithKey": "sh→", "UnlockAll": "→", "UnlockAllWithKey": "h→",
             "Lock": "s→", "LockAll": "→", "StartGuest": "s→", "StopGuest": "s→", "Boot": "→o",
             "Shutdown": "→", "Panic": "→", "Plan": "s→s", "Reload": "→",
+            "ListKeys": "s→s", "TestKey": "sh→x", "AddKey": "shh→x", "RemoveKey": "sxh→",
+            "ChangeKey": "shh→x", "BackupHeader": "sh→", "AddKeystoreKey": "ssh→s",
             "State": "s", "Waiting": "as", "Version": "s",
             "ConsoleNeeded": "b", "ConsolePromptUSec": "x", "HeldKeys": "aa{ss}",
         },
@@ -250,7 +254,7 @@ SURFACE = {
     object_path("volume", "outer"): {
         VOLUME: {
             "Name": "s", "Device": "s", "Uuid": "s", "State": "s", "KeySource": "s",
-            "Discard": "b", "NeededBy": "as", "LastError": "s",
+            "Discard": "b", "NeededBy": "as", "HeaderBackupDue": "b", "LastError": "s",
         },
     },
     object_path("guest", "imap"): {
@@ -309,7 +313,7 @@ async def test_properties(daemon: Daemon) -> None:
     }  # fmt: skip
     assert await daemon.volume("outer") == {
         "Name": "outer", "Device": "/dev/vg/outer", "Uuid": "", "State": "locked", "KeySource": "",
-        "Discard": False, "NeededBy": ["broken"], "LastError": "",
+        "Discard": False, "NeededBy": ["broken"], "HeaderBackupDue": False, "LastError": "",
     }  # fmt: skip
     assert await daemon.guest("imap") == {
         "Name": "imap", "State": "off", "Needs": ["cr-in.ner"], "StartsAtBoot": True, "LastError": "",
@@ -603,7 +607,10 @@ CHANGING = (
     ("Unlock", "s", ("quiet",)), ("UnlockWithKey", "sh", ("outer", 0)), ("UnlockAll", "", ()),
     ("UnlockAllWithKey", "h", (0,)), ("Lock", "s", ("stuck",)), ("LockAll", "", ()),
     ("StartGuest", "s", ("imap",)), ("StopGuest", "s", ("imap",)), ("Boot", "", ()),
-    ("Shutdown", "", ()), ("Panic", "", ()), ("Reload", "", ()),
+    ("Shutdown", "", ()), ("Panic", "", ()), ("Reload", "", ()), ("TestKey", "sh", ("outer", 0)),
+    ("AddKey", "shh", ("outer", 0, 1)), ("RemoveKey", "sxh", ("outer", 0, 0)),
+    ("ChangeKey", "shh", ("outer", 0, 1)), ("BackupHeader", "sh", ("outer", 0)),
+    ("AddKeystoreKey", "ssh", ("outer", "quiet", 0)),
 )  # fmt: skip
 
 
@@ -621,7 +628,7 @@ def as_nobody(address: str) -> dict[str, Any]:
                 try:
                     found[key] = await connection.call(
                         NAME, path, interface, member, signature, body, timeout_s=10,
-                        fds=[fd] if "h" in signature else [],
+                        fds=[fd] * signature.count("h"),
                     )  # fmt: skip
                 except RemoteError as error:
                     found[key] = f"{error.name}: {error.text}"
@@ -705,7 +712,7 @@ def test_polkit_decides_by_action(start: Start, run: Any, bus_address: str) -> N
             assert asked == [
                 (f"{NAME}.{action}", 0)
                 for action in ("unlock", "unlock", "unlock", "unlock", "lock", "lock", "guests",
-                               "guests", "unlock", "lock", "panic", "reload")
+                               "guests", "unlock", "lock", "panic", "reload", *["keys"] * 6)
             ]  # fmt: skip
             assert await daemon.get("State") == "locked"
         await polkit.disconnect()

@@ -124,7 +124,7 @@ def test_the_page_of_the_command_line_has_every_verb_and_option() -> None:
             assert argument.name in entry[1], f"{verb.name}: {argument.name}"
     for goal in GOALS:
         assert f"``{goal}``" in page
-    assert set(re.findall(r"^``(\w+)``(?: |$)", page, re.MULTILINE)) == {
+    assert set(re.findall(r"^``(\w+(?: \w+)?)``(?: |$)", page, re.MULTILINE)) == {
         *(verb.name for verb in VISIBLE),
         *("0", "1", "2", "3", "4", "5", "6", "130"),
         *("NO_COLOR", "DBUS_SYSTEM_BUS_ADDRESS"),
@@ -187,7 +187,8 @@ def test_every_verb_and_option_is_completed() -> None:
     for name in ("vmcryptctl.bash", "_vmcryptctl", "vmcryptctl.fish"):
         text = (PROJECT / "config/completion" / name).read_text()
         for verb in VISIBLE:
-            assert re.search(rf"\b{verb.name}\b", text), f"{name}: {verb.name}"
+            for word in verb.name.split():
+                assert re.search(rf"\b{word}\b", text), f"{name}: {verb.name}"
             for argument in verb.arguments:
                 if argument.name.startswith("--"):
                     assert argument.name.removeprefix("--") in text, f"{name}: {argument.name}"
@@ -196,7 +197,11 @@ def test_every_verb_and_option_is_completed() -> None:
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("", [*(verb.name for verb in VISIBLE), "--help", "--version"]),
+        ("", [*dict.fromkeys(v.name.split()[0] for v in VISIBLE), "--help", "--version"]),
+        ("key ", [*(v.name.split()[1] for v in VISIBLE if v.name.startswith("key ")), "--help"]),
+        ("key li", ["list"]),
+        ("key list ", ["cr_a", "cr_b"]),
+        ("key list --", ["--help", "--json"]),
         ("st", ["status", "start", "stop"]),
         ("lock ", ["cr_a", "cr_b"]),
         ("unlock cr_a ", ["cr_a", "cr_b"]),

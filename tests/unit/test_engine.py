@@ -456,7 +456,7 @@ async def test_one_key_for_all(run: Running) -> None:
     assert isinstance(error, StillWaitingError)
     assert str(error).startswith("opened: a; still locked: b, c;")
     run.host.volume("c", present=True)
-    run.host.volume("b", digest=run.host._volumes["a"].digest)
+    run.host.volume("b", slots=run.host._volumes["a"].slots)
     await keyed.unlock_all(run.engine, handed_in("alpha"))
     await run.idle()
     assert run.state == "ready"

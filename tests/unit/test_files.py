@@ -28,7 +28,7 @@ STANDARD_INTERFACES = {
     "org.freedesktop.DBus.Properties",
 }
 # Declared for the features that are announced; whoever implements one takes it off this list.
-FUTURE_ACTIONS = {f"{NAME}.encrypt", f"{NAME}.keys"}
+FUTURE_ACTIONS = {f"{NAME}.encrypt"}
 
 # Each of these gives a service a mount namespace (systemd's exec_needs_mount_namespace()), in which
 # unmounting has no effect on the host.

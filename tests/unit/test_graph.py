@@ -96,6 +96,39 @@ def build(
     )
 
 
+def test_a_volume_in_a_file() -> None:
+    """cryptsetup puts a loop device between the file and the mapping, and takes it away again."""
+    spec = volume("keys", "/srv/keys.img", uuid=UUID)
+    there = {"/srv/keys.img": "8:1"}
+    assert not build(settings(spec), storage(disk("sda1", number="8:1"))).volumes["keys"].device
+    locked = build(settings(spec), storage(disk("sda1", number="8:1"), files=there))
+    assert locked.volumes["keys"].device == "/srv/keys.img"
+    assert not locked.volumes["keys"].is_open
+    loop, other = (
+        disk(f"loop{n}", backing_file=f"/srv/{name}.img") for n, name in enumerate(("keys", "copy"))
+    )
+    opened = storage(loop, other, luks("dm-1", "by-hand", "loop0"), files=there)
+    assert build(settings(spec), opened).volumes["keys"].mapping == "by-hand"
+    copy = storage(loop, other, luks("dm-1", "copy", "loop1"), files=there)
+    assert not build(settings(spec), copy).volumes["keys"].is_open
+    linked = storage(
+        loop,
+        luks("dm-1", "keys", "loop0"),
+        files={"/link.img": "8:1"},
+        real={"/link.img": "/srv/keys.img"},
+    )
+    assert build(settings(volume("keys", "/link.img")), linked).volumes["keys"].is_open
+
+
+def test_a_volume_in_a_file_on_a_volume() -> None:
+    inner = volume("keys", "/srv/keys.img")
+    outer = volume("outer", content=Content.FILESYSTEM, mount="/srv")
+    on = storage(luks("dm-1", "outer", "sda", number="253:1"), disk("sda"),
+                 files={"/srv/keys.img": "253:1"}, sda="/dev/outer")  # fmt: skip
+    for seen in (on, storage()):
+        assert build(settings(inner, outer), seen).volumes["keys"].stands_on == ("outer",)
+
+
 def test_through_raid_partitions_lvm_and_a_loop_file() -> None:
     graph = build(
         settings(

@@ -16,8 +16,8 @@ PACKAGE = PROJECT / "vmcryptd"
 VALUES = {"errors", "model"}
 CORE = VALUES | {"config", "domainxml", "graph", "luksheader", "planner", "slots", "state"}
 ENGINE = {
-    "attempts", "engine", "guests", "jobs", "kdf", "keyed", "opening", "panic", "prompt", "steps",
-    "tokens", "unlock", "world",
+    "attempts", "engine", "guests", "jobs", "kdf", "keyed", "keyslots", "opening", "panic",
+    "prompt", "steps", "tokens", "unlock", "world",
 }  # fmt: skip
 BUS = {"bus", "objects"}
 
@@ -48,20 +48,57 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": {"errors"},
     "check": CORE | {"settings", "bus", "client", "render", "survey"},
     "unlocking": {"adapters.memfd", "client", "errors", "terminal", "verbs"},
-    "cli": {"bus", "client", "errors", "render", "terminal", "verbs"},
+    "talk": {"client", "errors", "render", "verbs"},
+    "asking": {
+        "adapters.memfd",
+        "adapters.run",
+        "client",
+        "errors",
+        "talk",
+        "terminal",
+        "verbs",
+    },
+    "keycli": {"asking", "client", "errors", "talk", "verbs"},
+    "keystore": {
+        "adapters.memfd",
+        "adapters.run",
+        "asking",
+        "client",
+        "errors",
+        "settings",
+        "talk",
+        "verbs",
+    },
+    "cli": {"bus", "client", "errors", "render", "talk", "verbs"},
 }
 
 # What stands behind a port. Only the composition roots know these; the other modules in adapters/
 # are there for them to share.
-PORT_ADAPTERS = {"authority", "blocks", "crypt", "domains", "host", "keys", "memory", "sim"}
+PORT_ADAPTERS = {
+    "authority",
+    "blocks",
+    "crypt",
+    "domains",
+    "host",
+    "keys",
+    "memory",
+    "sim",
+    "slots",
+}
 
-COMMAND_LINE = {"check", "cli", "client", "render", "survey", "terminal", "unlocking", "verbs"}
+COMMAND_LINE = {
+    "asking", "check", "cli", "client", "keycli", "keystore", "render", "survey", "talk", "terminal",
+    "unlocking", "verbs",
+}  # fmt: skip
 
 # Inside functions only: few calls need these, and each call would wait for them. Without a daemon
 # "vmcryptctl shutdown" does its work in its own process.
 LAZY = {
-    "cli": {"check", "daemon", "settings", "unlocking"},
+    "cli": {"check", "daemon", "keycli", "settings", "unlocking"},
+    "keycli": {"keystore"},
+    "keystore": {"config"},
     "settings": {"config"},
+    "talk": {"terminal"},
     "unlocking": {"adapters.memfd"},
 }
 

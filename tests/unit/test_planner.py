@@ -316,11 +316,14 @@ def test_a_keystore_is_closed_when_the_boot_set_is_open() -> None:
     assert {step.id: step.after for step in plan.steps} == {
         "unlock:store": (),
         "mount:store": ("unlock:store",),
-        "unlock:a": ("unlock:store", "mount:store"),
-        "unlock:b": ("unlock:store", "mount:store"),
+        "unlock:a": (),
+        "unlock:b": (),
         "unmount:store": (),
         "lock:store": ("unmount:store",),
     }
+    # Waited for, but were it lost, other keys may open them.
+    for step in plan.steps[2:4]:
+        assert step.order == ("unlock:store", "mount:store")
     assert {"unlock:a", "unlock:b"} <= set(plan.steps[-1].order)
     assert plan.steps[0].reason == "a comes after it"
     host.apply(plan)

@@ -148,7 +148,7 @@ async def test_a_slot_that_was_added_while_somebody_was_asked(run: Running) -> N
     run.engine.boot()
     await run.until(lambda: run.host.questions)
     added = Host.parse(SLOTS % CHEAP_BETA)._volumes["a"]
-    run.host.volume("a", further=added.further)
+    run.host.volume("a", slots=added.slots)
     run.host.answer("beta")
     await run.idle()
     assert run.state == "ready"

@@ -36,14 +36,12 @@ FIRST = '{"url":"http://127.0.0.1:7501"}'
 SLOW_S = 300.0
 
 
-def enrol(vm: Vm, device: str, *options: str) -> None:
-    """systemd-cryptenroll; its questions for a PIN come to the agents."""
+def enrol(vm: Vm, device: str, *options: str, **questions: str) -> None:
+    """systemd-cryptenroll; its questions come to the agents."""
     command = ["systemd-cryptenroll", "--unlock-key-file=/dev/stdin", *options, device]
     enrolling = vm.background(command, stdin=PASSPHRASE.encode())
-    if any("pin" in option for option in options):
-        person = Caller(vm)
-        person.question("PIN", PIN)
-        person.question("PIN.*repeat", PIN)
+    for question, answer in questions.items():
+        Caller(vm).question(question, answer, timeout_s=SLOW_S)
     enrolling.wait(SLOW_S)
 
 

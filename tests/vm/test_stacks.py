@@ -127,10 +127,10 @@ def prepare(vm: Vm) -> None:
     vm.run(
         f"mkfs.ext4 -q {setup.open('/dev/inner/keystore', 'keystore')}"
         " && mkdir -p /run/keystore && mount /dev/mapper/keystore /run/keystore"
-        " && dd if=/dev/urandom of=/run/keystore/other bs=64 count=1 status=none"
-        " && chmod 600 /run/keystore/other"
+        " && dd if=/dev/urandom of=/run/keystore/cr_other.key bs=64 count=1 status=none"
+        " && chmod 600 /run/keystore/cr_other.key"
         f" && cryptsetup luksFormat --batch-mode --type luks2 {lab.CHEAP} --key-file"
-        " /run/keystore/other /dev/inner/other"
+        " /run/keystore/cr_other.key /dev/inner/other"
     )
 
     # A guest's disk that is a physical volume, with a group that the host could activate.

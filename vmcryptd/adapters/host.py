@@ -67,6 +67,7 @@ class StateFiles:
         self._sources = runtime / "sources.json"
         self._seen = state / "seen.json"
         self._fitted = state / "fitted.json"
+        self._backups = state / "backups.json"
 
     def goals(self) -> tuple[str, ...]:
         return _strings(_load(self._goals).get("goals"))
@@ -117,6 +118,13 @@ class StateFiles:
             )
         except OSError as error:
             log.warning("%s cannot be written: %s", self._runtime, error)
+
+    def backups_due(self) -> dict[str, str]:
+        due = _table(_load(self._backups).get("due"))
+        return {name: since for name, since in due.items() if isinstance(since, str)}
+
+    def keep_backups_due(self, volumes: dict[str, str]) -> None:
+        _store(self._backups, {"due": volumes})
 
 
 def notify(message: str) -> None:

@@ -66,6 +66,7 @@ async def run(
     *,
     stdin: int | None = None,
     stdout: int | None = None,
+    fds: Sequence[int] = (),
     timeout_s: float,
     environment: Mapping[str, str] | None = None,
     stderr_to_journal: bool = False,
@@ -73,6 +74,7 @@ async def run(
 ) -> Completed:
     """Run a program to its end. Raises CommandError, DeadlineError.
 
+    `fds`: descriptors that the program has under the same numbers, as /proc/self/fd/N.
     `expendable`: it may need a lot of memory; when there is none left, it dies before all others.
 
     Descriptors stay the caller's. When the deadline passes or the task is cancelled, the whole
@@ -90,6 +92,7 @@ async def run(
                 stdin=subprocess.DEVNULL if stdin is None else stdin,
                 stdout=out.writer if stdout is None else stdout,
                 stderr=None if stderr_to_journal else err.writer,
+                pass_fds=fds,
                 env={**ENVIRONMENT, **(environment or {})},
                 cwd="/",
                 process_group=0,

@@ -35,7 +35,6 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
 from __future__ import annotations
 
 import asyncio
-import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.adapters.run import run
+from vmcryptd.adapters.simslots import SimSlot, SimSlots, SourceKey, fits, key_slots
 from vmcryptd.errors import (
     BusyError,
     ConfigError,
@@ -85,16 +84,6 @@ _FAULTS: dict[str, type[VmcryptdError]] = {"not-luks": NotLuksError, "damaged": 
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """What opens one key slot, and what a try costs."""
-
-    digest: str = ""
-    sources: tuple[str, ...] = ()
-    memory_kib: int = 65536
-    priority: int = 1
-
-
-@dataclass(frozen=True)
 class _Token:
     """Opens the volume, with a PIN if it has one."""
 
@@ -105,25 +94,18 @@ class _Token:
 
 @dataclass
 class _Volume:
-    digest: str
-    sources: tuple[str, ...]
+    slots: dict[int, SimSlot]
     on: tuple[str, ...]
     present: bool
     appears_after_s: float
     open: bool
     delay_s: float
     fault: str
-    memory_kib: int
-    further: tuple[_Slot, ...] = ()
     tokens: tuple[_Token, ...] = ()
     away: bool = False
     suspended: bool = False
     mounted: bool = False
     active: bool = False
-
-    @property
-    def slots(self) -> tuple[_Slot, ...]:
-        return (_Slot(self.digest, self.sources, self.memory_kib), *self.further)
 
 
 @dataclass
@@ -134,19 +116,6 @@ class _Guest:
     start_delay_s: float
     stop_delay_s: float
     fault: str
-
-
-@dataclass(frozen=True)
-class _SourceKey:
-    """A key that no person gave: it only remembers which source it is from."""
-
-    source: str
-
-    def reader(self) -> int:
-        raise AssertionError("a simulated source has no content")
-
-    def close(self) -> None:
-        pass
 
 
 class Simulation:
@@ -167,6 +136,7 @@ class Simulation:
         self._sources: dict[str, str] = {}
         self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
         self._fitted: dict[str, dict[str, int]] = {}
+        self._backups_due: dict[str, str] = {}
         self.calls: list[str] = []  # what was done, in order
 
     @classmethod
@@ -186,7 +156,10 @@ class Simulation:
             raise ConfigError(f"{name}: [sim]: {error}") from None
 
     def ports(self) -> Ports:
-        return Ports(blocks=self, crypt=self, keys=self, domains=self, host=self, memory=self)
+        slots = SimSlots(self._volumes, self.calls)
+        return Ports(
+            blocks=self, crypt=self, slots=slots, keys=self, domains=self, host=self, memory=self
+        )
 
     def reload(self) -> Settings:
         if self._path is None:
@@ -294,26 +267,15 @@ class Simulation:
                 f"volume {volume.name}: {volume.device} has no sound LUKS header (simulated)"
             )
         number = list(self._volumes).index(volume.name)
-        slots = tuple(
-            KeySlot(
-                place,
-                "argon2id" if slot.memory_kib else "pbkdf2",
-                slot.memory_kib,
-                iterations=4 if slot.memory_kib else 1000,
-                priority=slot.priority,
-                salt=slot.digest,
-            )
-            for place, slot in enumerate(simulated.slots)
-        )
+        slots = key_slots(simulated)
+        free = max(simulated.slots) + 1
         tokens = tuple(
-            Token(place, f"systemd-{token.kind}", (len(slots) + place,), bool(token.pin))
+            Token(place, f"systemd-{token.kind}", (free + place,), bool(token.pin))
             for place, token in enumerate(simulated.tokens)
         )
-        bound = (n for n, slot in enumerate(simulated.slots) if "clevis" in slot.sources)
+        slots += tuple(KeySlot(t.slots[0], "pbkdf2", iterations=1000) for t in tokens)
+        bound = (n for n, slot in simulated.slots.items() if "clevis" in slot.sources)
         tokens += tuple(Token(len(tokens) + i, "clevis", (n,)) for i, n in enumerate(bound))
-        slots += tuple(
-            KeySlot(t.slots[0], "pbkdf2", iterations=1000) for t in tokens[: len(simulated.tokens)]
-        )
         return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", slots, tokens)
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
@@ -323,7 +285,7 @@ class Simulation:
             raise OutOfMemoryError(
                 f"volume {volume.name}: the key derivation ran out of memory (simulated)"
             )
-        tried = simulated.slots if slot is None else simulated.slots[slot : slot + 1]
+        tried = [one for n, one in simulated.slots.items() if slot in (None, n)]
         if not any([await self._fits(one, key) for one in tried]):
             raise WrongKeyError(
                 f"volume {volume.name}: the key fits no key slot of {volume.device}"
@@ -349,20 +311,12 @@ class Simulation:
             raise KeyUnavailableError(f"{token.title} does not open it: {one.fault} (simulated)")
         if one.pin and pin is None:
             raise WrongPinError(f"{token.title} wants a PIN")
-        if one.pin and pin is not None and not await self._fits(_Slot(one.pin), pin):
+        if one.pin and pin is not None and not await self._fits(SimSlot(one.pin), pin):
             raise WrongPinError(f"{token.title} does not take this PIN")
         self._set(volume.name, f"open {volume.name}", open=True, suspended=False)
 
-    async def _fits(self, slot: _Slot, key: Key) -> bool:
-        if isinstance(key, _SourceKey):
-            return key.source in slot.sources
-        reader = key.reader()
-        try:
-            # The key stays a descriptor here, too: a child reads it.
-            done = await run(["sha256sum"], stdin=reader, timeout_s=10)
-        finally:
-            os.close(reader)
-        return bool(slot.digest) and done.out.split()[:1] == [slot.digest]
+    async def _fits(self, slot: SimSlot, key: Key) -> bool:
+        return await fits(slot, key)
 
     async def close(self, mapping: str) -> None:
         if await self.holders(mapping):
@@ -378,12 +332,12 @@ class Simulation:
     # --- Keys ---
 
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
-        slots = self._volumes[volume.name].slots
+        slots = self._volumes[volume.name].slots.values()
         if not any(str(source) in slot.sources for slot in slots):
             raise KeyUnavailableError("it gives no key (simulated)")
         if source.kind is SourceKind.EXEC and self._volumes[volume.name].away:
             raise NotYetError("its server does not answer (simulated)")
-        return _SourceKey(str(source))
+        return SourceKey(str(source))
 
     async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:
         bound = [n for token in header.tokens if token.kind == "clevis" for n in token.slots]
@@ -394,7 +348,7 @@ class Simulation:
     async def fetch_bound(self, volume: VolumeSpec, header: Header, slot: int) -> Key:
         if self._volumes[volume.name].away:
             raise NotYetError("its server does not answer (simulated)")
-        return _SourceKey("clevis")
+        return SourceKey("clevis")
 
     async def ask(self, message: str) -> Key:
         self.calls.append(f"ask {message}")
@@ -504,6 +458,12 @@ class Simulation:
     def publish(self, volumes: dict[str, bool]) -> None:
         pass
 
+    def backups_due(self) -> dict[str, str]:
+        return self._backups_due
+
+    def keep_backups_due(self, volumes: dict[str, str]) -> None:
+        self._backups_due = dict(volumes)
+
 
 def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:
     from vmcryptd import config
@@ -525,16 +485,13 @@ def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:
 def _volume(entry: dict[str, Any]) -> _Volume:
     appears_after_s = _seconds(entry.get("appears_after", 0))
     return _Volume(
-        digest=entry.get("passphrase_sha256", ""),
-        sources=tuple(entry.get("sources", ())),
+        slots=dict(enumerate(map(_slot, (entry, *entry.get("slots", ()))))),
         on=tuple(entry.get("on", ())),
         present=entry.get("present", appears_after_s == 0),
         appears_after_s=appears_after_s,
         open=entry.get("open", False),
         delay_s=_seconds(entry.get("delay", 0)),
         fault=entry.get("fault", ""),
-        memory_kib=entry.get("memory_kib", 65536),
-        further=tuple(_slot(one) for one in entry.get("slots", ())),
         tokens=tuple(
             _Token(one["kind"], one.get("pin_sha256", ""), one.get("fault", ""))
             for one in entry.get("tokens", ())
@@ -543,8 +500,8 @@ def _volume(entry: dict[str, Any]) -> _Volume:
     )
 
 
-def _slot(entry: dict[str, Any]) -> _Slot:
-    return _Slot(
+def _slot(entry: dict[str, Any]) -> SimSlot:
+    return SimSlot(
         digest=entry.get("passphrase_sha256", ""),
         sources=tuple(entry.get("sources", ())),
         memory_kib=entry.get("memory_kib", 65536),

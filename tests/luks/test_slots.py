@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Key slots of real LUKS headers on plain files, by the real cryptsetup; no key ever stands in an argument."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import lib
+from vmcryptd.adapters import slots as adapter
+from vmcryptd.adapters.crypt import Cryptsetup
+from vmcryptd.adapters.keys import SystemKeys
+from vmcryptd.adapters.sim import Simulation
+from vmcryptd.adapters.slots import CryptsetupSlots
+from vmcryptd.engine import Engine
+from vmcryptd.errors import (
+    KeyUnusableError,
+    LastKeyError,
+    NoSuchKeySlotError,
+    StorageError,
+    WrongKeyError,
+)
+from vmcryptd.keyslots import KeySlots
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("cryptsetup"), reason="cryptsetup is not installed"
+)
+
+FIRST, SECOND, THIRD, WRONG = (f"canary-{name}-\n4e0a" for name in ("one", "two", "three", "wrong"))
+CHEAP = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+
+
+def cryptsetup(*arguments: str, key: str = "") -> str:
+    done = subprocess.run(
+        ["cryptsetup", "--batch-mode", *arguments],
+        input=key.encode(), stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    return done.stdout.decode()
+
+
+def file(place: Path, name: str, content: str = "", size: int = 0) -> str:
+    path = place / name
+    path.write_text(content)
+    if size:
+        os.truncate(path, size)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two passphrases each, by slots 0 and 1."""
+    place = tmp_path_factory.mktemp("headers")
+    second = file(place, "second", SECOND)
+    for kind, size in (("luks1", 3), ("luks2", 18)):
+        path = file(place, kind, size=size << 20)
+        cheap = CHEAP if kind == "luks2" else CHEAP[2:]
+        cryptsetup("luksFormat", "--type", kind, *cheap, "--key-file=-", path, key=FIRST)
+        cryptsetup("luksAddKey", *cheap, "--key-file=-", path, second, key=FIRST)
+    return place
+
+
+class Real:
+    """The engine's key slots on a real header, and what was run for them."""
+
+    def __init__(self, path: Path, more: str = "") -> None:
+        self.path = path
+        self.runtime = path.with_name("run")
+        self.runtime.mkdir()
+        simulation = Simulation.parse(f'[volume.mail]\ndevice = "{path}"\n{more}')
+        ports = replace(
+            simulation.ports(),
+            crypt=Cryptsetup(),
+            slots=CryptsetupSlots(str(self.runtime), tuple(CHEAP)),
+            keys=SystemKeys(credentials=None),
+        )
+        self.engine = Engine(simulation.settings, ports)
+
+    def do(self, action: Callable[[KeySlots], Awaitable[Any]]) -> Any:
+        async def scene() -> Any:
+            before = lib.descriptors()
+            try:
+                return await action(self.engine.key_slots)
+            finally:
+                assert lib.descriptors().keys() == before.keys()
+
+        async def played() -> Any:
+            self.engine.start()
+            try:
+                return await scene()
+            finally:
+                self.engine.close()
+
+        return asyncio.run(played())
+
+    @property
+    def due(self) -> str:
+        return self.engine.key_slots.backup_due_since("mail")
+
+    def slots(self) -> list[int]:
+        return [slot["slot"] for slot in self.do(lambda keys: keys.listed("mail"))["slots"]]
+
+    def slot_of(self, passphrase: str) -> int | None:
+        try:
+            found: int = self.do(lambda keys: keys.test("mail", lib.handed_in(passphrase)))
+        except WrongKeyError:
+            return None
+        return found
+
+
+@pytest.fixture(params=["luks1", "luks2"])
+def real(request: pytest.FixtureRequest, templates: Path, tmp_path: Path) -> Real:
+    return Real(Path(shutil.copy(templates / request.param, tmp_path / "disk")))
+
+
+@pytest.fixture
+def luks2(templates: Path, tmp_path: Path) -> Real:
+    return Real(Path(shutil.copy(templates / "luks2", tmp_path / "disk")))
+
+
+@pytest.fixture(autouse=True)
+def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """All that is run; none of it shows a key."""
+    ran: list[list[str]] = []
+    run = adapter.run
+
+    async def recorded(argv: Any, **more: Any) -> Any:
+        ran.append(list(argv))
+        done = await run(argv, **more)
+        assert "canary" not in done.out + done.err
+        return done
+
+    monkeypatch.setattr(adapter, "run", recorded)
+    yield ran
+    assert "canary" not in str(ran)
+
+
+def test_which_slot_a_key_opens(real: Real) -> None:
+    assert real.slot_of(FIRST) == 0
+    assert real.slot_of(SECOND) == 1
+    assert real.slot_of(WRONG) is None
+
+
+def test_what_is_listed(real: Real) -> None:
+    listed = real.do(lambda keys: keys.listed("mail"))
+    assert [(slot["kdf"], slot["iterations"]) for slot in listed["slots"]] == [("pbkdf2", 1000)] * 2
+    assert {slot["opened_by"] for slot in listed["slots"]} == {"random key"}
+
+
+def test_a_key_that_opens_no_data_is_no_way_in(luks2: Real, tmp_path: Path) -> None:
+    third = file(tmp_path, "third", THIRD)
+    unbound = ["--unbound", "--key-size=256", *CHEAP]
+    cryptsetup("luksAddKey", *unbound, str(luks2.path), third)
+    assert "2: luks2 (unbound)" in cryptsetup("luksDump", str(luks2.path))
+    assert luks2.slots() == [0, 1]
+    assert luks2.slot_of(THIRD) is None
+
+
+def test_tokens_are_listed(luks2: Real) -> None:
+    text = '{"type": "clevis", "keyslots": ["1"]}'
+    cryptsetup("token", "import", "--token-id=3", "--json-file=-", str(luks2.path), key=text)
+    listed = luks2.do(lambda keys: keys.listed("mail"))
+    assert [slot["opened_by"] for slot in listed["slots"]] == ["random key", "clevis"]
+    assert listed["tokens"] == [{"token": 3, "kind": "clevis", "slots": [1], "needs_pin": False}]
+
+
+def add(real: Real, key: str, new_key: str) -> int:
+    found: int = real.do(lambda keys: keys.add("mail", lib.handed_in(key), lib.handed_in(new_key)))
+    return found
+
+
+def change(real: Real, key: str, new_key: str) -> int:
+    found: int = real.do(
+        lambda keys: keys.change("mail", lib.handed_in(key), lib.handed_in(new_key))
+    )
+    return found
+
+
+def remove(real: Real, slot: int, key: str) -> None:
+    real.do(lambda keys: keys.remove("mail", slot, lib.handed_in(key)))
+
+
+def test_a_key_is_added(real: Real) -> None:
+    with pytest.raises(WrongKeyError):
+        add(real, WRONG, THIRD)
+    assert not real.due
+    assert add(real, SECOND, THIRD) == 2
+    assert real.slot_of(THIRD) == 2
+    assert real.due
+
+
+def test_a_key_is_changed(real: Real) -> None:
+    with pytest.raises(WrongKeyError):
+        change(real, WRONG, THIRD)
+    assert not real.due
+    assert change(real, FIRST, THIRD) == 2
+    assert real.slots() == [1, 2]
+    assert real.slot_of(FIRST) is None
+    assert real.slot_of(THIRD) == 2
+    assert real.slot_of(SECOND) == 1
+    assert real.due
+
+
+def test_a_key_is_removed_by_who_has_another_one(real: Real) -> None:
+    before = real.path.read_bytes()
+    for proof in (FIRST, WRONG):  # its own, none
+        with pytest.raises(WrongKeyError, match="opens no key slot of mail other than 0"):
+            remove(real, 0, proof)
+    with pytest.raises(NoSuchKeySlotError, match="no key slot 5, but 0, 1"):
+        remove(real, 5, FIRST)
+    assert real.path.read_bytes() == before
+    assert not real.due
+    remove(real, 0, SECOND)
+    assert real.slots() == [1]
+    assert real.slot_of(FIRST) is None
+    with pytest.raises(LastKeyError, match="vmcryptctl key add mail"):
+        remove(real, 1, SECOND)
+    assert real.slot_of(SECOND) == 1
+
+
+def test_nothing_is_removed_for_an_empty_key(luks2: Real) -> None:
+    """From standard input cryptsetup takes an empty key for "no proof is needed"."""
+    with pytest.raises(KeyUnusableError):
+        remove(luks2, 0, "")
+    volume = luks2.engine.settings.volumes["mail"]
+    empty = lib.key("")
+    with pytest.raises(WrongKeyError):
+        luks2.do(lambda keys: CryptsetupSlots().remove(volume, 0, empty))
+    empty.close()
+    assert luks2.slots() == [0, 1]
+
+
+def test_a_key_that_opens_no_data_proves_nothing(luks2: Real, tmp_path: Path) -> None:
+    third = file(tmp_path, "third", THIRD)
+    cryptsetup("luksAddKey", "--unbound", "--key-size=256", *CHEAP, str(luks2.path), third)
+    with pytest.raises(WrongKeyError):
+        remove(luks2, 0, THIRD)
+    with pytest.raises(WrongKeyError):
+        change(luks2, THIRD, "canary-four")
+    assert luks2.slots() == [0, 1]
+
+
+def test_the_token_of_a_slot_goes_with_it(luks2: Real) -> None:
+    text = '{"type": "clevis", "keyslots": ["1"]}'
+    cryptsetup("token", "import", "--token-id=3", "--json-file=-", str(luks2.path), key=text)
+    remove(luks2, 1, FIRST)
+    assert luks2.do(lambda keys: keys.listed("mail"))["tokens"] == []
+
+
+def test_a_changed_key_keeps_its_priority(luks2: Real) -> None:
+    cryptsetup("config", "--priority=prefer", "--key-slot=0", str(luks2.path))
+    assert change(luks2, FIRST, THIRD) == 2
+    listed = luks2.do(lambda keys: keys.listed("mail"))["slots"]
+    assert [(slot["slot"], slot["priority"]) for slot in listed] == [(1, 1), (2, 2)]
+
+
+def test_all_slots_in_use(templates: Path, tmp_path: Path) -> None:
+    real = Real(Path(shutil.copy(templates / "luks1", tmp_path / "disk")))
+    for number in range(2, 8):
+        assert add(real, FIRST, f"canary-{number}") == number
+    real.do(lambda keys: _backed_up(keys, tmp_path / "backup"))
+    with pytest.raises(StorageError, match="All key slots full"):
+        change(real, FIRST, "canary-8")
+    assert not real.due
+    assert real.slot_of(FIRST) == 0
+
+
+async def _backed_up(keys: KeySlots, path: Path) -> None:
+    await keys.back_up(
+        "mail", os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    )
+
+
+def test_a_backup_of_the_header_is_one(real: Real, tmp_path: Path) -> None:
+    remove(real, 0, SECOND)
+    assert real.due
+    real.do(lambda keys: _backed_up(keys, tmp_path / "backup"))
+    assert not real.due
+    size = (tmp_path / "backup").stat().st_size
+    assert (tmp_path / "backup").read_bytes() == real.path.read_bytes()[:size]
+    assert list(real.runtime.iterdir()) == []
+    # The disk dies, and its header is put back.
+    real.path.write_bytes(bytes(real.path.stat().st_size))
+    cryptsetup("luksHeaderRestore", f"--header-backup-file={tmp_path / 'backup'}", str(real.path))
+    assert real.slot_of(SECOND) == 1
+
+
+def test_a_backup_that_cannot_be_written_is_due_still(real: Real, tmp_path: Path) -> None:
+    remove(real, 0, SECOND)
+    (real.runtime / "header-mail").write_text("of a daemon that was killed")
+
+    async def full(keys: KeySlots) -> None:
+        await keys.back_up("mail", os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC))
+
+    with pytest.raises(StorageError, match="mail cannot be written"):
+        real.do(full)
+    assert real.due
+    assert list(real.runtime.iterdir()) == []
+
+
+def test_a_detached_header(templates: Path, tmp_path: Path) -> None:
+    header = shutil.copy(templates / "luks2", tmp_path / "header")
+    data = tmp_path / "data"
+    data.write_bytes(bytes(1 << 20))
+    real = Real(data, f'header = "{header}"\n')
+    assert change(real, FIRST, THIRD) == 2
+    remove(real, 1, THIRD)
+    real.do(lambda keys: _backed_up(keys, tmp_path / "backup"))
+    assert real.slots() == [2]
+    assert data.read_bytes() == bytes(1 << 20)
+
+
+# --- keystores ---
+
+
+def test_a_key_is_made_by_the_kernel_and_its_slot_is_cheap(luks2: Real, tmp_path: Path) -> None:
+    path = str(tmp_path / "mail.key")
+
+    async def enrol(keys: KeySlots) -> None:
+        slots = CryptsetupSlots()
+        new_key = await slots.make_key(path)
+        old_key = lib.key(FIRST)
+        try:
+            await slots.add(luks2.engine.settings.volumes["mail"], old_key, new_key, is_random=True)
+        finally:
+            new_key.close()
+            old_key.close()
+
+    luks2.do(enrol)
+    status = os.stat(path)
+    assert (status.st_size, status.st_mode & 0o777, status.st_uid) == (64, 0o600, os.geteuid())
+    assert len(set(Path(path).read_bytes())) > 16
+    listed = luks2.do(lambda keys: keys.listed("mail"))["slots"][2]
+    assert (listed["kdf"], listed["iterations"]) == ("pbkdf2", 1000)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    assert luks2.do(lambda keys: keys.test("mail", os.dup(fd))) == 2
+    os.close(fd)
+
+
+def test_a_key_is_made_where_nothing_is(luks2: Real, tmp_path: Path) -> None:
+    path = tmp_path / "mail.key"
+    path.write_text("precious")
+    link = tmp_path / "link.key"
+    link.symlink_to(tmp_path / "target")
+
+    async def make(path: Path) -> None:
+        (await CryptsetupSlots().make_key(str(path))).close()
+
+    for there in (path, link):
+        with pytest.raises(StorageError, match="is there already"):
+            luks2.do(lambda keys, there=there: make(there))
+    assert path.read_text() == "precious"
+    assert not (tmp_path / "target").exists()
+    with pytest.raises(StorageError, match="cannot be made"):
+        luks2.do(lambda keys: make(tmp_path / "nowhere/mail.key"))
+
+
+def test_a_key_that_cannot_be_written_is_none(
+    luks2: Real, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "KEY_SIZE", 0)  # dd refuses to write nothing
+    with pytest.raises(StorageError, match="cannot be written"):
+        luks2.do(lambda keys: CryptsetupSlots().make_key(str(tmp_path / "mail.key")))
+    assert not (tmp_path / "mail.key").exists()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How the verbs of vmcryptctl talk: messages to stderr, data to stdout, and connections that can change something."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable
+
+from vmcryptd.client import Client, connect
+from vmcryptd.errors import EXIT_OK, VmcryptdError
+from vmcryptd.render import Page, printable
+from vmcryptd.verbs import UsageError
+
+
+def say(text: str) -> None:
+    """A message, for people."""
+    print(f"vmcryptctl: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    import json
+
+    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
+
+
+def page() -> Page:
+    if not sys.stdout.isatty():
+        return Page()
+    try:
+        width = os.get_terminal_size(1).columns
+    except OSError:
+        width = 0
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb"
+    return Page(width=width or 80, colour=not plain)  # a serial line knows no size
+
+
+@contextlib.asynccontextmanager
+async def changing() -> AsyncIterator[Client]:
+    """A connection whose caller can be asked by polkit."""
+    from vmcryptd import terminal
+
+    interactive = terminal.is_interactive()
+    async with terminal.polkit_agent(), connect(interactive=interactive) as client:
+        yield client
+
+
+def open_key(path: str) -> int:
+    if path == "-":
+        if os.isatty(0):
+            raise UsageError(
+                '"--key-file -" reads standard input, which is the terminal; without it you are asked'
+            )
+        return 0
+    try:
+        # A directory or a device is the daemon's to refuse: it knows what can be read to an end.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
+
+
+def report(errors: Iterable[VmcryptdError]) -> int:
+    """Say each, and return the highest exit status."""
+    errors = list(errors)
+    for error in errors:
+        say(str(error))
+    return max((error.exit_code for error in errors), default=EXIT_OK)
