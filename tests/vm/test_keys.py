@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Keys that fetch themselves: a TPM, a smart card, Tang servers; and what happens when these are taken away."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -36,12 +36,14 @@ FIRST = '{"url":"http://127.0.0.1:7501"}'
 SLOW_S = 300.0
 
 
-def enrol(vm: Vm, device: str, *options: str, **questions: str) -> None:
+def enrol(vm: Vm, device: str, *options: str, answers: Sequence[tuple[str, str]] = ()) -> None:
     """systemd-cryptenroll; its questions come to the agents."""
     command = ["systemd-cryptenroll", "--unlock-key-file=/dev/stdin", *options, device]
     enrolling = vm.background(command, stdin=PASSPHRASE.encode())
-    for question, answer in questions.items():
-        Caller(vm).question(question, answer, timeout_s=SLOW_S)
+    if answers:
+        person = Caller(vm)
+        for question, answer in answers:
+            person.question(question, answer, timeout_s=SLOW_S)
     enrolling.wait(SLOW_S)
 
 
@@ -62,7 +64,10 @@ def prepare(vm: Vm) -> None:
     setup.volume("cr_luks1", lab.disk(1), keys=["clevis"])
 
     setup.luks(lab.disk(2))
-    enrol(vm, lab.disk(2), "--tpm2-device=auto", "--tpm2-pcrs=", "--tpm2-with-pin=yes")
+    enrol(
+        vm, lab.disk(2), "--tpm2-device=auto", "--tpm2-pcrs=", "--tpm2-with-pin=yes",
+        answers=[("PIN", PIN), ("PIN.*repeat", PIN)],
+    )  # fmt: skip
     setup.volume("cr_pin", lab.disk(2), keys=["tpm2", "prompt"], unlock="manual")
 
     setup.luks(lab.disk(3))
@@ -72,14 +77,12 @@ def prepare(vm: Vm) -> None:
         f" && softhsm2-util --import /run/card.pem --token card --pin {CARD_PIN} --label key --id 01",
         timeout_s=SLOW_S,
     )
-    enrolling = vm.background(
-        [
-            "systemd-cryptenroll", "--unlock-key-file=/dev/stdin",
-            "--pkcs11-token-uri=pkcs11:token=card;object=key", lab.disk(3),
-        ],
-        stdin=PASSPHRASE.encode(),
-    )  # fmt: skip
-    enrolling.wait(SLOW_S)
+    enrol(
+        vm,
+        lab.disk(3),
+        "--pkcs11-token-uri=pkcs11:token=card;object=key",
+        answers=[("PIN", CARD_PIN)],
+    )
     setup.volume("cr_card", lab.disk(3), keys=["pkcs11", "prompt"], unlock="manual")
     setup.write_config()
 
