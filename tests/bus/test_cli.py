@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -359,6 +360,8 @@ class Terminal:
         if self.pid == 0:
             os.chdir(PROJECT)
             os.environ["TERM"] = "dumb"
+            # As a login shell leaves it; what is started in the background ignores it.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execv(sys.executable, [sys.executable, "-c", code, *argv])
         self.seen = ""
 
