@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
 from vmcryptd.errors import CancelledError, VmcryptdError
@@ -162,9 +162,12 @@ class Prompt:
             self._pins.remove(spec.name)
             self._changed()
 
-    async def move(self) -> None:
-        """Wait until there may be another answer, or none is wanted any more."""
-        await self._moved.wait()
+    def move(self) -> Coroutine[None, None, object]:
+        """To be awaited: until there may be another answer, or none is wanted any more.
+
+        From now on, and not from when a task that is to await it gets to run: a move in between is the last, perhaps.
+        """
+        return self._moved.wait()
 
     def look_again(self) -> None:
         """What waits may want no answer any more."""

@@ -327,3 +327,22 @@ async def test_who_comes_just_as_the_asking_ends_is_asked_for(
     wait(asked, "c")
     await turns()
     assert person.questions[asked_before:] == ["Passphrase for volume c (/dev/c):"]
+
+
+@play
+async def test_no_moment_is_missed_at_which_a_question_becomes_needless(
+    asked: Prompt, person: Person
+) -> None:
+    """A volume moves, and is open some turns of the loop later, whatever the one who asks does in these."""
+    for turns_between in range(6):
+        before = len(person.questions)
+        wait(asked, "a")
+        while len(person.questions) == before:
+            await asyncio.sleep(0)
+        await turns()
+        asked.look_again()
+        for _ in range(turns_between):
+            await asyncio.sleep(0)
+        asked.release("a")
+        await turns()
+        assert person.interrupted == turns_between + 1
