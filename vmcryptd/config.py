@@ -222,7 +222,7 @@ class VolumeTable(_Table):
     """One LUKS volume. The table's name is the name of the mapping, /dev/mapper/NAME."""
 
     device: Device = Field(
-        description='The LUKS device: an absolute path, or "UUID=…", "PARTUUID=…", "LABEL=…".',
+        description='The LUKS device: an absolute path (of a file, too), or "UUID=…", "PARTUUID=…", "LABEL=…".',
         json_schema_extra={"shown": "/dev/volgrp4/lvimap_hd0"},
     )
     uuid: Uuid | None = Field(
