@@ -84,7 +84,7 @@ clean:
 	rm -rf build/man build/venv build/pytest build/mypy build/ruff build/vmcryptd.egg-info dist
 
 SHELL_SCRIPTS := .ci/run packaging/build-deb packaging/install-host-packages units/vmcryptd.shutdown \
-	$(wildcard packaging/image/customize config/completion/vmcryptctl.bash)
+	$(wildcard packaging/image/customize config/completion/vmcryptctl.bash config/examples/fetch-from-vault)
 
 # --- installation: the one list of what goes where; packaging/debian and the spec use it ---
 

@@ -18,7 +18,7 @@ from vmcryptd.adapters.run import CommandError, run
 from vmcryptd.errors import DeadlineError, KeyUnavailableError, NotYetError
 from vmcryptd.model import Header, VolumeSpec
 
-LIST_TIMEOUT_S = 15.0
+LIST_TIMEOUT_S = 60.0  # shell scripts, many of them, on a host that is just booting
 # The parts of a JWE in their order (RFC 7516, section 7.1).
 PARTS = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
 
