@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from vmcryptd import terminal
-from vmcryptd.adapters.memfd import MemfdKey, TooLargeError, copy_from_caller
+from vmcryptd.adapters.memfd import MemfdKey, TooLargeError, copy_from_caller, readers
 from vmcryptd.adapters.run import run
 from vmcryptd.client import Client
 from vmcryptd.errors import KeyUnusableError, VmcryptdError, WrongKeyError
@@ -80,11 +80,7 @@ async def slot_of(client: Client, volume: str, key: MemfdKey) -> int:
 async def call(
     client: Client, member: str, signature: str, *body: Any, keys: list[MemfdKey]
 ) -> list[Any]:
-    with contextlib.ExitStack() as opened:
-        fds = []
-        for key in keys:
-            fds.append(key.reader())
-            opened.callback(os.close, fds[-1])
+    with readers(*keys) as fds:
         return await client.call(member, signature, *body, fds=fds)
 
 
@@ -119,11 +115,7 @@ async def _from_file(path: str) -> AsyncIterator[MemfdKey]:
 
 
 async def _are_equal(one: MemfdKey, other: MemfdKey) -> bool:
-    fds = one.reader(), other.reader()
-    try:
+    with readers(one, other) as fds:
         paths = [f"/proc/self/fd/{fd}" for fd in fds]
         done = await run(["cmp", "--silent", "--", *paths], fds=fds, timeout_s=COMPARING_S)
-    finally:
-        for fd in fds:
-            os.close(fd)
     return done.code == 0

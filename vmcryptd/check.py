@@ -128,7 +128,7 @@ def _header(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
     if isinstance(header, DeviceMissingError) and _lies_deeper(facts, node):
         return  # a detached header on a volume that is locked
     if isinstance(header, VmcryptdError):
-        advice = f"see `cryptsetup luksDump {node.spec.header or node.spec.device_path}`"
+        advice = f"see `cryptsetup luksDump {node.spec.header_path}`"
         yield Finding(ERROR if facts.is_root else WARNING, where, str(header), advice)
         return
     if node.spec.uuid and header.uuid != node.spec.uuid:
@@ -139,7 +139,7 @@ def _header(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
             f"a key slot needs {header.memory_kib // 1024} MiB to be opened, and the host has "
             f"{facts.memory_kib // 1024} MiB"
         )
-        advice = f"cryptsetup luksConvertKey --pbkdf-memory 262144 {node.spec.header or node.spec.device_path}"
+        advice = f"cryptsetup luksConvertKey --pbkdf-memory 262144 {node.spec.header_path}"
         yield Finding(ERROR, where, text, advice)
 
 
@@ -179,7 +179,7 @@ def _keys(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
 
 def _token(facts: Facts, where: str, node: VolumeNode, source: KeySource) -> Iterator[Finding]:
     kind, header = source.kind.token_kind, facts.headers.get(node.spec.name)
-    place = node.spec.header or node.spec.device_path
+    place = node.spec.header_path
     if isinstance(header, Header) and kind not in {token.kind for token in header.tokens}:
         text = f"its header has no {kind} token, so {source} does not open it"
         option = {SourceKind.TPM2: "--tpm2-device=auto", SourceKind.FIDO2: "--fido2-device=auto"}
@@ -192,7 +192,7 @@ def _token(facts: Facts, where: str, node: VolumeNode, source: KeySource) -> Ite
 
 
 def _clevis(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
-    header, place = facts.headers.get(node.spec.name), node.spec.header or node.spec.device_path
+    header, place = facts.headers.get(node.spec.name), node.spec.header_path
     if not facts.has_clevis:
         text = "clevis is not installed, so it does not open it"
         yield Finding(WARNING, where, text, "install the package clevis-luks")

@@ -138,6 +138,11 @@ class VolumeSpec:
         return f"/dev/disk/by-{tag.lower()}/{_udev_encoded(value)}"
 
     @property
+    def header_path(self) -> str:
+        """Where its LUKS header is: on the device, unless it is detached."""
+        return self.header or self.device_path
+
+    @property
     def asks(self) -> bool:
         return any(source.kind is SourceKind.PROMPT for source in self.keys)
 

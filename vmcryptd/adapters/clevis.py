@@ -25,7 +25,7 @@ PARTS = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
 
 async def bindings(volume: VolumeSpec, header: Header) -> tuple[int, ...]:
     """The key slots that are bound. Raises KeyUnavailableError."""
-    place = volume.header or volume.device_path
+    place = volume.header_path
     if header.version == 1:
         try:
             done = await run(["clevis", "luks", "list", "-d", place], timeout_s=LIST_TIMEOUT_S)
@@ -44,7 +44,7 @@ async def bindings(volume: VolumeSpec, header: Header) -> tuple[int, ...]:
 
 async def fetch(volume: VolumeSpec, header: Header, slot: int, timeout_s: float) -> MemfdKey:
     """The key of a slot. Raises KeyUnavailableError, NotYetError."""
-    place = volume.header or volume.device_path
+    place = volume.header_path
     if header.version == 1:
         return await _output(["clevis", "luks", "pass", "-d", place, "-s", str(slot)], timeout_s)
     number = next(t.number for t in header.tokens if t.kind == "clevis" and slot in t.slots)

@@ -56,7 +56,7 @@ class Cryptsetup:
     _threads: DaemonThreads = field(default_factory=DaemonThreads)
 
     async def header(self, volume: VolumeSpec) -> Header:
-        path = volume.header or volume.device_path
+        path = volume.header_path
         try:
             read = functools.partial(read_header, path)
             return await self._threads.call(HEADER_TIMEOUT_S, read)
@@ -292,7 +292,7 @@ def token_failure(
 ) -> VmcryptdError:
     """What a failed `open --token-only` or `luksResume --token-only` means, with the next step."""
     said = f"{done.out}\n{done.err}".lower()
-    place = volume.header or volume.device_path
+    place = volume.header_path
     if done.code == OUT_OF_MEMORY or done.code in KILLED or "already exists" in said:
         return failure(done, volume.name, volume.device_path, volume.header)
     if "requires pin" in said and not has_pin:

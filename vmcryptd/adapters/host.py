@@ -76,8 +76,7 @@ class StateFiles:
         _store(self._goals, {"goals": list(goals)})
 
     def sources(self) -> dict[str, str]:
-        found = _table(_load(self._sources).get("sources"))
-        return {name: source for name, source in found.items() if isinstance(source, str)}
+        return _texts(_load(self._sources).get("sources"))
 
     def keep_sources(self, sources: dict[str, str]) -> None:
         _store(self._sources, {"sources": sources}, mode=0o600)
@@ -85,8 +84,7 @@ class StateFiles:
     def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         content = _load(self._seen)
         paths = {path: _strings(names) for path, names in _table(content.get("paths")).items()}
-        uuids = _table(content.get("uuids"))
-        return paths, {name: uuid for name, uuid in uuids.items() if isinstance(uuid, str)}
+        return paths, _texts(content.get("uuids"))
 
     def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None:
         _store(self._seen, {"paths": paths, "uuids": uuids})
@@ -120,8 +118,7 @@ class StateFiles:
             log.warning("%s cannot be written: %s", self._runtime, error)
 
     def backups_due(self) -> dict[str, str]:
-        due = _table(_load(self._backups).get("due"))
-        return {name: since for name, since in due.items() if isinstance(since, str)}
+        return _texts(_load(self._backups).get("due"))
 
     def keep_backups_due(self, volumes: dict[str, str]) -> None:
         _store(self._backups, {"due": volumes})
@@ -232,6 +229,10 @@ def _store(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
 
 def _table(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _texts(value: object) -> dict[str, str]:
+    return {name: text for name, text in _table(value).items() if isinstance(text, str)}
 
 
 def _strings(value: object) -> tuple[str, ...]:

@@ -8,14 +8,20 @@ them from swap.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import math
 import os
 import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from vmcryptd.adapters.run import run
 from vmcryptd.errors import KeyUnusableError
+
+if TYPE_CHECKING:  # the command line is not to wait for it
+    from vmcryptd.ports import Key
 
 LIMIT = 8 * 1024 * 1024  # what cryptsetup reads of a key file at most
 
@@ -163,3 +169,14 @@ class Pump:
         finally:
             os.close(reader)
             os.close(writer)
+
+
+@contextlib.contextmanager
+def readers(*keys: Key) -> Iterator[list[int]]:
+    """A descriptor of each key, for one child or one call."""
+    with contextlib.ExitStack() as opened:
+        fds = []
+        for key in keys:
+            fds.append(key.reader())
+            opened.callback(os.close, fds[-1])
+        yield fds

@@ -8,10 +8,9 @@ import errno
 import functools
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from vmcryptd.adapters.memfd import MemfdKey, send_file
+from vmcryptd.adapters.memfd import MemfdKey, readers, send_file
 from vmcryptd.adapters.run import Completed, run
 from vmcryptd.adapters.threads import DaemonThreads
 from vmcryptd.errors import (
@@ -140,7 +139,7 @@ class CryptsetupSlots:
             raise StorageError(f"{path} cannot be removed: {error.strerror}") from None
 
     async def _keyless(self, argv: list[str], volume: VolumeSpec) -> None:
-        place = volume.header or volume.device_path
+        place = volume.header_path
         argv = ["cryptsetup", *argv, "--batch-mode", "--", place]
         done = await run(argv, timeout_s=WRITING_S)
         if done.code != 0:
@@ -150,7 +149,7 @@ class CryptsetupSlots:
         self, argv: list[str], volume: VolumeSpec, key: Key, *more: Key, then: str = ""
     ) -> None:
         """One action on the volume's header; `more` keys, then `then`, are its last arguments."""
-        with _open(key, *more) as (fd, *fds):
+        with readers(key, *more) as (fd, *fds):
             done = await run(
                 [
                     "cryptsetup", *argv, "--batch-mode",
@@ -186,24 +185,13 @@ def _written(path: str, fd: int, key: MemfdKey) -> None:
     key.seal()
 
 
-@contextlib.contextmanager
-def _open(*keys: Key) -> Iterator[list[int]]:
-    """Readers of keys, for one child."""
-    with contextlib.ExitStack() as opened:
-        fds = []
-        for key in keys:
-            fds.append(key.reader())
-            opened.callback(os.close, fds[-1])
-        yield fds
-
-
 def _path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
 def _failure(action: str, done: Completed, volume: VolumeSpec) -> VmcryptdError:
     """What a failed action means, with the next step."""
-    name, place = volume.name, volume.header or volume.device_path
+    name, place = volume.name, volume.header_path
     if done.code == WRONG_KEY:
         return WrongKeyError(
             f"The key fits no key slot of {name} that it may be tried on: try another; "
