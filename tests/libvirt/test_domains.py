@@ -309,6 +309,11 @@ def test_ready_by_port(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch)
             port = server.sockets[0].getsockname()[1]
             await observer.domains.ready(GuestSpec("test", ready=f"tcp:127.0.0.1:{port}"), 10)
             await observer.domains.ready(GuestSpec("test", ready=f"tcp:localhost:{port}"), 10)
+            # A name with two addresses, and nobody listens on the first.
+            both = [(*[0] * 4, ("::1", port, 0, 0)), (*[0] * 4, ("127.0.0.1", port))]
+            with monkeypatch.context() as names:
+                names.setattr(module.socket, "getaddrinfo", lambda *_, **__: both)
+                await observer.domains.ready(GuestSpec("test", ready=f"tcp:mail.test:{port}"), 10)
             server.close()
             await server.wait_closed()
             guest = GuestSpec("test", ready=f"tcp:127.0.0.1:{port}")

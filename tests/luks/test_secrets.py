@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.scan_memory import found_in
+
 CANARY = b"canary-" + os.urandom(12).hex().encode()
 
 USER = """
@@ -55,19 +57,6 @@ async def main():
 kept = b"known-" + b"content" if len(sys.argv) > 2 else None
 asyncio.run(main())
 """
-
-
-def found_in(pid: int, needle: bytes) -> bool:
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
-        for line in maps:
-            place, mode, *_ = line.split()
-            if "r" not in mode or "[v" in line:  # vvar and vsyscall cannot be read
-                continue
-            begin, end = (int(number, 16) for number in place.split("-"))
-            memory.seek(begin)
-            if needle in (memory.read(end - begin) or b""):
-                return True
-    return False
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root reads another process's memory")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import scan_memory
 from tests.vm import guest
 from tests.vm.host import Background, Vm
 
@@ -19,25 +20,6 @@ WRONG = "canary-Zw7pQ4-wrong"
 # Cheap to derive, because the machine is emulated; what derivation costs is the benchmark's matter.
 CHEAP = "--pbkdf argon2id --pbkdf-memory 1024 --pbkdf-parallel 1 --pbkdf-force-iterations 4"
 MANAGER = "org.vmcryptd1 /org/vmcryptd1 org.vmcryptd1.Manager"
-
-
-# Every readable page of a process. The needle comes on standard input.
-SCAN_MEMORY = """\
-import re, sys
-needle = sys.stdin.buffer.read()
-pid, size = sys.argv[1], 0
-with open(f"/proc/{pid}/mem", "rb", 0) as memory:
-    for line in open(f"/proc/{pid}/maps"):
-        start, end, flags, name = re.match(r"(\\w+)-(\\w+) (\\S+) \\S+ \\S+ \\S+ *(.*)", line).groups()
-        if flags[0] != "r" or name.startswith(("[vvar", "[vsyscall")):
-            continue
-        memory.seek(int(start, 16))
-        data = memory.read(int(end, 16) - int(start, 16))
-        size += len(data)
-        if needle in data:
-            print(f"{name or 'anonymous memory'} at {start}")
-assert size > 1 << 20, size
-"""
 
 
 def disk(index: int) -> str:
@@ -164,7 +146,7 @@ def mappings(vm: Vm) -> list[str]:
 
 def in_memory(vm: Vm, pid: str, needle: str) -> list[str]:
     """The regions of a process's memory that hold it."""
-    vm.put("/root/scan-memory", SCAN_MEMORY)
+    vm.put("/root/scan-memory", Path(scan_memory.__file__).read_bytes())
     command = ["python3", "/root/scan-memory", pid]
     return vm.run(command, stdin=needle.encode()).out.splitlines()
 

@@ -181,14 +181,18 @@ class Libvirt:
     async def _answers(self, name: str, host: str, port: int, deadline: float) -> bool:
         """True when a connection is accepted; False when time is up or the guest went off."""
         while (left := deadline - _now()) > 0:
-            with contextlib.suppress(OSError, TimeoutError, DeadlineError):
+            addresses: list[tuple[Any, ...]] = []
+            with contextlib.suppress(OSError, DeadlineError):
                 # Not by open_connection: it looks names up in threads that are joined at exit.
                 lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
                 addresses = await self._lookups.call(min(CONNECT_S, left), lookup)
-                async with asyncio.timeout(min(CONNECT_S, left)):
-                    _, writer = await asyncio.open_connection(*addresses[0][4][:2])
-                writer.close()
-                return True
+            # A name may stand for several addresses, of which the guest listens on one only.
+            for *_, address in addresses:
+                with contextlib.suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(min(CONNECT_S, left)):
+                        _, writer = await asyncio.open_connection(*address[:2])
+                    writer.close()
+                    return True
             if await self._link.until(lambda: self._is_off(name), min(RETRY_S, deadline - _now())):
                 return False
         return False
