@@ -49,4 +49,5 @@ def found_in(pid: int, needle: bytes) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(found_in(int(sys.argv[1]), sys.stdin.buffer.read())))
+    for region in found_in(int(sys.argv[1]), sys.stdin.buffer.read()):
+        print(region)

@@ -186,13 +186,16 @@ class Engine:
         self._after_guests()
         self._after_opening()
         self.prompt.look_again()  # what waits may have been opened by hand
-        if self.booted and any(self.graph.volumes[name].device for name in self._late):
-            self._late = {name for name in self._late if not self.graph.volumes[name].device}
-            self._begin_quietly("boot")
+        self._open_late()
         if self._libvirt_error is not None and self.graph.libvirt_reachable:
             self._libvirt_error = None
             if self.booted:
                 self._begin_quietly("boot")
+
+    def _open_late(self) -> None:
+        if self.booted and any(self.graph.volumes[name].device for name in self._late):
+            self._late = {name for name in self._late if not self.graph.volumes[name].device}
+            self._begin_quietly("boot")
 
     def _after_guests(self) -> None:
         running = {name: node.needs for name, node in self.graph.guests.items() if node.is_running}
@@ -648,6 +651,7 @@ class Engine:
             if missing and name in self.boot_set[0]:
                 self._late.add(name)
                 self._keep_goals()
+                self._open_late()  # it may have come while this was told
 
     async def _open_for(self, job: Job, volume: str) -> None:
         """Open a volume that a step of the job turned out to need."""

@@ -76,8 +76,9 @@ async def unlock_all(engine: Engine, fd: int) -> None:
             if name in answer.refused:
                 raise answer.refused[name]
         for job in jobs:
-            if job.error is not None:
-                raise job.error
+            # Its step has ended; the job itself ends in a moment, or goes on for something else.
+            if (error := job.error or next(iter(job.failures().values()), None)) is not None:
+                raise error
     raise StillWaitingError(
         f"opened: {', '.join(sorted(answer.accepted)) or 'nothing'}; "
         f"still locked: {', '.join(left)}; `vmcryptctl unlock` asks for these"

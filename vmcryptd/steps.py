@@ -63,7 +63,7 @@ class Steps:
             raise
         finally:
             activity.doing = None
-            self._world.observe()
+            await self._world.look()
 
     def _activity(self, step: Step) -> Activity:
         match step.action:

@@ -41,6 +41,7 @@ class World:
         self._observation = Observation()
         self._moved = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
+        self._shared: asyncio.Future[None] | None = None
         self._reading: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -75,6 +76,21 @@ class World:
         """Something is different: look soon."""
         if self._look is None:
             self._look = asyncio.get_running_loop().call_later(COALESCE_S, self.observe)
+
+    async def look(self) -> None:
+        """Look now, once for everybody who wants that in this turn of the loop."""
+        if self._shared is None:
+            loop = asyncio.get_running_loop()
+            self._shared = loop.create_future()
+            loop.call_soon(self._look_for_all, self._shared)
+        await asyncio.wait({self._shared})
+
+    def _look_for_all(self, shared: asyncio.Future[None]) -> None:
+        self._shared = None
+        try:
+            self.observe()
+        finally:
+            shared.set_result(None)
 
     def observe(self) -> None:
         """Look now; if anything changed, rebuild the graph and tell it."""

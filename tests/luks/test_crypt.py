@@ -250,6 +250,12 @@ async def by_token(spec: VolumeSpec, token: Token, pin: Key | None) -> None:
         (True, "Token 1 requires PIN.\n",
          "Failed to unseal: tpm:session(1):the authorization HMAC check failed and DA counter incremented\n",
          WrongPinError, "does not take this PIN"),
+        (True, "Token 1 requires PIN.\n",  # systemd 257, of a TPM
+         "Failed to unseal secret using TPM2: State not recoverable\n",
+         WrongPinError, "does not take this PIN"),
+        (False, "No usable token is available.\n",  # one that was cleared
+         "Failed to unseal secret using TPM2: State not recoverable\n",
+         KeyUnavailableError, "State not recoverable"),
         (True, "Token 1 requires PIN.\n", "tpm:warn(2.0): the TPM is in DA lockout mode\n",
          KeyUnavailableError, "locked itself"),
         (True, "Token 1 requires PIN.\nToken 1 requires additional missing resource.\n", "",

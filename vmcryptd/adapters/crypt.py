@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmcryptd import luksheader
+from vmcryptd.adapters.removal import Removal
 from vmcryptd.adapters.run import Completed, run
 from vmcryptd.adapters.threads import DaemonThreads
 from vmcryptd.errors import (
@@ -51,7 +52,7 @@ KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 class Cryptsetup:
     """The port `Crypt` on this host."""
 
-    sys_block: Path = Path("/sys/class/block")
+    removal: Removal = field(default_factory=Removal)
     meminfo: Path = Path("/proc/meminfo")
     _threads: DaemonThreads = field(default_factory=DaemonThreads)
 
@@ -115,6 +116,11 @@ class Cryptsetup:
         await self._with_pin(argv, pin, volume, token)
 
     async def close(self, mapping: str) -> None:
+        try:
+            if await self.removal.attempt(mapping):
+                return None
+        except DeadlineError:
+            return await self._close_without_udev(mapping)
         complaint = ""
         for attempt in range(CLOSE_TRIES):
             if attempt:
@@ -155,14 +161,7 @@ class Cryptsetup:
         return 0
 
     def is_active(self, mapping: str) -> bool:
-        """Asked of the kernel: without udev the links in /dev/mapper tell nothing."""
-        for name in self.sys_block.glob("dm-*/dm/name"):
-            try:
-                if name.read_text().rstrip("\n") == mapping:
-                    return True
-            except OSError:
-                continue  # went away meanwhile
-        return False
+        return self.removal.find(mapping) is not None
 
     async def _with_key(
         self, argv: Sequence[str], key: Key, volume: str, device: str, header: str | None
@@ -193,12 +192,10 @@ class Cryptsetup:
             raise token_failure(done, volume, token, has_pin=pin is not None)
 
     async def _close_without_udev(self, mapping: str) -> None:
-        """cryptsetup waits for ever on a cookie that only udevd completes (systemd#43368)."""
+        """cryptsetup and dmsetup wait for ever on a cookie that only udevd completes (systemd#43368)."""
         if not self.is_active(mapping):
             return  # it waited for udev after the mapping was gone
-        log.warning(
-            "cryptsetup hung closing %s; is systemd-udevd dead? Removing it without udev", mapping
-        )
+        log.warning("closing %s hung; is systemd-udevd dead? Removing it without udev", mapping)
         done = await run(
             ["dmsetup", "remove", "--noudevsync", "--", mapping], timeout_s=CLOSE_TIMEOUT_S
         )
@@ -283,8 +280,15 @@ TOKEN_COMPLAINTS = (
     ("wrong keyslot passphrase", "what it gives does not fit its key slot any more: enroll it again"),
 )  # fmt: skip
 
-# cryptsetup of sticks, systemd of a TPM, and the TPM's own library (TPM2_RC_AUTH_FAIL).
-WRONG_PIN = ("with this pin", "bad pin", "authorization hmac check failed")
+# cryptsetup of sticks, systemd of a TPM, and the TPM's own library (TPM2_RC_AUTH_FAIL). Before its 258
+# systemd only says that the TPM has failed, as it does of one that was cleared: asking again is right in
+# either case, and is not done for ever.
+WRONG_PIN = (
+    "with this pin",
+    "bad pin",
+    "authorization hmac check failed",
+    "using tpm2: state not recoverable",
+)
 
 
 def token_failure(
