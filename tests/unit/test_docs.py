@@ -217,27 +217,54 @@ def test_every_verb_and_option_is_completed() -> None:
     ],
 )
 def test_bash_completion(typed: str, offered: list[str], tmp_path: Path) -> None:
-    fake = tmp_path / "vmcryptctl"
-    fake.write_text(
-        "#!/bin/sh\ncase $2 in volumes) printf 'cr_a\\ncr_b\\n' ;; guests) echo mail server; echo '$(touch ran)' ;; "
-        "all) echo all of them ;; esac\n"
-    )
-    fake.chmod(0o755)
     words = ["vmcryptctl", *typed.split(" ")]
     script = (
         "compopt() { :; }; source config/completion/vmcryptctl.bash; "
         'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vmcryptctl; '
         "[ ${#COMPREPLY[@]} = 0 ] || printf '%s\\n' \"${COMPREPLY[@]}\""
     )
-    environment: dict[str, Any] = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", script, "bash", *words],
-        cwd=PROJECT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+    assert completed(["bash", "-c", script, "bash", *words], tmp_path) == offered
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("st", ["start", "status", "stop"]),
+        ("key ", sorted(v.name.split()[1] for v in VISIBLE if v.name.startswith("key "))),
+        ("key list --j", ["--json"]),
+        ("lock ", ["cr_a", "cr_b"]),
+        ("start ", ["$(touch ran)", "mail server"]),
+        ("status ", ["all of them"]),
+        ("plan unlock:", ["unlock:cr_a", "unlock:cr_b"]),
+        ("boot ", []),
+    ],
+)
+def test_fish_completion(typed: str, offered: list[str], tmp_path: Path) -> None:
+    script = f'source config/completion/vmcryptctl.fish; complete -C "vmcryptctl {typed}"'
+    found = completed(["fish", "--no-config", "-c", script], tmp_path)
+    assert [line.partition("\t")[0] for line in found] == offered
+
+
+def test_zsh_completion_is_zsh() -> None:
+    subprocess.run(["zsh", "-n", PROJECT / "config/completion/_vmcryptctl"], check=True)
+
+
+def completed(argv: list[str], directory: Path) -> list[str]:
+    """What a shell offers where vmcryptctl tells of these volumes and guests, one of them with a name that is code."""
+    fake = directory / "vmcryptctl"
+    fake.write_text(
+        "#!/bin/sh\ncase $2 in volumes) printf 'cr_a\\ncr_b\\n' ;; guests) echo mail server; echo '$(touch ran)' ;; "
+        "all) echo all of them ;; esac\n"
     )
-    assert done.stdout.splitlines() == offered
+    fake.chmod(0o755)
+    environment: dict[str, Any] = {
+        **os.environ,
+        "PATH": f"{directory}:{os.environ['PATH']}",
+        "HOME": str(directory),
+    }
+    done = subprocess.run(
+        argv, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""
     assert not (PROJECT / "ran").exists()
+    return done.stdout.splitlines()
