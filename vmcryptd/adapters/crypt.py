@@ -8,12 +8,19 @@ import functools
 import json
 import logging
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmcryptd import luksheader
+from vmcryptd.adapters.complaints import (
+    BUSY,
+    KILLED,
+    NO_USABLE_SLOT,
+    OUT_OF_MEMORY,
+    WRONG_DEVICE,
+    WRONG_KEY,
+)
 from vmcryptd.adapters.run import Completed, run
 from vmcryptd.adapters.threads import DaemonThreads
 from vmcryptd.errors import (
@@ -42,9 +49,6 @@ TOKEN_TIMEOUT_S = 90.0  # a stick that blinks until somebody touches it gives up
 CLOSE_TIMEOUT_S = 30.0
 CLOSE_TRIES = 3
 DMSETUP_TIMEOUT_S = 10.0
-
-WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ def failure(done: Completed, volume: str, device: str, header: str | None = None
     place = header or device
     said = done.err.lower()
     # The second is said of a slot that is gone since the header was read, or that holds no key of the volume's data.
-    if done.code == WRONG_KEY or "no usable keyslot" in said:
+    if done.code == WRONG_KEY or NO_USABLE_SLOT in said:
         return WrongKeyError(
             f"The key fits no key slot of {volume}: try another; "
             f"`cryptsetup luksDump {place}` shows the key slots"
