@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""cryptsetup's reencryption as the daemon starts it, hears of it, and ends it; what runs is something else here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import lib
+from vmcryptd.adapters import reencrypt
+from vmcryptd.adapters.reencrypt import CryptsetupReencryption, complaints, progress, unit
+from vmcryptd.adapters.run import Completed
+from vmcryptd.errors import StorageError, WrongKeyError
+from vmcryptd.model import Infinity, VolumeSpec
+
+MAIL = VolumeSpec("ma+il", "/dev/vg/mail")
+LINE = '{"device":"/dev/vdb","device_bytes":"%s","device_size":"200","speed":"5","eta_ms":"5","time_ms":"5"}\n'
+
+
+@pytest.mark.parametrize(
+    ("said", "done"),
+    [
+        ("", None),
+        (LINE % 50, 0.25),
+        (LINE % 50 + LINE % 100, 0.5),
+        (LINE % 50 + LINE[:30], 0.25),  # it is just being written
+        (LINE % 50 + "Device is too small.\n", 0.25),
+        (LINE % 201, None),
+        (LINE % "many", None),
+        ('{"device_bytes":"0","device_size":"0"}\n', None),
+        ('{"device_bytes":null,"device_size":"1"}\n["1"]\n{}\n{\n', None),
+    ],
+)
+def test_progress(said: str, done: float | None) -> None:
+    assert progress(said) == done
+
+
+def test_what_is_no_progress_is_a_complaint() -> None:
+    assert complaints(f"{LINE % 1}Device is too small.\n\n{LINE % 2}") == "Device is too small."
+
+
+def test_the_name_of_a_unit() -> None:
+    assert unit("cr_mail-1.a") == "vmcryptd-reencrypt-cr_mail-1.a.service"
+    assert unit("a+b") == r"vmcryptd-reencrypt-a\x2bb.service"
+
+
+Runs = Callable[[list[str]], Coroutine[Any, Any, Completed]]
+
+
+class Site:
+    """A runtime directory, and a control group that lists what a test puts into it."""
+
+    def __init__(self, place: Path) -> None:
+        self.adapter = CryptsetupReencryption(place / "run", place / "cgroups")
+        self.messages = place / "run/reencrypt-ma+il"
+        self.messages.parent.mkdir()
+        self._group = place / "cgroups" / unit("ma+il") / "cgroup.procs"
+        self._group.parent.mkdir(parents=True)
+        self.told: list[float] = []
+
+    def lists(self, *processes: int) -> None:
+        self._group.write_text("".join(f"{process}\n" for process in processes))
+
+    async def rotate(self, slot: int | None = 3) -> None:
+        key = lib.key("canary")
+        try:
+            await self.adapter.rotate(MAIL, "mapped", key, slot, self.told.append)
+        finally:
+            key.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@contextlib.contextmanager
+def running(*, deaf: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends when it is told to, if it is not deaf."""
+    heard = "SIG_IGN" if deaf else "SIG_DFL"
+    code = f"import signal; signal.signal(15, signal.{heard}); print(flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_how_it_is_started(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    keys: list[str] = []
+    looked = asyncio.Event()
+
+    def told(done: float) -> None:
+        site.told.append(done)
+        looked.set()
+
+    async def scene() -> None:
+        before = lib.descriptors()
+
+        async def run(argv: list[str], timeout_s: float) -> Completed:
+            [path] = [word.removeprefix("--key-file=") for word in argv if "key-file" in word]
+            keys.append(Path(path).read_text())
+            commands.append(argv)
+            assert timeout_s == Infinity
+            site.messages.write_text(LINE % 150)
+            await looked.wait()
+            # From now on nobody holds the key but who handed it in.
+            assert not os.path.exists(path)
+            return Completed(0)
+
+        monkeypatch.setattr(reencrypt, "run", run)
+        key = lib.key("canary")
+        await site.adapter.rotate(MAIL, "mapped", key, 3, told)
+        looked.clear()
+        header = VolumeSpec("ma+il", "/dev/vg/mail", header="/etc/header")
+        await site.adapter.rotate(header, "mapped", key, None, told)
+        key.close()
+        assert lib.descriptors().keys() == before.keys()
+
+    asyncio.run(scene())
+    assert keys == ["canary", "canary"]
+    assert set(site.told) == {0.75}
+    first, second = commands
+    assert first[: first.index("--")][0] == "systemd-run"
+    assert r"--unit=vmcryptd-reencrypt-ma\x2bil.service" in first
+    assert f"--property=StandardOutput=append:{site.messages}" in first
+    assert first[first.index("--") + 1 :][:4] == [
+        "cryptsetup", "reencrypt", "--batch-mode", "--active-name=mapped",
+    ]  # fmt: skip
+    assert "--key-slot=3" in first
+    assert "--resume-only" not in first
+    assert {"--resume-only", "--header=/etc/header"} <= set(second)
+    assert not any("canary" in word for word in first + second)
+
+
+def test_how_it_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ""
+    code = 0
+
+    async def run(argv: list[str], timeout_s: float) -> Completed:
+        site.messages.write_text(said)
+        return Completed(code, err="Failed to start")
+
+    monkeypatch.setattr(reencrypt, "run", run)
+    asyncio.run(site.rotate())
+    code, said = 1, f"{LINE % 7}\nReencryption interrupted.\n"
+    asyncio.run(site.rotate())  # as it was told to
+    code, said = 1, "No usable keyslot is available.\n"
+    with pytest.raises(WrongKeyError):
+        asyncio.run(site.rotate())
+    code, said = 1, f"{LINE % 7}Failed to write hotzone area.\n"
+    with pytest.raises(StorageError, match=r"`cryptsetup reencrypt` .* Failed to write hotzone"):
+        asyncio.run(site.rotate())
+    code, said = 1, ""
+    with pytest.raises(StorageError, match="Failed to start"):
+        asyncio.run(site.rotate())
+
+
+def test_it_is_found_followed_and_stopped(site: Site) -> None:
+    async def scene(process: int) -> None:
+        before = lib.descriptors()
+        assert not site.adapter.is_running(MAIL)
+        await site.adapter.follow(MAIL, site.told.append)
+        await site.adapter.stop(MAIL, 0)
+        site.lists(process)
+        assert site.adapter.is_running(MAIL)
+        site.messages.write_text(LINE % 20)
+        looked = asyncio.Event()
+
+        def told(done: float) -> None:
+            site.told.append(done)
+            looked.set()
+
+        following = asyncio.create_task(site.adapter.follow(MAIL, told))
+        await looked.wait()
+        assert not following.done()
+        await site.adapter.stop(MAIL, Infinity)
+        await following
+        assert site.told[0] == 0.1
+        assert lib.descriptors().keys() == before.keys()
+
+    with running() as process:
+        asyncio.run(scene(process.pid))
+        assert process.wait() == -15
+
+
+def test_what_does_not_stop_is_killed(site: Site) -> None:
+    with running(deaf=True) as process:
+        site.lists(process.pid)
+        asyncio.run(site.adapter.stop(MAIL, 0.01))
+        assert process.wait() == -9
+
+
+def test_what_it_says_for_days_takes_no_room(site: Site) -> None:
+    site.messages.write_text(LINE % 10 * 1000)
+    assert progress(reencrypt._tail(site.messages)) == 0.05
+    assert site.messages.stat().st_size == 0
