@@ -155,7 +155,7 @@ class Reencryption(Protocol):
     def is_running(self, volume: VolumeSpec) -> bool:
         """Whether the volume is worked on, be it since before the daemon was started."""
 
-    async def follow(self, volume: VolumeSpec, told: Told) -> None:
+    async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
         """Wait for the end of what is running."""
 
     async def stop(self, volume: VolumeSpec, grace_s: float) -> None:

@@ -208,7 +208,8 @@ class Rotations:
 
     async def _follow(self, rotation: _Rotation) -> None:
         before = await self._ports.crypt.header(rotation.spec)
-        await self._ports.reencryption.follow(rotation.spec, self._teller(rotation))
+        mapping = self._world.graph.volumes[rotation.name].mapping
+        await self._ports.reencryption.follow(rotation.spec, mapping, self._teller(rotation))
         await self._finish(rotation, before)
 
     def _teller(self, rotation: _Rotation) -> Callable[[float], None]:

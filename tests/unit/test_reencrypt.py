@@ -171,7 +171,7 @@ def test_it_is_found_followed_and_stopped(site: Site) -> None:
     async def scene(process: int) -> None:
         before = lib.descriptors()
         assert not site.adapter.is_running(MAIL)
-        await site.adapter.follow(MAIL, site.told.append)
+        await site.adapter.follow(MAIL, "mapped", site.told.append)
         await site.adapter.stop(MAIL, 0)
         site.lists(process)
         assert site.adapter.is_running(MAIL)
@@ -182,7 +182,7 @@ def test_it_is_found_followed_and_stopped(site: Site) -> None:
             site.told.append(done)
             looked.set()
 
-        following = asyncio.create_task(site.adapter.follow(MAIL, told))
+        following = asyncio.create_task(site.adapter.follow(MAIL, "mapped", told))
         await looked.wait()
         assert not following.done()
         await site.adapter.stop(MAIL, Infinity)

@@ -230,7 +230,7 @@ def test_it_is_found_by_the_next_daemon(monkeypatch: pytest.MonkeyPatch) -> None
     followed: list[Told] = []
     ended = asyncio.Event()
 
-    async def follow(self: SimReencryption, volume: Any, told: Told) -> None:
+    async def follow(self: SimReencryption, volume: Any, mapping: str, told: Told) -> None:
         followed.append(told)
         await ended.wait()
 

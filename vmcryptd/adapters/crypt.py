@@ -141,13 +141,10 @@ class Cryptsetup:
         raise BusyError(f"The mapping {mapping} is still in use")
 
     async def wipe(self, mapping: str) -> None:
-        # What luksSuspend does, without its flush of the file system above, which may never end.
-        suspend = ["dmsetup", "suspend", "--nolockfs", "--noflush", "--", mapping]
-        message = ["dmsetup", "message", "--", mapping, "0", "key", "wipe"]
-        await _attempt(suspend, DMSETUP_TIMEOUT_S)
-        done = await run(message, timeout_s=DMSETUP_TIMEOUT_S)
-        if done.code != 0 and self.is_active(mapping):
-            raise StorageError(f"The key of {mapping} could not be wiped: {done.complaint}")
+        # A rotation of its volume key that was killed has left the keys in a device below it.
+        for device in (mapping, f"{mapping}-overlay"):
+            if self.is_active(device):
+                await self._wipe(device)
 
     def available_memory_kib(self) -> int:
         try:
@@ -167,6 +164,25 @@ class Cryptsetup:
             except OSError:
                 continue  # went away meanwhile
         return False
+
+    async def _wipe(self, device: str) -> None:
+        """What luksSuspend does, without its flush of the file system above, which may never end."""
+        suspend = ["dmsetup", "suspend", "--nolockfs", "--noflush", "--", device]
+        await _attempt(suspend, DMSETUP_TIMEOUT_S)
+        table = await run(["dmsetup", "table", "--", device], timeout_s=DMSETUP_TIMEOUT_S)
+        # Half rotated it is made of two parts, each with its key.
+        parts = [line.split() for line in table.out.splitlines()]
+        messages = [
+            ["dmsetup", "message", "--", device, start, "key", "wipe"]
+            for start, _, kind, *_ in parts
+            if kind == "crypt"
+        ]
+        for done in [
+            table,
+            *[await run(message, timeout_s=DMSETUP_TIMEOUT_S) for message in messages],
+        ]:
+            if done.code != 0 and self.is_active(device):
+                raise StorageError(f"The key of {device} could not be wiped: {done.complaint}")
 
     async def _with_key(
         self, argv: Sequence[str], key: Key, volume: str, device: str, header: str | None

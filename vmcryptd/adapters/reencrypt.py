@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -19,14 +20,17 @@ from typing import Any
 
 from vmcryptd.adapters.complaints import failure
 from vmcryptd.adapters.run import Completed, run
-from vmcryptd.errors import StorageError
+from vmcryptd.errors import StorageError, VmcryptdError
 from vmcryptd.model import Infinity, VolumeSpec
 from vmcryptd.ports import Key, Told
+
+log = logging.getLogger(__name__)
 
 # What cryptsetup does at once: so much is suspended, and done before it stops when told to.
 HOTZONE = 32 << 20  # bytes
 LOOK_S = 0.5
 KILLED_S = 5.0  # for the kernel to let go
+SIGNALLED = 255  # as systemd-run says it of its unit
 STOP_S = 90  # for systemd, when the host shuts down
 TAIL = 4096  # bytes of its messages: more than the longest line
 MOST = 64 * 1024  # bytes of its messages, which are a line a second for days
@@ -78,16 +82,25 @@ class CryptsetupReencryption:
             async with _telling(messages, first):
                 done = await run(argv, timeout_s=Infinity)
         # Without D-Bus, systemd-run does not wait to the end.
-        await self.follow(volume, told)
+        await self._followed(volume, told)
         said = _tail(messages)
+        if done.code == SIGNALLED:
+            await _let_go(mapping)
         if done.code != 0 and not is_interrupted(said):
             said = complaints(said) or done.err
-            raise failure("reencrypt", Completed(done.code, err=said), volume)
+            error = failure("reencrypt", Completed(done.code, err=said), volume)
+            raise _advised(error, volume.name) if type(error) is StorageError else error
 
     def is_running(self, volume: VolumeSpec) -> bool:
         return bool(self._processes(volume))
 
-    async def follow(self, volume: VolumeSpec, told: Told) -> None:
+    async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
+        await self._followed(volume, told)
+        said = _tail(self._messages(volume))
+        if not complaints(said) and progress(said) != 1.0:
+            await _let_go(mapping)  # it was killed: whatever else happens to it, it says so
+
+    async def _followed(self, volume: VolumeSpec, told: Told) -> None:
         async with _telling(self._messages(volume), told):
             await _ended(self._processes(volume), Infinity)
 
@@ -142,6 +155,31 @@ def complaints(said: str) -> str:
 def is_interrupted(said: str) -> bool:
     """Whether it says that it ended where it can go on, because it was told to."""
     return "Reencryption interrupted" in said
+
+
+def _advised(error: StorageError, name: str) -> StorageError:
+    return StorageError(
+        f"{error}. Nothing is lost, but what uses {name} may get errors until it was closed: stop that, then "
+        f"`vmcryptctl lock {name}` and `vmcryptctl unlock {name}`; `vmcryptctl key rotate {name}` goes on after that"
+    )
+
+
+async def _let_go(mapping: str) -> None:
+    """Have those who wait for the piece that it was at get an error: else nothing ever ends them.
+
+    What cryptsetup does itself when it fails, and not when it is killed (reencrypt_teardown_fatal). The piece is
+    recovered from the header when the volume is opened the next time.
+    """
+    piece = f"{mapping}-hotzone-forward"
+    try:
+        done = await run(["dmsetup", "wipe_table", "--", piece], timeout_s=KILLED_S)
+    except VmcryptdError as error:
+        log.warning("%s", error)
+        return
+    if done.code == 0:
+        log.warning(
+            "cryptsetup was killed at %s; who waits for what it was at gets an error", mapping
+        )
 
 
 def _tail(messages: Path) -> str:

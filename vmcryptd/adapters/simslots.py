@@ -182,7 +182,7 @@ class SimReencryption:
     def is_running(self, volume: VolumeSpec) -> bool:
         return volume.name in self._stopped
 
-    async def follow(self, volume: VolumeSpec, told: Told) -> None:
+    async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
         raise AssertionError("nothing simulated runs before its daemon")
 
     async def stop(self, volume: VolumeSpec, grace_s: float) -> None:
