@@ -164,8 +164,8 @@ async def _rotated(client: Client, volume: str, key: MemfdKey, drop_others: bool
         try:
             await asyncio.wait({rotating})
             rotating.result()
-        except (asyncio.CancelledError, UnreachableError, ShuttingDownError):
-            if key.is_closed:
+        except (asyncio.CancelledError, UnreachableError, ShuttingDownError) as error:
+            if key.is_closed or isinstance(error, asyncio.CancelledError):
                 say(
                     f"the rotation goes on by itself: `vmcryptctl status {volume}` shows how far it is, "
                     f"`vmcryptctl key rotate --stop {volume}` stops it"
