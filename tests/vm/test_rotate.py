@@ -12,8 +12,9 @@ from tests.vm.host import Background, Host, Vm
 from tests.vm.lab import PASSPHRASE, Caller
 
 SECOND = "canary-Zw7pQ4-second"
-# What is to be found in the middle of it gets a slow disk: one piece takes some seconds then.
-SLOW = 8 << 20  # bytes a second
+# What is to be found in the middle of it gets a slow disk: one piece of 16 MiB takes some seconds then.
+SLOW = 6 << 20  # bytes a second
+CRAWLING = 1 << 20
 FAST = 0  # as it comes
 LONG_S = 300.0
 MESSAGES = "/run/vmcryptd/reencrypt-cr_mail"
@@ -64,6 +65,7 @@ class Site:
         assert self.volume["rotation"] == ""
 
     def is_whole(self) -> bool:
+        self.speed(FAST)
         return self.vm.run(CONTENT, timeout_s=LONG_S).out == self.content
 
 
@@ -90,7 +92,7 @@ def prepare(vm: Vm) -> str:
 
 @pytest.fixture
 def prepared(host: HostFactory) -> Host:
-    return host(disks=["128M"])
+    return host(disks=["256M"])
 
 
 def answered(vm: Vm) -> None:
@@ -109,6 +111,7 @@ def test_a_guest_and_daemons_come_and_go_meanwhile(prepared: Host) -> None:
         pid = vm.run("systemctl show -P MainPID vmcryptd").out.strip()
 
         rotating = site.rotate()
+        site.speed(CRAWLING)
         assert lab.guest_states(vm) == {"mail": "running"}
         assert "is being rotated" in vm.run("vmcryptctl status cr_mail").out
         worker = vm.run(f"systemctl show -P MainPID '{UNIT}'").out.strip()
@@ -138,7 +141,6 @@ def test_a_guest_and_daemons_come_and_go_meanwhile(prepared: Host) -> None:
         vm.run("vmcryptctl stop mail && vmcryptctl start mail", timeout_s=LONG_S)
         vm.wait_counters("/dev/mapper/cr_mail", guest.Counters(2, 1))
         assert site.is_whole()
-        site.speed(FAST)
         vm.wait_until(f"! systemctl is-active '{UNIT}'", LONG_S)
         vm.wait_until("! vmcryptctl status cr_mail | grep rotated")
         assert lab.guest_states(vm) == {"mail": "running"}

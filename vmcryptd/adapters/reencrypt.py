@@ -27,7 +27,7 @@ from vmcryptd.ports import Key, Told
 log = logging.getLogger(__name__)
 
 # What cryptsetup does at once: so much is suspended, and done before it stops when told to.
-HOTZONE = 32 << 20  # bytes
+HOTZONE = 16 << 20  # bytes
 LOOK_S = 0.5
 KILLED_S = 5.0  # for the kernel to let go
 SIGNALLED = 255  # as systemd-run says it of its unit
