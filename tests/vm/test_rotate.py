@@ -80,7 +80,8 @@ def prepare(vm: Vm) -> str:
     """A volume with its guest; returns the sum of what is on it."""
     setup = lab.Lab(vm)
     setup.encrypted_guest("mail", lab.disk(0))
-    setup.write_config(reload=True)
+    setup.write_config()
+    vm.run("systemctl restart vmcryptd")
     lab.unlock(vm, "cr_mail")
     vm.run(
         "dd if=/dev/urandom of=/dev/mapper/cr_mail bs=1M seek=1 oflag=direct status=none",
