@@ -147,8 +147,12 @@ def test_how_it_is_started(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_how_it_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     said = ""
     code = 0
+    let_go: list[list[str]] = []
 
     async def run(argv: list[str], timeout_s: float) -> Completed:
+        if argv[0] == "dmsetup":
+            let_go.append(argv)
+            return Completed(0)
         site.messages.write_text(said)
         return Completed(code, err="Failed to start")
 
@@ -165,6 +169,20 @@ def test_how_it_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     code, said = 1, ""
     with pytest.raises(StorageError, match="Failed to start"):
         asyncio.run(site.rotate())
+    assert not let_go
+    # Killed, it leaves somebody waiting for what it was at.
+    code, said = 255, LINE % 7
+    with pytest.raises(StorageError, match="`vmcryptctl lock ma.il` and `vmcryptctl unlock ma.il`"):
+        asyncio.run(site.rotate())
+    assert let_go == [["dmsetup", "wipe_table", "--", "mapped-hotzone-forward"]]
+    for said, count in (
+        (f"{LINE % 7}Reencryption interrupted.\n", 1),
+        (LINE % 200, 1),
+        (LINE % 7, 2),
+    ):
+        site.messages.write_text(said)
+        asyncio.run(site.adapter.follow(MAIL, "mapped", site.told.append))
+        assert len(let_go) == count
 
 
 def test_it_is_found_followed_and_stopped(site: Site) -> None:

@@ -148,8 +148,11 @@ def progress(said: str) -> float | None:
 
 
 def complaints(said: str) -> str:
-    """What was said that is not about progress."""
-    return "\n".join(line for line in said.splitlines() if line and not line.startswith("{"))
+    """What was said that is not about progress, nor the end of a line that is."""
+    lines = said.splitlines()
+    return "\n".join(
+        line for line in lines if line and not line.startswith("{") and line[-1] != "}"
+    )
 
 
 def is_interrupted(said: str) -> bool:
@@ -187,12 +190,12 @@ def _tail(messages: Path) -> str:
         with messages.open("rb+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL))
-            said = file.read(TAIL)
-            if size > MOST:
+            said = file.read(TAIL).decode("utf-8", "replace")
+            if size > MOST and not complaints(said):
                 file.truncate(0)  # it is appended to
     except OSError:
         return ""
-    return said.decode("utf-8", "replace")
+    return said
 
 
 @contextlib.asynccontextmanager
