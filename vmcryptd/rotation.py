@@ -79,9 +79,8 @@ class Rotations:
                 self._world.reencrypting.add(name)
                 rotation = self._begin(spec, self._follow)
                 rotation.begun.set()
-            elif self._key_slots.backup_due_since(
-                name
-            ):  # it is due from the start to the end of one
+            elif self._key_slots.backup_due_since(name):
+                # It is due from the start of a rotation on to its end.
                 looking = asyncio.create_task(self._look(spec))
                 self._looking.add(looking)
                 looking.add_done_callback(self._looking.discard)
@@ -192,7 +191,8 @@ class Rotations:
             rotation.job.error = error
             unforeseen = rotation.task.exception()
             trace = None if isinstance(unforeseen, VmcryptdError) else unforeseen
-            log.error("%s", error, exc_info=trace)
+            level = logging.INFO if isinstance(error, CancelledError) else logging.ERROR
+            log.log(level, "%s", error, exc_info=trace)
         self._end_job(rotation.job)
 
     async def _rotate(
