@@ -106,6 +106,7 @@ class Engine:
             derivation,
             self._begin_aside,
             self._finish,
+            self._spawn,
             self._touch,
         )
 

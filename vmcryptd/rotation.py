@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from vmcryptd import planner
 from vmcryptd.errors import (
@@ -60,6 +61,7 @@ class Rotations:
         derivation: Derivation,
         begin: Callable[[str], Job],
         end: Callable[[Job], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
         changed: Callable[[], None],
     ) -> None:
         self._ports = ports
@@ -68,9 +70,9 @@ class Rotations:
         self._derivation = derivation
         self._begin_job = begin  # raises VmcryptdError while nothing new may begin
         self._end_job = end
+        self._spawn = spawn
         self._changed = changed
         self._running: dict[str, _Rotation] = {}
-        self._looking: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Follow those that run already, and find out which others were not finished."""
@@ -81,14 +83,12 @@ class Rotations:
                 rotation.begun.set()
             elif self._key_slots.backup_due_since(name):
                 # It is due from the start of a rotation on to its end.
-                looking = asyncio.create_task(self._look(spec))
-                self._looking.add(looking)
-                looking.add_done_callback(self._looking.discard)
+                self._spawn(self._look(spec))
 
     def close(self) -> None:
         """Let them go on by themselves."""
-        for task in (*self._looking, *(rotation.task for rotation in self._running.values())):
-            task.cancel()
+        for rotation in self._running.values():
+            rotation.task.cancel()
 
     def state(self, name: str) -> str:
         """As `VolumeView.rotation`."""

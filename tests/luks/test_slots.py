@@ -95,6 +95,7 @@ class Real:
 
         async def played() -> Any:
             self.engine.start()
+            await self.engine.settled()
             try:
                 return await scene()
             finally:
