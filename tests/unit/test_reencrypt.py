@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import lib
-from vmcryptd.adapters import reencrypt
+from vmcryptd.adapters import crypt, reencrypt
 from vmcryptd.adapters.reencrypt import CryptsetupReencryption, complaints, progress, unit
 from vmcryptd.adapters.run import Completed
 from vmcryptd.errors import StorageError, WrongKeyError
@@ -224,3 +224,37 @@ def test_what_it_says_for_days_takes_no_room(site: Site) -> None:
     site.messages.write_text(LINE % 10 * 1000)
     assert progress(reencrypt._tail(site.messages)) == 0.05
     assert site.messages.stat().st_size == 0
+
+
+def test_every_key_of_a_half_rotated_mapping_is_wiped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In panic, when it cannot be closed: it has two parts, and if it was killed, the keys are in a device below."""
+    tables = {
+        "mapped": "0 200 linear 253:3 0\n",
+        "mapped-overlay": "0 50 crypt aes :64:logon:x-d0 0 8:0 64\n50 10 crypt aes :64:logon:x-d0 50 253:2 50\n"
+        "60 140 crypt aes :64:logon:x-d1 60 8:0 124\n",
+    }
+    messages: list[list[str]] = []
+    for number, name in enumerate((*tables, "other-overlay")):
+        place = tmp_path / f"dm-{number}/dm"
+        place.mkdir(parents=True)
+        (place / "name").write_text(f"{name}\n")
+
+    async def run(argv: list[str], timeout_s: float) -> Completed:
+        if argv[1] == "message":
+            messages.append(argv[3:])
+        return Completed(0, tables[argv[-1]] if argv[1] == "table" else "")
+
+    monkeypatch.setattr(crypt, "run", run)
+    asyncio.run(crypt.Cryptsetup(tmp_path).wipe("mapped"))
+    assert messages == [
+        ["mapped-overlay", start, "key", "wipe"] for start in ("0", "50", "60")
+    ]  # fmt: skip
+
+    async def fail(argv: list[str], timeout_s: float) -> Completed:
+        return Completed(1, err="there is no memory")
+
+    monkeypatch.setattr(crypt, "run", fail)
+    with pytest.raises(StorageError, match="mapped could not be wiped: there is no memory"):
+        asyncio.run(crypt.Cryptsetup(tmp_path).wipe("mapped"))
