@@ -18,7 +18,7 @@ from tests import lib
 from vmcryptd.adapters import crypt, reencrypt
 from vmcryptd.adapters.reencrypt import CryptsetupReencryption, complaints, progress, unit
 from vmcryptd.adapters.run import Completed
-from vmcryptd.errors import StorageError, WrongKeyError
+from vmcryptd.errors import BusyError, StorageError, WrongKeyError
 from vmcryptd.model import Infinity, VolumeSpec
 
 MAIL = VolumeSpec("ma+il", "/dev/vg/mail")
@@ -226,6 +226,42 @@ def test_what_it_says_for_days_takes_no_room(site: Site) -> None:
     assert site.messages.stat().st_size == 0
 
 
+def mappings(place: Path, *names: str) -> None:
+    """As sysfs shows them; what has a further word in its name is cryptsetup's own."""
+    for number, name in enumerate(names):
+        directory = place / f"dm-{number}/dm"
+        directory.mkdir(parents=True)
+        (directory / "name").write_text(f"{name}\n")
+        kind = "SUBDEV" if "-" in name else "LUKS2"
+        (directory / "uuid").write_text(f"CRYPT-{kind}-1-{name}\n")
+
+
+def test_what_a_killed_rotation_left_is_removed_with_its_mapping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mappings(tmp_path, "mapped", "mapped-hotzone-forward", "mapped-overlay", "other-overlay")
+    # Of that name, but a volume of somebody's.
+    (tmp_path / "dm-3/dm/name").write_text("mapped-overlay\n")
+    (tmp_path / "dm-3/dm/uuid").write_text("CRYPT-LUKS2-1-mapped-overlay\n")
+    commands: list[str] = []
+    code = 0
+
+    async def run(argv: list[str], timeout_s: float) -> Completed:
+        commands.append(" ".join(argv))
+        return Completed(0 if argv[0] == "cryptsetup" else code)
+
+    monkeypatch.setattr(crypt, "run", run)
+    asyncio.run(crypt.Cryptsetup(tmp_path).close("mapped"))
+    assert commands == [
+        "cryptsetup close --batch-mode -- mapped",
+        "dmsetup remove --retry -- mapped-overlay",
+        "dmsetup remove --retry -- mapped-hotzone-forward",
+    ]
+    code = 1
+    with pytest.raises(BusyError, match="mapped-overlay, left by a rotation"):
+        asyncio.run(crypt.Cryptsetup(tmp_path).close("mapped"))
+
+
 def test_every_key_of_a_half_rotated_mapping_is_wiped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,10 +272,7 @@ def test_every_key_of_a_half_rotated_mapping_is_wiped(
         "60 140 crypt aes :64:logon:x-d1 60 8:0 124\n",
     }
     messages: list[list[str]] = []
-    for number, name in enumerate((*tables, "other-overlay")):
-        place = tmp_path / f"dm-{number}/dm"
-        place.mkdir(parents=True)
-        (place / "name").write_text(f"{name}\n")
+    mappings(tmp_path, *tables, "other-overlay")
 
     async def run(argv: list[str], timeout_s: float) -> Completed:
         if argv[1] == "message":

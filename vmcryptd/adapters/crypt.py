@@ -119,6 +119,17 @@ class Cryptsetup:
         await self._with_pin(argv, pin, volume, token)
 
     async def close(self, mapping: str) -> None:
+        await self._close(mapping)
+        # cryptsetup removes them, too, but not while udev looks into one.
+        for device in self._below(mapping):
+            remove = ["dmsetup", "remove", "--retry", "--", device]
+            done = await run(remove, timeout_s=CLOSE_TIMEOUT_S)
+            if done.code != 0 and self.is_active(device):
+                raise BusyError(
+                    f"The mapping {device}, left by a rotation of the key of {mapping} that was killed, is still in use"
+                )
+
+    async def _close(self, mapping: str) -> None:
         complaint = ""
         for attempt in range(CLOSE_TRIES):
             if attempt:
@@ -141,8 +152,7 @@ class Cryptsetup:
         raise BusyError(f"The mapping {mapping} is still in use")
 
     async def wipe(self, mapping: str) -> None:
-        # A rotation of its volume key that was killed has left the keys in a device below it.
-        for device in (mapping, f"{mapping}-overlay"):
+        for device in (mapping, *self._below(mapping)):
             if self.is_active(device):
                 await self._wipe(device)
 
@@ -183,6 +193,22 @@ class Cryptsetup:
         ]:
             if done.code != 0 and self.is_active(device):
                 raise StorageError(f"The key of {device} could not be wiped: {done.complaint}")
+
+    def _below(self, mapping: str) -> list[str]:
+        """What a rotation of its volume key that was killed has left behind: the first of them has the keys."""
+        wanted = [f"{mapping}-overlay", f"{mapping}-hotzone-forward"]
+        found = []
+        for name in self.sys_block.glob("dm-*/dm/name"):
+            try:
+                device = name.read_text().rstrip("\n")
+                # Somebody else's may have the name, but not the mark.
+                if device in wanted and name.with_name("uuid").read_text().startswith(
+                    "CRYPT-SUBDEV-"
+                ):
+                    found.append(device)
+            except OSError:
+                continue  # went away meanwhile
+        return sorted(found, key=wanted.index)
 
     async def _with_key(
         self, argv: Sequence[str], key: Key, volume: str, device: str, header: str | None
