@@ -207,7 +207,12 @@ class Rotations:
         await self._finish(rotation, before)
 
     async def _follow(self, rotation: _Rotation) -> None:
-        before = await self._ports.crypt.header(rotation.spec)
+        before = None
+        try:
+            before = await self._ports.crypt.header(rotation.spec)
+        except VmcryptdError as error:
+            # A disk at its limit is slow to answer. What runs on it runs all the same.
+            log.warning("%s; tokens that lose their key slots by the rotation stay behind", error)
         mapping = self._world.graph.volumes[rotation.name].mapping
         await self._ports.reencryption.follow(rotation.spec, mapping, self._teller(rotation))
         await self._finish(rotation, before)
@@ -222,7 +227,7 @@ class Rotations:
 
         return told
 
-    async def _finish(self, rotation: _Rotation, before: Header) -> None:
+    async def _finish(self, rotation: _Rotation, before: Header | None) -> None:
         spec = rotation.spec
         header = await self._ports.crypt.header(spec)
         self._world.note_header(spec.name, header)
@@ -231,7 +236,7 @@ class Rotations:
                 f"the rotation of the volume key of {spec.name} has stopped before its end; nothing is lost, and it "
                 f"can be used and locked as ever: `vmcryptctl key rotate {spec.name}` goes on"
             )
-        bound = {token.number for token in before.tokens if token.slots}
+        bound = {token.number for token in before.tokens if token.slots} if before else set()
         gone = [one for one in header.tokens if one.number in bound and not one.slots]
         await self._key_slots.drop_tokens(spec, gone)
         log.info("volume %s has a new volume key", spec.name)

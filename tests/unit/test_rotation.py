@@ -241,10 +241,12 @@ def test_it_is_found_by_the_next_daemon(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(SimReencryption, "follow", follow)
     monkeypatch.setattr(SimReencryption, "stop", stop)
 
-    @play(HALF)
+    # Its disk is busy and does not answer at first.
+    @play(HALF.replace("half_rotated = true", "half_rotated = true\npresent = false"))
     async def scene(run: Running) -> None:
         await run.until(lambda: followed)
         assert shown(run) == "running"
+        run.host.volume("mail", present=True)
         followed[0](0.5)
         assert progress(run) == 0.5
         with pytest.raises(BusyError):
