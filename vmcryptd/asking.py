@@ -55,6 +55,18 @@ async def known(
 
 
 @contextlib.asynccontextmanager
+async def untried(client: Client, path: str | None, question: str) -> AsyncIterator[MemfdKey]:
+    """A key from a file, or one that is asked for once."""
+    if path is not None:
+        async with _from_file(path) as key:
+            yield key
+        return
+    with contextlib.closing(MemfdKey()) as typed:
+        await _ask(client, question, typed)
+        yield typed
+
+
+@contextlib.asynccontextmanager
 async def new(client: Client, volume: str, path: str | None) -> AsyncIterator[MemfdKey]:
     """A key that is to open the volume: from a file, or one that was typed twice."""
     if path is not None:

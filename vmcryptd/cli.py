@@ -94,6 +94,7 @@ async def _status(arguments: Namespace) -> int:
     async with connect() as client:
         await client.load()
     volumes, guests = list(client.volumes.values()), list(client.guests.values())
+    jobs = list(client.jobs.values())
     names = set(arguments.NAME)
     if unknown := sorted(names - set(client.volumes) - set(client.guests)):
         for name in unknown:
@@ -104,16 +105,16 @@ async def _status(arguments: Namespace) -> int:
         volumes = [values for values in volumes if values["Name"] in names]
         guests = [values for values in guests if values["Name"] in names]
     if arguments.json:
-        print_json(status_members(client.host, volumes, guests))
+        print_json(status_members(client.host, volumes, guests, jobs))
         return EXIT_OK
     shown = page()
     if names:
-        lines = [*shown.volumes(volumes), *shown.guests(guests)][1:]
+        lines = [*shown.volumes(volumes, jobs), *shown.guests(guests)][1:]
     else:
         if not arguments.all:
             members = "Needs", "StartsAtBoot", "LastError"
             guests = [values for values in guests if any(values[key] for key in members)]
-        lines = shown.status(client.host, volumes, guests)
+        lines = shown.status(client.host, volumes, guests, jobs)
     print("\n".join(lines))
     return EXIT_OK
 

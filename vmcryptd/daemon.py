@@ -95,12 +95,14 @@ def real_ports(settings: Settings) -> Ports:
     from vmcryptd.adapters.crypt import Cryptsetup
     from vmcryptd.adapters.domains import Libvirt
     from vmcryptd.adapters.keys import SystemKeys
+    from vmcryptd.adapters.reencrypt import CryptsetupReencryption
     from vmcryptd.adapters.slots import CryptsetupSlots
 
     return Ports(
         blocks=SysfsBlocks(),
         crypt=Cryptsetup(),
         slots=CryptsetupSlots(),
+        reencryption=CryptsetupReencryption(),
         keys=SystemKeys(),
         domains=Libvirt(settings.daemon.libvirt_uri),
         host=host.SystemdHost(),

@@ -32,6 +32,7 @@ from vmcryptd.model import Action, HostState, Infinity, Lock, Plan, Settings, Un
 from vmcryptd.panic import panic
 from vmcryptd.ports import Key, Ports
 from vmcryptd.prompt import Prompt
+from vmcryptd.rotation import GRACE_S, Rotations
 from vmcryptd.state import (
     Activities,
     GuestView,
@@ -94,8 +95,20 @@ class Engine:
             self._may_ask,
             self._touch,
             self._open_for,
+            self._settle_key,
         )
-        self.key_slots = KeySlots(ports, self.world, self._steps.unlocker.derivation, self._touch)
+        derivation = self._steps.unlocker.derivation
+        self.key_slots = KeySlots(ports, self.world, derivation, self._touch)
+        self.rotations = Rotations(
+            ports,
+            self.world,
+            self.key_slots,
+            derivation,
+            self._begin_aside,
+            self._finish,
+            self._spawn,
+            self._touch,
+        )
 
     @property
     def settings(self) -> Settings:
@@ -115,6 +128,7 @@ class Engine:
             if name in self.graph.volumes and self.graph.volumes[name].is_open:
                 self._activities.volumes[name].key_source = source
         self._configured()
+        self.rotations.start()
 
     def close(self) -> None:
         """Stop without closing or stopping anything; goals that are kept are taken up again by `resume`."""
@@ -123,6 +137,7 @@ class Engine:
             job.is_stopped = True
         for task, _ in self._running.values():
             task.cancel()
+        self.rotations.close()
         self.prompt.close()
         self._replan()
 
@@ -331,6 +346,7 @@ class Engine:
                 name,
                 self._activities.volumes[name],
                 header_backup_due=bool(self.key_slots.backup_due_since(name)),
+                rotation=self.rotations.state(name),
             )
             for name in self.graph.volumes
         ]
@@ -442,7 +458,10 @@ class Engine:
         self._touch()
         self._forget_boot()
         self._stop_rising_jobs()
-        await self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S)
+        await asyncio.gather(
+            self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S),
+            self.rotations.abort(PANIC_CANCEL_S),
+        )
         self.world.observe()
         if errors := await panic(self.world, self._ports):
             raise BusyError("; ".join(errors))
@@ -476,10 +495,7 @@ class Engine:
 
         Raises VmcryptdError.
         """
-        if self._is_closed:
-            raise ShuttingDownError("vmcryptd is stopping; ask again when it is back")
-        if is_rising(goal) and self._is_stopping:
-            raise BusyError("everything is being stopped and closed; try again when that is done")
+        self._check_may_begin(is_rising(goal))
         if look:
             self.world.observe()
         for job in self.jobs.values():
@@ -494,6 +510,20 @@ class Engine:
         job.task = asyncio.create_task(self._pursue(job))
         self._touch()
         return job
+
+    def _check_may_begin(self, rising: bool) -> None:
+        if self._is_closed:
+            raise ShuttingDownError("vmcryptd is stopping; ask again when it is back")
+        if rising and self._is_stopping:
+            raise BusyError("everything is being stopped and closed; try again when that is done")
+
+    def _begin_aside(self, goal: str) -> Job:
+        """A job that takes no steps, and ends by `_finish`. Raises VmcryptdError."""
+        self._check_may_begin(True)
+        return self._register(Job(next(self._numbers), goal))
+
+    async def _settle_key(self, name: str) -> None:
+        await self.rotations.stop(name, GRACE_S)
 
     def _begin_quietly(self, goal: str) -> None:
         try:

@@ -76,6 +76,12 @@ class LastKeyError(VmcryptdError):
     name = "LastKey"
 
 
+class OtherKeysError(VmcryptdError):
+    """Keys would be lost that nobody said may go; the text names their slots."""
+
+    name = "OtherKeys"
+
+
 class KeyUnavailableError(VmcryptdError):
     """No key source gave a key that fits, and nobody may be asked."""
 

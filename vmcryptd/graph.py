@@ -508,12 +508,12 @@ def _mappings(
 
 
 def _data_devices(mapping: BlockDevice, devices: Mapping[str, BlockDevice]) -> Iterator[str]:
-    """What a LUKS mapping is made of; with integrity there is a mapping of cryptsetup's in between."""
+    """What a LUKS mapping is made of; with integrity, or while it is reencrypted, cryptsetup's own are in between."""
     for name in mapping.below:
         yield name
         lower = devices.get(name)
-        if lower is not None and lower.dm_uuid.startswith("CRYPT-INTEGRITY-"):
-            yield from lower.below
+        if lower is not None and lower.dm_uuid.startswith(("CRYPT-INTEGRITY-", "CRYPT-SUBDEV-")):
+            yield from _data_devices(lower, devices)
 
 
 def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:

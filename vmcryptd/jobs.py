@@ -30,6 +30,7 @@ class Job:
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # step → what carries it out
     state: JobState = JobState.RUNNING
     error: VmcryptdError | None = None
+    progress: float = -1.0  # 0 to 1, where that can be told
     is_stopped: bool = False  # overtaken by another request: nothing new is begun
     task: asyncio.Task[None] | None = None
     planned: tuple[Graph, Plan] | None = None  # the latest plan, and what it was made from

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,10 +11,17 @@ from argparse import Namespace
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-from vmcryptd.asking import Fitting, call, known, new, slot_of
-from vmcryptd.client import connect, is_root
-from vmcryptd.errors import EXIT_OK, NotAuthorizedError
-from vmcryptd.talk import changing, page, print_json, say
+from vmcryptd.adapters.memfd import MemfdKey, readers
+from vmcryptd.asking import TRIES, Fitting, call, known, new, slot_of, untried
+from vmcryptd.client import Client, connect, is_root
+from vmcryptd.errors import (
+    EXIT_OK,
+    NotAuthorizedError,
+    ShuttingDownError,
+    UnreachableError,
+    WrongKeyError,
+)
+from vmcryptd.talk import changing, page, print_json, say, show_progress
 from vmcryptd.verbs import UsageError
 
 
@@ -115,6 +123,60 @@ async def _remove(arguments: Namespace) -> int:
     return EXIT_OK
 
 
+async def _rotate(arguments: Namespace) -> int:
+    volume = arguments.VOLUME
+    async with changing() as client:
+        if arguments.stop:
+            await client.call("StopRotation", "s", volume)
+            return EXIT_OK
+        await client.follow()
+        await client.call(
+            "ListKeys", "s", volume
+        )  # a name that is wrong shows before anybody types
+        for left in reversed(range(1 if arguments.key_file else TRIES)):
+            question = f"Passphrase of {volume} that is to stay:"
+            async with untried(client, arguments.key_file, question) as key:
+                try:
+                    await _rotated(client, volume, key, arguments.drop_others)
+                    break
+                except WrongKeyError:
+                    if not left:
+                        raise
+                    say("that did not fit; try again")
+    print(f"all data of {volume} is under a new volume key")
+    say(
+        f"make a backup of its header now: vmcryptctl header backup {volume} FILE; destroy older ones: they are of no "
+        "use any more, because the data is no longer under their volume key"
+    )
+    return EXIT_OK
+
+
+async def _rotated(client: Client, volume: str, key: MemfdKey, drop_others: bool) -> None:
+    """Show the progress until the end."""
+    with contextlib.ExitStack() as held:
+        held.callback(key.close)
+        fds = held.enter_context(readers(key))
+        rotating = asyncio.ensure_future(
+            client.call("RotateKey", "shb", volume, 0, drop_others, fds=fds)
+        )
+        # Hours may follow, in which nobody needs the key.
+        showing = asyncio.ensure_future(show_progress(client, f"rotate:{volume}", held.close))
+        try:
+            await asyncio.wait({rotating})
+            rotating.result()
+        except (asyncio.CancelledError, UnreachableError, ShuttingDownError) as error:
+            if key.is_closed or isinstance(error, asyncio.CancelledError):
+                say(
+                    f"the rotation goes on by itself: `vmcryptctl status {volume}` shows how far it is, "
+                    f"`vmcryptctl key rotate --stop {volume}` stops it"
+                )
+            raise
+        finally:
+            rotating.cancel()
+            showing.cancel()
+            await asyncio.wait({showing})
+
+
 async def _backup(arguments: Namespace) -> int:
     volume, path = arguments.VOLUME, arguments.FILE
     if not path.startswith("/"):
@@ -178,6 +240,7 @@ RUN: dict[str, Callable[[Namespace], Coroutine[Any, Any, int]]] = {
     "key add": _add,
     "key change": _change,
     "key remove": _remove,
+    "key rotate": _rotate,
     "keystore init": _keystore_init,
     "header backup": _backup,
 }

@@ -12,12 +12,13 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from vmcryptd import planner
 from vmcryptd.errors import (
+    BusyError,
     DependencyError,
     LastKeyError,
     NoSuchKeySlotError,
@@ -25,7 +26,7 @@ from vmcryptd.errors import (
     VmcryptdError,
     WrongKeyError,
 )
-from vmcryptd.model import Header, KeySlot, VolumeSpec
+from vmcryptd.model import Header, KeySlot, Token, VolumeSpec
 from vmcryptd.ports import Key, Ports
 from vmcryptd.world import World
 
@@ -50,17 +51,20 @@ class KeySlots:
         self._derivation = derivation  # holds memory for a key derivation of so many KiB
         self._changed = changed
         self._due = ports.memory.backups_due()
+        self.rotating: set[str] = set()  # volumes whose header somebody else is at, for hours
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def listed(self, name: str) -> dict[str, Any]:
         """What `vmcryptctl key list --json` prints. Raises VmcryptdError."""
         spec = self._spec(name)
         header = await self._ports.crypt.header(spec)
+        self._world.note_header(name, header)
         return {
             "volume": name,
             "uuid": header.uuid,
             "version": header.version,
             "header_backup_due_since": self.backup_due_since(name),
+            "is_half_rotated": header.is_reencrypting,
             "sources": [str(source) for source in spec.keys],
             "slots": [
                 {
@@ -87,19 +91,19 @@ class KeySlots:
 
     async def test(self, name: str, fd: int) -> int:
         """The key slot that a caller's key opens; `fd` is closed. Raises WrongKeyError if there is none."""
-        async with self._keys(name, fd) as (spec, key):
-            slot = await self._slot_of(spec, await self._ports.crypt.header(spec), key)
+        async with self.keys(name, fd) as (spec, key):
+            slot = await self.slot_of(spec, await self._settled(spec), key)
             return slot.number
 
     async def add(self, name: str, fd: int, new_fd: int) -> int:
         """Have a second key open the volume, too. Returns its slot. Raises WrongKeyError, StorageError."""
-        async with self._keys(name, fd, new_fd) as (spec, key, new_key):
+        async with self.keys(name, fd, new_fd) as (spec, key, new_key):
             return await self._add(spec, key, new_key)
 
     async def remove(self, name: str, slot: int, fd: int) -> None:
         """Wipe a key slot; the key has to open another one. Raises LastKeyError, WrongKeyError."""
-        async with self._keys(name, fd) as (spec, key):
-            header = await self._ports.crypt.header(spec)
+        async with self.keys(name, fd) as (spec, key):
+            header = await self._settled(spec)
             check_removable(header, name, slot)
             try:
                 await self._remove(spec, header, slot, key)
@@ -111,9 +115,9 @@ class KeySlots:
 
     async def change(self, name: str, fd: int, new_fd: int) -> int:
         """Put a new key in the place of another one. Returns the new slot. Raises WrongKeyError."""
-        async with self._keys(name, fd, new_fd) as (spec, key, new_key):
-            header = await self._ports.crypt.header(spec)
-            old = await self._slot_of(spec, header, key)
+        async with self.keys(name, fd, new_fd) as (spec, key, new_key):
+            header = await self._settled(spec)
+            old = await self.slot_of(spec, header, key)
             new = await self._add(spec, key, new_key, priority=old.priority)
             # Until here the old key opens the volume, and from here on both do, until the old one is gone.
             try:
@@ -130,7 +134,7 @@ class KeySlots:
 
         Raises DependencyError unless the keystore is open, and as `add`.
         """
-        async with self._keys(name, fd) as (spec, key):
+        async with self.keys(name, fd) as (spec, key):
             path = self._place_in(keystore, name)
             new_key = await self._ports.slots.make_key(path)
             try:
@@ -172,6 +176,7 @@ class KeySlots:
         try:
             self._spec(name)
             async with self._alone(name) as spec:
+                await self._settled(spec)
                 await self._ports.slots.back_up(spec, fd)
                 self._note_due(name, "")
         finally:
@@ -190,9 +195,9 @@ class KeySlots:
         priority: int = 1,
         is_random: bool = False,
     ) -> int:
-        before = await self._ports.crypt.header(spec)
+        before = await self._settled(spec)
         known = {slot.number for slot in before.slots}
-        async with self._changing(spec, before):
+        async with self.changing(spec, before):
             new_kib = NEW_SLOT_KIB if before.version > 1 and not is_random else 0
             async with self._derivation(max(before.memory_kib, new_kib)):
                 await self._ports.slots.add(spec, key, new_key, is_random=is_random)
@@ -218,19 +223,22 @@ class KeySlots:
 
     async def _remove(self, spec: VolumeSpec, header: Header, slot: int, key: Key) -> None:
         """The key has to open another slot, else WrongKeyError."""
-        async with self._changing(spec, header):
+        async with self.changing(spec, header):
             async with self._derivation(header.memory_kib):
                 await self._ports.slots.remove(spec, slot, key)
             log.info("key slot %s of volume %s is wiped", slot, spec.name)
-            for token in header.tokens:
-                if token.slots == (slot,):
-                    try:
-                        await self._ports.slots.remove_token(spec, token.number)
-                    except VmcryptdError as error:
-                        log.warning("a token without a key slot stays behind: %s", error)
+            await self.drop_tokens(spec, [one for one in header.tokens if one.slots == (slot,)])
+
+    async def drop_tokens(self, spec: VolumeSpec, tokens: Iterable[Token]) -> None:
+        """Remove tokens whose key slots are gone."""
+        for token in tokens:
+            try:
+                await self._ports.slots.remove_token(spec, token.number)
+            except VmcryptdError as error:
+                log.warning("a token without a key slot stays behind: %s", error)
 
     @contextlib.asynccontextmanager
-    async def _changing(self, spec: VolumeSpec, before: Header) -> AsyncIterator[None]:
+    async def changing(self, spec: VolumeSpec, before: Header) -> AsyncIterator[None]:
         """A new backup of the header is due from the moment on at which it may have changed."""
         since = self.backup_due_since(spec.name)
         if not since:
@@ -243,13 +251,24 @@ class KeySlots:
                     self._note_due(spec.name, since)
             raise
 
+    async def _settled(self, spec: VolumeSpec) -> Header:
+        """Raises BusyError if it is one that cryptsetup lets nobody change, and that is no good as a backup."""
+        header = await self._ports.crypt.header(spec)
+        self._world.note_header(spec.name, header)
+        if header.is_reencrypting:
+            raise BusyError(
+                f"the volume key of {spec.name} is half rotated; nothing else is done to its header before that is "
+                f"finished: `vmcryptctl key rotate {spec.name}` goes on with it"
+            )
+        return header
+
     def _note_due(self, name: str, since: str) -> None:
         others = {other: when for other, when in self._due.items() if other != name}
         self._due = {**others, name: since} if since else others
         self._ports.memory.keep_backups_due(self._due)
         self._changed()
 
-    async def _slot_of(self, spec: VolumeSpec, header: Header, key: Key) -> KeySlot:
+    async def slot_of(self, spec: VolumeSpec, header: Header, key: Key) -> KeySlot:
         # The cheap ones first: of a keystore's key and a passphrase only the latter takes its time.
         for slot in sorted(header.slots, key=lambda slot: (slot.cost, slot.number)):
             async with self._derivation(slot.memory_kib):
@@ -261,7 +280,7 @@ class KeySlots:
         )
 
     @contextlib.asynccontextmanager
-    async def _keys(self, name: str, *fds: int) -> AsyncIterator[Any]:
+    async def keys(self, name: str, *fds: int) -> AsyncIterator[Any]:
         """The volume, and the keys read from descriptors, which are closed."""
         left = list(fds)
         with contextlib.ExitStack() as keys:
@@ -282,6 +301,11 @@ class KeySlots:
     async def _alone(self, name: str) -> AsyncIterator[VolumeSpec]:
         """Nobody else of ours is at the volume's header."""
         async with self._locks.setdefault(name, asyncio.Lock()):
+            if name in self.rotating:
+                raise BusyError(
+                    f"the volume key of {name} is being rotated: `vmcryptctl status {name}` shows how far it is, "
+                    f"`vmcryptctl key rotate --stop {name}` stops it for now"
+                )
             yield self._spec(name)  # the configuration may be another by now
 
     def _spec(self, name: str) -> VolumeSpec:

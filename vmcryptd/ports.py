@@ -23,6 +23,7 @@ from vmcryptd.model import (
 )
 
 Changed = Callable[[], None]  # "something is different now, look again"; called in the event loop
+Told = Callable[[float], None]  # how much is done, 0 to 1; called in the event loop
 
 
 class Key(Protocol):
@@ -134,6 +135,31 @@ class Slots(Protocol):
 
     async def drop_key(self, path: str) -> None:
         """Remove the file again. Raises StorageError."""
+
+
+class Reencryption(Protocol):
+    """All data of a volume written anew while it is in use. It outlives the daemon."""
+
+    async def rotate(
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, told: Told
+    ) -> None:
+        """Put the open volume under a new volume key, which `key` opens by a slot in the place of `slot`.
+
+        `slot` is None to go on with what was stopped before its end; then the key has to be the same. Returns at
+        the end, also when it was stopped. Once `told` is called, the key is not needed any more. When the task is
+        cancelled, it goes on by itself.
+
+        Raises WrongKeyError, BusyError, OutOfMemoryError, DeviceMissingError, StorageError.
+        """
+
+    def is_running(self, volume: VolumeSpec) -> bool:
+        """Whether the volume is worked on, be it since before the daemon was started."""
+
+    async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
+        """Wait for the end of what is running."""
+
+    async def stop(self, volume: VolumeSpec, grace_s: float) -> None:
+        """Stop it where it can go on, and kill it if that takes longer than `grace_s`. Raises StorageError."""
 
 
 class Keys(Protocol):
@@ -248,6 +274,7 @@ class Ports:
     blocks: Blocks
     crypt: Crypt
     slots: Slots
+    reencryption: Reencryption
     keys: Keys
     domains: Domains
     host: Host

@@ -36,6 +36,7 @@ def volume_members(values: Properties) -> dict[str, Any]:
         "key_source": values["KeySource"],
         "needed_by": list(values["NeededBy"]),
         "header_backup_due": bool(values.get("HeaderBackupDue")),
+        "rotation": str(values.get("Rotation", "")),
         "error": values["LastError"],
     }
 
@@ -51,8 +52,12 @@ def guest_members(values: Properties) -> dict[str, Any]:
 
 
 def status_members(
-    host: Properties, volumes: Iterable[Properties], guests: Iterable[Properties]
+    host: Properties,
+    volumes: Iterable[Properties],
+    guests: Iterable[Properties],
+    jobs: Iterable[Properties] = (),
 ) -> dict[str, Any]:
+    jobs = list(jobs)
     return {
         "state": host["State"],
         "waiting": list(host["Waiting"]),
@@ -60,7 +65,13 @@ def status_members(
             {"source": key["source"], "volumes": key["volumes"].split(), "until": key["until"]}
             for key in host.get("HeldKeys", ())
         ],
-        "volumes": [volume_members(values) for values in volumes],
+        "volumes": [
+            {
+                **volume_members(values),
+                "rotation_progress": progress(f"rotate:{values['Name']}", jobs),
+            }
+            for values in volumes
+        ],
         "guests": [guest_members(values) for values in guests],
     }
 
@@ -90,7 +101,11 @@ class Page:
         return f"\033[{code}m{shown}\033[0m" if self._colour and code else shown
 
     def status(
-        self, host: Properties, volumes: Sequence[Properties], guests: Sequence[Properties]
+        self,
+        host: Properties,
+        volumes: Sequence[Properties],
+        guests: Sequence[Properties],
+        jobs: Iterable[Properties] = (),
     ) -> list[str]:
         """The whole: one line of what is so and what to do, then the tables."""
         word = str(host["State"])
@@ -99,9 +114,10 @@ class Page:
         lines[0] = self.state(word) + lines[0][len(word) :]
         for key in host.get("HeldKeys", ()):
             lines += self._wrapped(held(key), 4)
-        return [*lines, *self.volumes(volumes), *self.guests(guests)]
+        return [*lines, *self.volumes(volumes, jobs), *self.guests(guests)]
 
-    def volumes(self, volumes: Sequence[Properties]) -> list[str]:
+    def volumes(self, volumes: Sequence[Properties], jobs: Iterable[Properties] = ()) -> list[str]:
+        jobs = list(jobs)
         rows = [
             (
                 values["Name"],
@@ -109,7 +125,7 @@ class Page:
                 values["Device"],
                 values["KeySource"] or "-",
                 list(values["NeededBy"]),
-                [values["LastError"], _backup_note(values)],
+                [values["LastError"], _rotation_note(values, jobs) or _backup_note(values)],
             )
             for values in volumes
         ]
@@ -149,7 +165,11 @@ class Page:
         lines = self._table(heads, rows)[1:] or ["it has no key slot"]
         sources = f"key sources of {keys['volume']}: {', '.join(keys['sources'])}"
         lines += ["", *self._wrapped(sources, 4)]
-        if since := keys["header_backup_due_since"]:
+        if keys["is_half_rotated"]:
+            command = f"vmcryptctl key rotate {keys['volume']}"
+            half = "its volume key is half rotated: a key has to open a slot of the old and one of the new"
+            lines += self._wrapped(f"{half}; it is finished by: {command}", 4)
+        elif since := keys["header_backup_due_since"]:
             command = f"vmcryptctl header backup {keys['volume']} FILE"
             lines += self._wrapped(f"a new backup of its header is due since {since}: {command}", 4)
         return lines
@@ -279,9 +299,12 @@ def change(kind: str, name: str, event: str, values: Properties) -> str:
         case "job", "removed":
             return f"{values.get('Goal', 'job')}: ended"
         case "job", _:
+            goal = values.get("Goal") or f"job {name}"
             if error := values.get("LastError"):
-                return f"{values.get('Goal', 'job')}: {error}"
-            return f"{values.get('Goal', 'job')}: {values.get('State', '')}"
+                return f"{goal}: {error}"
+            if values.get("Progress", -1) >= 0:
+                return f"{goal}: {percent(values['Progress']).strip()}"
+            return f"{goal}: {values.get('State', '')}"
         case _, "removed":
             return f"{kind} {name}: gone"
     what = []
@@ -298,6 +321,26 @@ def change(kind: str, name: str, event: str, values: Properties) -> str:
     return f"{kind} {name}".rstrip() + f": {'; '.join(what)}"
 
 
+def progress(goal: str, jobs: Iterable[Properties]) -> float | None:
+    """How much of a job is done, 0 to 1; None if there is none, or it cannot be told."""
+    for job in jobs:
+        if job["Goal"] == goal and job.get("Progress", -1) >= 0:
+            return float(job["Progress"])
+    return None
+
+
+def bar(done: float, width: int) -> str:
+    """One line: how much is done."""
+    room = max(width - 9, 1)
+    full = int(done * room)
+    return f"[{'#' * full}{'-' * (room - full)}] {percent(done)}"
+
+
+def percent(done: float) -> str:
+    """Never 100 % before the end."""
+    return f"{int(done * 100):>3} %"
+
+
 def printable(text: str) -> str:
     """Names and messages come from elsewhere; on a terminal they may not be more than text."""
     return "".join(char if char.isprintable() else "?" for char in text)
@@ -309,6 +352,18 @@ def shortened(text: str, width: int) -> str:
         return text
     tail = (width - 3) * 2 // 3
     return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
+
+
+def _rotation_note(values: Properties, jobs: Iterable[Properties]) -> str:
+    match values.get("Rotation"):
+        case "running":
+            done = progress(f"rotate:{values['Name']}", jobs)
+            far = "" if done is None else f": {percent(done).strip()}"
+            return f"its volume key is being rotated{far}"
+        case "unfinished":
+            command = f"vmcryptctl key rotate {values['Name']}"
+            return f"its volume key is half rotated -- it goes on with: {command}"
+    return ""
 
 
 def _backup_note(values: Properties) -> str:

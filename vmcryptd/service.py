@@ -141,6 +141,16 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         return await self._engine.key_slots.change(volume, take_fd(key), take_fd(new_key))
 
     @exported(action=KEYS)
+    async def RotateKey(self, volume: str, key: Handle, drop_others: bool) -> None:
+        """Put an open volume under a new volume key, or go on with that. Only this key stays. Answers at the end."""
+        await self._engine.rotations.rotate(volume, take_fd(key), drop_others=drop_others)
+
+    @exported(action=KEYS)
+    async def StopRotation(self, volume: str) -> None:
+        """Stop that where it can be gone on with. Answers when it has stopped."""
+        await self._engine.rotations.stop(volume)
+
+    @exported(action=KEYS)
     async def BackupHeader(self, volume: str, file: Handle) -> None:
         """Write a backup of a volume's header into a new file."""
         await self._engine.key_slots.back_up(volume, take_fd(file))
@@ -162,6 +172,7 @@ class Volume(Interface, name="org.vmcryptd1.Volume"):
     Discard: bool
     NeededBy: list[str]
     HeaderBackupDue: bool
+    Rotation: str
     LastError: str
 
 
@@ -180,6 +191,7 @@ class RunningJob(Interface, name="org.vmcryptd1.Job"):
 
     Goal: str
     State: str
+    Progress: float
     LastError: str
 
 
@@ -229,6 +241,7 @@ class JobView:
     name: str
     goal: str
     state: str
+    progress: float
     error: str
 
 
@@ -289,7 +302,7 @@ class Service:
             self._due = None
         engine = self._engine
         jobs = [
-            JobView(str(job.id), job.goal, str(job.state), str(job.error or ""))
+            JobView(str(job.id), job.goal, str(job.state), job.progress, str(job.error or ""))
             for job in engine.jobs.values()
         ]
         views: list[View] = [*engine.volume_views(), *engine.guest_views(), *jobs]

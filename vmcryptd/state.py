@@ -53,6 +53,7 @@ class VolumeView:
     discard: bool
     needed_by: tuple[str, ...]
     header_backup_due: bool
+    rotation: str  # of its volume key: running, unfinished; else empty
     error: str
 
 
@@ -81,7 +82,12 @@ def volume_state(graph: Graph, name: str, activity: Activity) -> VolumeState:
 
 
 def volume_view(
-    graph: Graph, name: str, activity: Activity, *, header_backup_due: bool = False
+    graph: Graph,
+    name: str,
+    activity: Activity,
+    *,
+    header_backup_due: bool = False,
+    rotation: str = "",
 ) -> VolumeView:
     node = graph.volumes[name]
     needed_by = (*graph.standing_on.get(name, ()), *graph.guests_on.get(name, ()))
@@ -94,6 +100,7 @@ def volume_view(
         discard=node.spec.discard,
         needed_by=tuple(dict.fromkeys(needed_by)),
         header_backup_due=header_backup_due,
+        rotation=rotation,
         error=str(activity.error or ""),
     )
 

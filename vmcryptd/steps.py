@@ -34,6 +34,7 @@ class Steps:
         may_ask: Callable[[str], bool],
         touch: Callable[[], None],
         open_for: Callable[[Job, str], Awaitable[None]],
+        settle_key: Callable[[str], Awaitable[None]],
     ) -> None:
         self.unlocker = Unlocker(
             ports.crypt, ports.keys, prompt, world, self._unlocking, self._still_locked
@@ -44,6 +45,7 @@ class Steps:
         self._may_ask = may_ask
         self._touch = touch
         self._open_for = open_for
+        self._settle_key = settle_key
         self._guests = Guests(ports.domains, world)
 
     async def run(self, job: Job, step: Step) -> None:
@@ -137,6 +139,7 @@ class Steps:
                 self._world.activated.discard(name)
             case Action.LOCK if node.is_open:
                 self._show(activity, VolumeState.LOCKING)
+                await self._settle_key(name)
                 await self._close(name, node.mapping)
                 log.info("volume %s is closed", name)
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from vmcryptd.client import Client, connect
 from vmcryptd.errors import EXIT_OK, VmcryptdError
-from vmcryptd.render import Page, printable
+from vmcryptd.render import WIDTH, Page, bar, printable, progress
 from vmcryptd.verbs import UsageError
 
 
@@ -44,6 +44,32 @@ async def changing() -> AsyncIterator[Client]:
     interactive = terminal.is_interactive()
     async with terminal.polkit_agent(), connect(interactive=interactive) as client:
         yield client
+
+
+async def show_progress(client: Client, goal: str, begun: Callable[[], None]) -> None:
+    """Call `begun` when the daemon tells how far it is with a job, and on a terminal draw that until cancelled."""
+
+    def done() -> float | None:
+        return progress(goal, client.jobs.values())
+
+    await client.until(lambda: done() is not None)
+    begun()
+    if not sys.stderr.isatty():
+        return
+    try:
+        width = os.get_terminal_size(2).columns or WIDTH
+    except OSError:
+        width = WIDTH
+    line = ""
+    try:
+        while True:
+            if (now := done()) is not None and (new := bar(now, width - 1)) != line:
+                line = new
+                print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            shown = now
+            await client.until(lambda: done() != shown)  # noqa: B023 (asked for before it changes)
+    finally:
+        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
 
 
 def open_key(path: str) -> int:

@@ -51,7 +51,7 @@ class Unlocker:
         self._prompt.fetching(name)
         self._doing(name, True)
         header = await self._crypt.header(spec)
-        self._world.uuids[name] = header.uuid
+        self._world.note_header(name, header)
         if spec.uuid and header.uuid != spec.uuid:
             raise WrongUuidError(
                 f"volume {name}: the LUKS header on {spec.device} has the UUID {header.uuid}, the configuration says "

@@ -244,6 +244,27 @@ VERBS: tuple[Verb, ...] = (
         changes=True,
     ),
     Verb(
+        "key rotate",
+        "encrypt an open volume anew, with a new volume key",
+        "Writes all data of the volume anew, under a volume key that nobody has had before, while guests go on using "
+        "it. Asks for the passphrase that is to stay; the other key slots cannot be taken along: refused while there "
+        "are any, unless --drop-others is given. It takes hours for a large volume. It goes on when this command is "
+        "interrupted or vmcryptd restarted, and stops when the volume is locked or the host shut down: the same "
+        "command goes on with it then. Older backups of the header are of no use afterwards, and none can be made "
+        "meanwhile: have a backup of the data, and make one of the header at the end.",
+        (
+            ONE_VOLUME,
+            KEY_FILE,
+            Argument("--drop-others", "lose the other key slots, and the tokens that open these"),
+            Argument("--stop", "stop it for now, where it can go on"),
+        ),
+        (
+            ("vmcryptctl key rotate cr_imap", "begin, or go on"),
+            ("vmcryptctl key rotate --stop cr_imap", "the disk is needed for something else"),
+        ),
+        changes=True,
+    ),
+    Verb(
         "keystore init",
         "make a volume that holds the keys of others",
         "Makes a small LUKS volume with one passphrase, for random keys of other volumes: one slow key derivation then "

@@ -11,7 +11,15 @@ from dataclasses import replace
 from vmcryptd import graph as graphs
 from vmcryptd.errors import VmcryptdError
 from vmcryptd.graph import Graph
-from vmcryptd.model import DiskSource, Infinity, Observation, Remembered, Settings, SourceType
+from vmcryptd.model import (
+    DiskSource,
+    Header,
+    Infinity,
+    Observation,
+    Remembered,
+    Settings,
+    SourceType,
+)
 from vmcryptd.ports import Blocks, Domains, Memory
 
 log = logging.getLogger(__name__)
@@ -29,6 +37,7 @@ class World:
         self.settings = settings
         self.graph = Graph()
         self.uuids: dict[str, str] = {}  # volume → UUID, as its header says
+        self.reencrypting: set[str] = set()  # volumes whose header says that this is unfinished
         self.activated: set[str] = set()  # volumes whose group was activated since they were opened
         self.on_rebuilt: Callable[[], None] = lambda: None
         self._blocks = blocks
@@ -113,6 +122,14 @@ class World:
         self._read_chains()
         self.on_rebuilt()
         self.moved()
+
+    def note_header(self, name: str, header: Header) -> None:
+        """Keep what is to be known of a volume's header without reading it again."""
+        self.uuids[name] = header.uuid
+        if header.is_reencrypting:
+            self.reencrypting.add(name)
+        else:
+            self.reencrypting.discard(name)
 
     def exists(self, path: str) -> bool:
         """Whether a block device that some guest or volume names is there."""

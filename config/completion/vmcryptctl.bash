@@ -11,7 +11,7 @@ _vmcryptctl() {
         return
     fi
     case $verb in
-        key) actions=(list test add change remove --help) ;;
+        key) actions=(list test add change remove rotate --help) ;;
         keystore) actions=(init --help) ;;
         header) actions=(backup --help) ;;
     esac
@@ -50,6 +50,7 @@ _vmcryptctl() {
         'key add') options='--help --key-file --new-key-file --keystore' names=volumes ;;
         'key change') options='--help --key-file --new-key-file' names=volumes ;;
         'key remove') options='--help --key-file' names=volumes ;;
+        'key rotate') options='--help --key-file --drop-others --stop' names=volumes ;;
         'keystore init') options='--help --file --device --size --mount --key-file' ;;
         'header backup') options='--help' names=volumes files=yes ;;
     esac

@@ -447,6 +447,8 @@ def test_status_as_json(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
                 "key_source": "",
                 "needed_by": ["imap"],
                 "header_backup_due": False,
+                "rotation": "",
+                "rotation_progress": None,
                 "error": "",
             }
             for name in ("cr_a", "cr_b")

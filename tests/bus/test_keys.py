@@ -69,7 +69,8 @@ async def test_what_is_listed(daemon: Daemon) -> None:
     slots = listed.pop("slots")
     assert listed == {
         "volume": "mail", "uuid": "00000000-0000-0000-0000-000000000000", "version": 2,
-        "header_backup_due_since": "", "sources": ["file:/run/keys/mail.key", "prompt"], "tokens": [],
+        "header_backup_due_since": "", "is_half_rotated": False,
+        "sources": ["file:/run/keys/mail.key", "prompt"], "tokens": [],
     }  # fmt: skip
     assert [slot["slot"] for slot in slots] == [0, 1]
     assert slots[0] == {

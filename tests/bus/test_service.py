@@ -247,6 +247,7 @@ SURFACE = {
             "Shutdown": "→", "Panic": "→", "Plan": "s→s", "Reload": "→",
             "ListKeys": "s→s", "TestKey": "sh→x", "AddKey": "shh→x", "RemoveKey": "sxh→",
             "ChangeKey": "shh→x", "BackupHeader": "sh→", "AddKeystoreKey": "ssh→s",
+            "RotateKey": "shb→", "StopRotation": "s→",
             "State": "s", "Waiting": "as", "Version": "s",
             "ConsoleNeeded": "b", "ConsolePromptUSec": "x", "HeldKeys": "aa{ss}",
         },
@@ -255,13 +256,13 @@ SURFACE = {
     object_path("volume", "outer"): {
         VOLUME: {
             "Name": "s", "Device": "s", "Uuid": "s", "State": "s", "KeySource": "s",
-            "Discard": "b", "NeededBy": "as", "HeaderBackupDue": "b", "LastError": "s",
+            "Discard": "b", "NeededBy": "as", "HeaderBackupDue": "b", "Rotation": "s", "LastError": "s",
         },
     },
     object_path("guest", "imap"): {
         GUEST: {"Name": "s", "State": "s", "Needs": "as", "StartsAtBoot": "b", "LastError": "s"},
     },
-    f"{ROOT}/job/1": {JOB: {"Goal": "s", "State": "s", "LastError": "s"}},
+    f"{ROOT}/job/1": {JOB: {"Goal": "s", "State": "s", "Progress": "d", "LastError": "s"}},
 }  # fmt: skip
 
 
@@ -314,7 +315,8 @@ async def test_properties(daemon: Daemon) -> None:
     }  # fmt: skip
     assert await daemon.volume("outer") == {
         "Name": "outer", "Device": "/dev/vg/outer", "Uuid": "", "State": "locked", "KeySource": "",
-        "Discard": False, "NeededBy": ["broken"], "HeaderBackupDue": False, "LastError": "",
+        "Discard": False, "NeededBy": ["broken"], "HeaderBackupDue": False, "Rotation": "",
+        "LastError": "",
     }  # fmt: skip
     assert await daemon.guest("imap") == {
         "Name": "imap", "State": "off", "Needs": ["cr-in.ner"], "StartsAtBoot": True, "LastError": "",
@@ -611,6 +613,7 @@ CHANGING = (
     ("Shutdown", "", ()), ("Panic", "", ()), ("Reload", "", ()), ("TestKey", "sh", ("outer", 0)),
     ("AddKey", "shh", ("outer", 0, 1)), ("RemoveKey", "sxh", ("outer", 0, 0)),
     ("ChangeKey", "shh", ("outer", 0, 1)), ("BackupHeader", "sh", ("outer", 0)),
+    ("RotateKey", "shb", ("outer", 0, False)), ("StopRotation", "s", ("outer",)),
     ("AddKeystoreKey", "ssh", ("outer", "quiet", 0)),
 )  # fmt: skip
 
@@ -713,7 +716,7 @@ def test_polkit_decides_by_action(start: Start, run: Any, bus_address: str) -> N
             assert asked == [
                 (f"{NAME}.{action}", 0)
                 for action in ("unlock", "unlock", "unlock", "unlock", "lock", "lock", "guests",
-                               "guests", "unlock", "lock", "panic", "reload", *["keys"] * 6)
+                               "guests", "unlock", "lock", "panic", "reload", *["keys"] * 8)
             ]  # fmt: skip
             assert await daemon.get("State") == "locked"
         await polkit.disconnect()

@@ -22,9 +22,11 @@ from vmcryptd.adapters.sim import Simulation
 from vmcryptd.adapters.slots import CryptsetupSlots
 from vmcryptd.engine import Engine
 from vmcryptd.errors import (
+    BusyError,
     KeyUnusableError,
     LastKeyError,
     NoSuchKeySlotError,
+    OtherKeysError,
     StorageError,
     WrongKeyError,
 )
@@ -93,6 +95,7 @@ class Real:
 
         async def played() -> Any:
             self.engine.start()
+            await self.engine.settled()
             try:
                 return await scene()
             finally:
@@ -369,3 +372,62 @@ def test_a_key_that_cannot_be_written_is_none(
     with pytest.raises(StorageError, match="cannot be written"):
         luks2.do(lambda keys: CryptsetupSlots().make_key(str(tmp_path / "mail.key")))
     assert not (tmp_path / "mail.key").exists()
+
+
+# --- a volume key that is half rotated ---
+
+OPEN = "[sim.volume.mail]\nopen = true\n"
+
+
+def test_a_half_rotated_header_is_left_alone(templates: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(templates / "luks2", tmp_path / "disk"))
+    cryptsetup(
+        "reencrypt", "--init-only", "--force-offline-reencrypt", "--key-slot=0", "--key-file=-", str(path),
+        key=FIRST,
+    )  # fmt: skip
+    real = Real(path)
+    before = path.read_bytes()
+    listed = real.do(lambda keys: keys.listed("mail"))
+    assert listed["is_half_rotated"] is True
+    assert [slot["slot"] for slot in listed["slots"]] == [0, 1, 2]
+    assert real.engine.volume_views()[0].rotation == "unfinished"
+
+    def handed(passphrase: str) -> int:
+        return lib.handed_in(passphrase)
+
+    attempts: list[Callable[[KeySlots], Awaitable[Any]]] = [
+        lambda keys: keys.test("mail", handed(FIRST)),
+        lambda keys: keys.add("mail", handed(FIRST), handed(THIRD)),
+        lambda keys: keys.change("mail", handed(FIRST), handed(THIRD)),
+        lambda keys: keys.remove("mail", 1, handed(FIRST)),
+        lambda keys: keys.back_up("mail", os.open(os.devnull, os.O_WRONLY)),
+    ]
+    for attempt in attempts:
+        with pytest.raises(BusyError, match="`vmcryptctl key rotate mail` goes on with it"):
+            real.do(attempt)
+    assert path.read_bytes() == before
+    assert not real.due
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "what"),
+    [
+        ("luks1", StorageError, "is of LUKS1.*`cryptsetup convert --type luks2"),
+        ("luks2", OtherKeysError, r"opens key slot 0 .* key slot 1 \(random key\)\."),
+    ],
+)
+def test_what_cannot_be_rotated(
+    templates: Path, tmp_path: Path, kind: str, error: type[Exception], what: str
+) -> None:
+    path = Path(shutil.copy(templates / kind, tmp_path / "disk"))
+    real = Real(path, OPEN)
+    before = path.read_bytes()
+
+    async def rotate(keys: KeySlots) -> None:
+        key = lib.handed_in(FIRST)
+        await real.engine.rotations.rotate("mail", key, drop_others=False)
+
+    with pytest.raises(error, match=what):
+        real.do(rotate)
+    assert path.read_bytes() == before
+    assert not real.due

@@ -387,6 +387,23 @@ def test_a_volume_with_integrity() -> None:
     assert not graph.volumes["a"].taken_by
 
 
+def test_a_volume_that_is_reencrypted() -> None:
+    """What cryptsetup has at work then: the mapping on an overlay, that on the device and the piece that is moved."""
+    uuid = "CRYPT-SUBDEV-1-a"
+    piece = BlockDevice("dm-1", "", ("sda",), "a-hotzone-forward", f"{uuid}-hotzone-forward")
+    overlay = BlockDevice("dm-2", "", ("dm-1", "sda"), "a-overlay", f"{uuid}-overlay")
+    graph = build(
+        settings(volume("a", "/dev/sda"), volume("b", "/dev/mapper/a")),
+        storage(
+            disk("sda"), luks("dm-0", "a", "dm-2"), piece, overlay, luks("dm-3", "b", "dm-0"),
+            sda="/dev/sda", dm_0="/dev/mapper/a",
+        ),
+    )  # fmt: skip
+    assert graph.volumes["a"].mapping == "a"
+    assert not graph.volumes["a"].taken_by
+    assert graph.users("a") == ["volume b"]
+
+
 def test_what_is_up_on_a_volume() -> None:
     seen = storage(
         disk("sda"), luks("dm-0", "a", "sda", number="253:0"), lv("dm-1", "inner-x", "dm-0"),

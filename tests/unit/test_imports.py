@@ -17,7 +17,7 @@ VALUES = {"errors", "model"}
 CORE = VALUES | {"config", "domainxml", "graph", "luksheader", "planner", "slots", "state"}
 ENGINE = {
     "attempts", "engine", "guests", "jobs", "kdf", "keyed", "keyslots", "opening", "panic",
-    "prompt", "steps", "tokens", "unlock", "world",
+    "prompt", "rotation", "steps", "tokens", "unlock", "world",
 }  # fmt: skip
 BUS = {"bus", "objects"}
 
@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "terminal",
         "verbs",
     },
-    "keycli": {"asking", "client", "errors", "talk", "verbs"},
+    "keycli": {"adapters.memfd", "asking", "client", "errors", "talk", "verbs"},
     "keystore": {
         "adapters.memfd",
         "adapters.run",
@@ -82,6 +82,7 @@ PORT_ADAPTERS = {
     "host",
     "keys",
     "memory",
+    "reencrypt",
     "sim",
     "slots",
 }

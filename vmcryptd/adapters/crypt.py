@@ -8,12 +8,19 @@ import functools
 import json
 import logging
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmcryptd import luksheader
+from vmcryptd.adapters.complaints import (
+    BUSY,
+    KILLED,
+    NO_USABLE_SLOT,
+    OUT_OF_MEMORY,
+    WRONG_DEVICE,
+    WRONG_KEY,
+)
 from vmcryptd.adapters.removal import Removal
 from vmcryptd.adapters.run import Completed, run
 from vmcryptd.adapters.threads import DaemonThreads
@@ -43,9 +50,6 @@ TOKEN_TIMEOUT_S = 90.0  # a stick that blinks until somebody touches it gives up
 CLOSE_TIMEOUT_S = 30.0
 CLOSE_TRIES = 3
 DMSETUP_TIMEOUT_S = 10.0
-
-WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,24 @@ class Cryptsetup:
         await self._with_pin(argv, pin, volume, token)
 
     async def close(self, mapping: str) -> None:
-        try:
-            if await self.removal.attempt(mapping):
-                return None
-        except DeadlineError:
-            return await self._close_without_udev(mapping)
+        if not self._below(mapping):
+            try:
+                if await self.removal.attempt(mapping):
+                    return None
+            except DeadlineError:
+                return await self._close_without_udev(mapping)
+        await self._close(mapping)
+        # cryptsetup removes them, too, but not while udev looks into one.
+        for device in self._below(mapping):
+            remove = ["dmsetup", "remove", "--retry", "--", device]
+            done = await run(remove, timeout_s=CLOSE_TIMEOUT_S)
+            if done.code != 0 and self.is_active(device):
+                raise BusyError(
+                    f"The mapping {device}, left by a rotation of the key of {mapping} that was killed, is still in use"
+                )
+        return None
+
+    async def _close(self, mapping: str) -> None:
         complaint = ""
         for attempt in range(CLOSE_TRIES):
             if attempt:
@@ -143,13 +160,9 @@ class Cryptsetup:
         raise BusyError(f"The mapping {mapping} is still in use")
 
     async def wipe(self, mapping: str) -> None:
-        # What luksSuspend does, without its flush of the file system above, which may never end.
-        suspend = ["dmsetup", "suspend", "--nolockfs", "--noflush", "--", mapping]
-        message = ["dmsetup", "message", "--", mapping, "0", "key", "wipe"]
-        await _attempt(suspend, DMSETUP_TIMEOUT_S)
-        done = await run(message, timeout_s=DMSETUP_TIMEOUT_S)
-        if done.code != 0 and self.is_active(mapping):
-            raise StorageError(f"The key of {mapping} could not be wiped: {done.complaint}")
+        for device in (mapping, *self._below(mapping)):
+            if self.is_active(device):
+                await self._wipe(device)
 
     def available_memory_kib(self) -> int:
         try:
@@ -162,6 +175,35 @@ class Cryptsetup:
 
     def is_active(self, mapping: str) -> bool:
         return self.removal.find(mapping) is not None
+
+    async def _wipe(self, device: str) -> None:
+        """What luksSuspend does, without its flush of the file system above, which may never end."""
+        suspend = ["dmsetup", "suspend", "--nolockfs", "--noflush", "--", device]
+        await _attempt(suspend, DMSETUP_TIMEOUT_S)
+        table = await run(["dmsetup", "table", "--", device], timeout_s=DMSETUP_TIMEOUT_S)
+        # Half rotated it is made of two parts, each with its key.
+        parts = [line.split() for line in table.out.splitlines()]
+        messages = [
+            ["dmsetup", "message", "--", device, start, "key", "wipe"]
+            for start, _, kind, *_ in parts
+            if kind == "crypt"
+        ]
+        for done in [
+            table,
+            *[await run(message, timeout_s=DMSETUP_TIMEOUT_S) for message in messages],
+        ]:
+            if done.code != 0 and self.is_active(device):
+                raise StorageError(f"The key of {device} could not be wiped: {done.complaint}")
+
+    def _below(self, mapping: str) -> list[str]:
+        """What a rotation of its volume key that was killed has left behind: the first of them has the keys."""
+        wanted = [f"{mapping}-overlay", f"{mapping}-hotzone-forward"]
+        # Somebody else's may have the name, but not the mark.
+        return [
+            device
+            for device in wanted
+            if (found := self.removal.find(device)) and found.uuid.startswith("CRYPT-SUBDEV-")
+        ]
 
     async def _with_key(
         self, argv: Sequence[str], key: Key, volume: str, device: str, header: str | None
@@ -245,7 +287,7 @@ def failure(done: Completed, volume: str, device: str, header: str | None = None
     place = header or device
     said = done.err.lower()
     # The second is said of a slot that is gone since the header was read, or that holds no key of the volume's data.
-    if done.code == WRONG_KEY or "no usable keyslot" in said:
+    if done.code == WRONG_KEY or NO_USABLE_SLOT in said:
         return WrongKeyError(
             f"The key fits no key slot of {volume}: try another; "
             f"`cryptsetup luksDump {place}` shows the key slots"

@@ -52,6 +52,10 @@ class MemfdKey:
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
+    @property
+    def is_closed(self) -> bool:
+        return self._fd < 0
+
     def fileno(self) -> int:
         """The writable descriptor, for whoever fills it."""
         if self._fd < 0:

@@ -27,6 +27,10 @@ class Mapping:
     path: Path
 
     @property
+    def uuid(self) -> str:
+        return _attribute(self.path / "dm/uuid")
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is one table of dm-crypt on a device that is not its own, and has its key.
 
@@ -35,7 +39,7 @@ class Mapping:
         name = _attribute(self.path / "dm/name")
         below = (_attribute(path / "dm/name") for path in self.path.glob("slaves/dm-*"))
         return (
-            _attribute(self.path / "dm/uuid").startswith("CRYPT-LUKS")
+            self.uuid.startswith("CRYPT-LUKS")
             and _attribute(self.path / "dm/suspended") == "0"
             and not any(other.startswith((f"{name}_", f"{name}-")) for other in below)
         )

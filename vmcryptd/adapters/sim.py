@@ -11,8 +11,10 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
     open = true                       somebody opened it by hand
     delay = "0.2s"                    what one key derivation takes
     away = true                       the servers of its "clevis" and "exec:" sources do not answer, nor do tokens
-    fault = "not-luks"                not-luks, damaged, out-of-memory, busy (cannot be closed)
+    fault = "not-luks"                not-luks, damaged, out-of-memory, busy (cannot be closed), no-rotation
     memory_kib = 65536                what one key derivation needs
+    rotates_in = "0.1s"               what a new volume key takes; "infinity": until it is stopped
+    half_rotated = true               that was begun, and stopped before its end
     slots = [{passphrase_sha256 = "…", sources = [], memory_kib = 0, priority = 1}]
                                       further key slots: 1, 2, …
     tokens = [{kind = "tpm2", pin_sha256 = "…", fault = "it is not there"}]
@@ -42,7 +44,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.adapters.simslots import SimSlot, SimSlots, SourceKey, fits, key_slots
+from vmcryptd.adapters.simslots import (
+    SimReencryption,
+    SimSlot,
+    SimSlots,
+    SourceKey,
+    fits,
+    key_slots,
+)
 from vmcryptd.errors import (
     BusyError,
     ConfigError,
@@ -102,6 +111,8 @@ class _Volume:
     delay_s: float
     fault: str
     tokens: tuple[_Token, ...] = ()
+    rotates_in_s: float = 0.0
+    is_half_rotated: bool = False
     away: bool = False
     suspended: bool = False
     mounted: bool = False
@@ -156,9 +167,15 @@ class Simulation:
             raise ConfigError(f"{name}: [sim]: {error}") from None
 
     def ports(self) -> Ports:
-        slots = SimSlots(self._volumes, self.calls)
         return Ports(
-            blocks=self, crypt=self, slots=slots, keys=self, domains=self, host=self, memory=self
+            blocks=self,
+            crypt=self,
+            slots=SimSlots(self._volumes, self.calls),
+            reencryption=SimReencryption(self._volumes, self.calls),
+            keys=self,
+            domains=self,
+            host=self,
+            memory=self,
         )
 
     def reload(self) -> Settings:
@@ -276,7 +293,8 @@ class Simulation:
         slots += tuple(KeySlot(t.slots[0], "pbkdf2", iterations=1000) for t in tokens)
         bound = (n for n, slot in simulated.slots.items() if "clevis" in slot.sources)
         tokens += tuple(Token(len(tokens) + i, "clevis", (n,)) for i, n in enumerate(bound))
-        return Header(2, f"{0:08x}-0000-0000-0000-{number:012x}", slots, tokens)
+        uuid = f"{0:08x}-0000-0000-0000-{number:012x}"
+        return Header(2, uuid, slots, tokens, simulated.is_half_rotated)
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         simulated = self._volumes[volume.name]
@@ -496,6 +514,8 @@ def _volume(entry: dict[str, Any]) -> _Volume:
             _Token(one["kind"], one.get("pin_sha256", ""), one.get("fault", ""))
             for one in entry.get("tokens", ())
         ),
+        rotates_in_s=_seconds(entry.get("rotates_in", 0.1)),
+        is_half_rotated=entry.get("half_rotated", False),
         away=entry.get("away", False),
     )
 

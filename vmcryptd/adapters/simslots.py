@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,8 @@ from typing import Protocol
 
 from vmcryptd.adapters.run import run
 from vmcryptd.errors import StorageError, WrongKeyError
-from vmcryptd.model import KeySlot, VolumeSpec
-from vmcryptd.ports import Key
+from vmcryptd.model import Infinity, KeySlot, VolumeSpec
+from vmcryptd.ports import Key, Told
 
 MOST = 8  # key slots of one volume
 
@@ -43,6 +44,9 @@ class HasSlots(Protocol):
     """A simulated volume, as far as this module needs it."""
 
     slots: dict[int, SimSlot]
+    rotates_in_s: float
+    is_half_rotated: bool
+    fault: str
 
 
 async def fits(slot: SimSlot, key: Key) -> bool:
@@ -139,3 +143,49 @@ class SimSlots:
             os.write(fd, f"the simulated header of {volume.name}\n".encode())
         except OSError as error:
             raise StorageError(f"the backup cannot be written: {error.strerror}") from None
+
+
+@dataclass
+class SimReencryption:
+    """The port `Reencryption` on a simulated host. What runs ends with the process."""
+
+    volumes: Mapping[str, HasSlots]
+    calls: list[str] = field(default_factory=list)
+    _stopped: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    async def rotate(
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, told: Told
+    ) -> None:
+        slots = self.volumes[volume.name].slots
+        fitting = [n for n in slots if slot in (None, n) and await fits(slots[n], key)]
+        if not fitting:
+            raise WrongKeyError(f"the key fits no key slot of {volume.name}")
+        if self.volumes[volume.name].fault == "no-rotation":
+            raise StorageError(f"{volume.name} cannot be reencrypted (simulated)")
+        self.calls.append(f"rotate {volume.name} {slot}")
+        self.volumes[volume.name].is_half_rotated = True
+        stopped = self._stopped[volume.name] = asyncio.Event()
+        takes_s = self.volumes[volume.name].rotates_in_s
+        told(0.25)
+        try:
+            async with asyncio.timeout(None if takes_s == Infinity else takes_s):
+                await stopped.wait()
+        except TimeoutError:
+            told(1.0)
+            kept, new = slots[fitting[0]], max(slots) + 1
+            slots.clear()
+            slots[new] = kept
+            self.volumes[volume.name].is_half_rotated = False
+        finally:
+            del self._stopped[volume.name]
+
+    def is_running(self, volume: VolumeSpec) -> bool:
+        return volume.name in self._stopped
+
+    async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
+        raise AssertionError("nothing simulated runs before its daemon")
+
+    async def stop(self, volume: VolumeSpec, grace_s: float) -> None:
+        self.calls.append(f"stop rotating {volume.name}")
+        if volume.name in self._stopped:
+            self._stopped[volume.name].set()

@@ -7,20 +7,13 @@ import contextlib
 import errno
 import functools
 import os
-import signal
 from dataclasses import dataclass, field
 
+from vmcryptd.adapters.complaints import failure
 from vmcryptd.adapters.memfd import MemfdKey, readers, send_file
-from vmcryptd.adapters.run import Completed, run
+from vmcryptd.adapters.run import run
 from vmcryptd.adapters.threads import DaemonThreads
-from vmcryptd.errors import (
-    BusyError,
-    DeviceMissingError,
-    OutOfMemoryError,
-    StorageError,
-    VmcryptdError,
-    WrongKeyError,
-)
+from vmcryptd.errors import StorageError, VmcryptdError, WrongKeyError
 from vmcryptd.model import VolumeSpec
 from vmcryptd.ports import Key
 
@@ -31,9 +24,6 @@ WRITING_S = 60.0
 KEY_SIZE = 64  # bytes
 CHEAP = ("--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000")
 PRIORITIES = ("ignore", "normal", "prefer")
-
-WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -143,7 +133,7 @@ class CryptsetupSlots:
         argv = ["cryptsetup", *argv, "--batch-mode", "--", place]
         done = await run(argv, timeout_s=WRITING_S)
         if done.code != 0:
-            raise _failure(argv[1], done, volume)
+            raise failure(argv[1], done, volume)
 
     async def _cryptsetup(
         self, argv: list[str], volume: VolumeSpec, key: Key, *more: Key, then: str = ""
@@ -163,7 +153,7 @@ class CryptsetupSlots:
                 expendable=True,
             )  # fmt: skip
         if done.code != 0:
-            raise _failure(argv[0], done, volume)
+            raise failure(argv[0], done, volume)
 
 
 def _new_file(path: str) -> int:
@@ -187,26 +177,3 @@ def _written(path: str, fd: int, key: MemfdKey) -> None:
 
 def _path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
-
-
-def _failure(action: str, done: Completed, volume: VolumeSpec) -> VmcryptdError:
-    """What a failed action means, with the next step."""
-    name, place = volume.name, volume.header_path
-    if done.code == WRONG_KEY:
-        return WrongKeyError(
-            f"The key fits no key slot of {name} that it may be tried on: try another; "
-            f"`vmcryptctl key list {name}` shows the key slots"
-        )
-    if done.code == OUT_OF_MEMORY or done.code in KILLED:
-        return OutOfMemoryError(
-            f"There was not enough memory to derive a key of {name}: free some, then try again; "
-            f"`vmcryptctl key list {name}` shows how much each key slot needs"
-        )
-    if done.code == WRONG_DEVICE:
-        return DeviceMissingError(
-            f"The device {place} of {name} cannot be used: {done.complaint}; "
-            f"`lsblk {place}` shows whether it is there"
-        )
-    if done.code == BUSY:
-        return BusyError(f"{place} of {name} is busy: {done.complaint}; try again later")
-    return StorageError(f"`cryptsetup {action}` of {place} failed, for {name}: {done.complaint}")

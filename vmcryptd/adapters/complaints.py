@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What it means when cryptsetup fails at a LUKS header."""
+
+from __future__ import annotations
+
+import signal
+
+from vmcryptd.adapters.run import Completed
+from vmcryptd.errors import (
+    BusyError,
+    DeviceMissingError,
+    OutOfMemoryError,
+    StorageError,
+    VmcryptdError,
+    WrongKeyError,
+)
+from vmcryptd.model import VolumeSpec
+
+WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+# Said with another exit status when a key fits one slot of those that it has to fit, or none.
+NO_USABLE_SLOT = "no usable keyslot"
+
+
+def failure(action: str, done: Completed, volume: VolumeSpec) -> VmcryptdError:
+    """What a failed action means, with the next step."""
+    name, place = volume.name, volume.header_path
+    if done.code == WRONG_KEY or NO_USABLE_SLOT in done.err.lower():
+        return WrongKeyError(
+            f"The key fits no key slot of {name} that it may be tried on: try another; "
+            f"`vmcryptctl key list {name}` shows the key slots"
+        )
+    if done.code == OUT_OF_MEMORY or done.code in KILLED:
+        return OutOfMemoryError(
+            f"There was not enough memory to derive a key of {name}: free some, then try again; "
+            f"`vmcryptctl key list {name}` shows how much each key slot needs"
+        )
+    if done.code == WRONG_DEVICE:
+        return DeviceMissingError(
+            f"The device {place} of {name} cannot be used: {done.complaint}; "
+            f"`lsblk {place}` shows whether it is there"
+        )
+    if done.code == BUSY:
+        return BusyError(f"{place} of {name} is busy: {done.complaint}; try again later")
+    return StorageError(f"`cryptsetup {action}` of {place} failed, for {name}: {done.complaint}")
