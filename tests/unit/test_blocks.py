@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 
 from vmcryptd.adapters import holders
-from vmcryptd.adapters.blocks import SysfsBlocks, mount_unit
-from vmcryptd.adapters.sysfs import MountTable, Roots, observe, parse_mounts, unescape
+from vmcryptd.adapters.blocks import SysfsBlocks, device_of, mount_unit
+from vmcryptd.adapters.sysfs import (
+    Lasting,
+    MountTable,
+    Roots,
+    forget,
+    observe,
+    parse_mounts,
+    unescape,
+)
 from vmcryptd.model import BlockDevice, Mount
 
 UUID = "CRYPT-LUKS2-0b7d6a2e94a54c1ea5a76b7c3b3a1f00-cr_imap"
@@ -46,6 +54,10 @@ class Tree:
             file = real / attribute.replace("__", "/")
             file.parent.mkdir(exist_ok=True)
             file.write_text(value + "\n")
+
+    def change(self, name: str, **attributes: str) -> None:
+        for attribute, value in attributes.items():
+            (self.sys / name / attribute.replace("__", "/")).write_text(value + "\n")
 
     def partition(self, name: str, number: str, disk: str) -> None:
         real = self.path / "sys/devices" / disk / name
@@ -98,6 +110,51 @@ def test_devices(tree: Tree) -> None:
         "loop1": BlockDevice("loop1", "7:1", backing_file="/srv/vm/a b.img"),
     }
     assert devices["dm-1"].luks_uuid == "0b7d6a2e-94a5-4c1e-a5a7-6b7c3b3a1f00"
+
+
+def test_a_mapping_is_looked_at_again_when_something_happened_to_it(tree: Tree) -> None:
+    lasting: Lasting = {}
+    observe(tree.roots, (), lasting)
+    tree.change("dm-1", dm__name="other")
+    assert observe(tree.roots, (), lasting).devices["dm-1"].dm_name == "cr_imap"
+    forget(lasting, "dm-1")
+    assert observe(tree.roots, (), lasting).devices["dm-1"].dm_name == "other"
+
+
+def test_a_mapping_is_suspended_without_an_event(tree: Tree) -> None:
+    lasting: Lasting = {}
+    assert observe(tree.roots, (), lasting).devices["dm-1"].suspended
+    tree.change("dm-1", dm__suspended="0")
+    assert not observe(tree.roots, (), lasting).devices["dm-1"].suspended
+    tree.change("dm-1", dm__suspended="1")
+    assert observe(tree.roots, (), lasting).devices["dm-1"].suspended
+
+
+def test_a_mapping_in_the_making_is_looked_at_again(tree: Tree) -> None:
+    lasting: Lasting = {}
+    tree.device("dm-3", "253:3", dm__name="cr_dns", dm__uuid=UUID)
+    assert observe(tree.roots, (), lasting).devices["dm-3"].below == ()
+    (tree.sys / "dm-3/slaves/vda").symlink_to("elsewhere")
+    assert observe(tree.roots, (), lasting).devices["dm-3"].below == ("vda",)
+
+
+def test_another_device_of_the_same_name_is_looked_at(tree: Tree) -> None:
+    lasting: Lasting = {}
+    observe(tree.roots, (), lasting)
+    tree.change("dm-1", dm__name="other")
+    entry = tree.sys / "dm-1"
+    target = os.readlink(entry)
+    (tree.sys / "dm-1.new").symlink_to(target)  # first: an inode number that is free is used again
+    entry.unlink()
+    (tree.sys / "dm-1.new").rename(entry)
+    assert observe(tree.roots, (), lasting).devices["dm-1"].dm_name == "other"
+
+
+def test_the_device_of_an_event() -> None:
+    path = b"DEVPATH=/devices/virtual/block/dm-12"
+    event = b"\0".join([b"libudev", b"ACTION=change", path, b"SUBSYSTEM=block", b""])
+    assert device_of(event) == "dm-12"
+    assert device_of(b"\0SUBSYSTEM=block\0") == ""
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class SysfsBlocks:
                 loop.call_soon(announce)
 
         self._watch_devices(loop, announce_once)
+        self._lasting.clear()  # what has changed before that was told to nobody
         self._watch_mounts(loop, announce_once)
 
     def close(self) -> None:
@@ -235,9 +236,11 @@ class SysfsBlocks:
                 except BlockingIOError:
                     return
                 except OSError:  # ENOBUFS: some were lost, nobody knows which
+                    self._lasting.clear()
                     changed()
                     return
                 if b"\0SUBSYSTEM=block\0" in event:
+                    sysfs.forget(self._lasting, device_of(event))
                     changed()
 
         loop.add_reader(events, receive)
@@ -263,6 +266,12 @@ class SysfsBlocks:
 
         loop.add_reader(poll.fileno(), notice)
         self._watches.callback(loop.remove_reader, poll.fileno())
+
+
+def device_of(event: bytes) -> str:
+    """The device's name in sysfs."""
+    path = event.partition(b"DEVPATH=")[2].partition(b"\0")[0]
+    return os.fsdecode(path.rpartition(b"/")[2])
 
 
 def mount_unit(path: str) -> str:

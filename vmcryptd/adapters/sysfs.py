@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmcryptd.model import BlockDevice, Mount, Storage
 
@@ -31,7 +31,7 @@ class Roots:
 
 
 # What a disk or partition looks like never changes while it is there; its entry's inode tells that
-# it still is the same one.
+# it still is the same one. A mapping changes only with an event: `forget` it then.
 Lasting = dict[tuple[str, int], BlockDevice]
 
 
@@ -81,19 +81,38 @@ def block_devices(sys_block: str, lasting: Lasting) -> dict[str, BlockDevice]:
         return found
     for entry in entries:
         identity = entry.name, entry.inode()
-        device = known.get(identity) or _block_device(entry.name, entry.path)
+        device = known.get(identity)
+        if device is None:
+            device = _block_device(entry.name, entry.path)
+        elif device.dm_uuid.startswith("CRYPT-"):
+            device = _suspended_or_not(device, entry.path)
         if device is not None:
             found[device.name] = device
-            if identity in known or _lasts(entry.name, entry.path):
+            if identity in known or _lasts(device, entry.path):
                 lasting[identity] = device
     return found
 
 
-def _lasts(name: str, path: str) -> bool:
-    """Not what is put together in software: that gets and loses members, files and names."""
-    if name.startswith(("dm-", "loop")):
+def forget(lasting: Lasting, name: str) -> None:
+    """Look at a device anew the next time."""
+    for identity in [identity for identity in lasting if identity[0] == name]:
+        del lasting[identity]
+
+
+def _lasts(device: BlockDevice, path: str) -> bool:
+    """Not of RAID and loop devices, which get and lose members and files."""
+    if device.name.startswith("dm-"):
+        # One that is just being made has no table yet. Mappings are many, and each look is for all.
+        return bool(device.dm_uuid and device.below)
+    if device.name.startswith("loop"):
         return False
     return any(os.path.exists(f"{path}/{sign}") for sign in ("partition", "device"))
+
+
+def _suspended_or_not(device: BlockDevice, path: str) -> BlockDevice:
+    """The one thing that changes without an event."""
+    suspended = _read(f"{path}/dm/suspended") == "1"
+    return device if suspended == device.suspended else replace(device, suspended=suspended)
 
 
 def _block_device(name: str, path: str) -> BlockDevice | None:
