@@ -240,10 +240,12 @@ def mappings(place: Path, *names: str) -> None:
 def test_what_a_killed_rotation_left_is_removed_with_its_mapping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mappings(tmp_path, "mapped", "mapped-hotzone-forward", "mapped-overlay", "other-overlay")
-    # Of that name, but a volume of somebody's.
-    (tmp_path / "dm-3/dm/name").write_text("mapped-overlay\n")
-    (tmp_path / "dm-3/dm/uuid").write_text("CRYPT-LUKS2-1-mapped-overlay\n")
+    mappings(
+        tmp_path, "mapped", "mapped-hotzone-forward", "mapped-overlay",
+        "other-overlay", "mine", "mine-overlay",
+    )  # fmt: skip
+    # Of such a name, but a volume of somebody's.
+    (tmp_path / "dm-5/dm/uuid").write_text("CRYPT-LUKS2-1-mine-overlay\n")
     commands: list[str] = []
     code = 0
 
@@ -258,6 +260,9 @@ def test_what_a_killed_rotation_left_is_removed_with_its_mapping(
         "dmsetup remove --retry -- mapped-overlay",
         "dmsetup remove --retry -- mapped-hotzone-forward",
     ]
+    commands.clear()
+    asyncio.run(crypt.Cryptsetup(Removal(tmp_path)).close("mine"))
+    assert commands == ["cryptsetup close --batch-mode -- mine"]
     code = 1
     with pytest.raises(BusyError, match="mapped-overlay, left by a rotation"):
         asyncio.run(crypt.Cryptsetup(Removal(tmp_path)).close("mapped"))
