@@ -456,7 +456,16 @@ async def test_a_keystore_whose_passphrase_is_lost(daemon: Daemon) -> None:
     assert (await daemon.volume("keys"))["State"] != "unlocked"
     assert await refused(daemon, "UnlockWithKey", "sh", "mail", 0, keys=["canary-no"]) == "WrongKey"
     await daemon.call("Lock", "s", "above")
-    # While it is waited for at boot: given up, it lets the others be asked for.
+    # While it is waited for at boot, the volume's own passphrase does, and then it is not waited for any more.
+    await daemon.call("Boot")
+    await daemon.state("waiting")
+    assert await refused(daemon, "UnlockAllWithKey", "h", 0, keys=["canary-no"]) == "WrongKey"
+    # `plain` stays locked, because it is no LUKS device.
+    assert await refused(daemon, "UnlockAllWithKey", "h", 0, keys=[ALPHA]) == "StillWaiting"
+    assert (await daemon.volume("above"))["KeySource"] == "key"
+    assert await daemon.get("Waiting") == []
+    await daemon.call("Lock", "s", "above")
+    # Given up, it lets the others be asked for.
     await daemon.call("Boot")
     await daemon.state("waiting")
     await daemon.call("Lock", "s", "keys")
