@@ -73,7 +73,7 @@ async def test_what_is_listed(daemon: Daemon) -> None:
     assert [slot["slot"] for slot in slots] == [0, 1]
     assert slots[0] == {
         "slot": 0, "opened_by": "passphrase", "kdf": "argon2id", "memory_kib": 65536, "threads": 4,
-        "iterations": 4, "priority": 1,
+        "iterations": 4, "priority": 1, "fitted_by": [],
     }  # fmt: skip
     assert await daemon.refused("ListKeys", "s", "male") == "NoSuchVolume"
     assert await daemon.refused("ListKeys", "s", "plain") == "NotLuks"
@@ -376,6 +376,27 @@ async def test_a_key_in_a_keystore(daemon: Daemon) -> None:
     )
     await daemon.call("Unlock", "s", "mail")
     assert (await daemon.volume("mail"))["KeySource"] == "file:/run/keys/mail.key"
+
+
+@with_daemon(STORE)
+async def test_which_source_fitted_which_key_slot(daemon: Daemon) -> None:
+    async def fitted() -> dict[int, list[str]]:
+        slots = json.loads(await daemon.call("ListKeys", "s", "mail"))["slots"]
+        return {slot["slot"]: slot["fitted_by"] for slot in slots}
+
+    await daemon.unlock("keys", GAMMA)
+    await call(daemon, "AddKeystoreKey", "ssh", "mail", "keys", 0, keys=[ALPHA])
+    # It was tried when it was made.
+    assert await fitted() == {0: [], 1: [], 2: ["file:/run/keys/mail.key"]}
+    shown = (await ctl("key", "list", "mail")).out.splitlines()
+    assert shown[3].startswith("2     random key")
+    assert shown[4] == "    fitted last time by file:/run/keys/mail.key"
+    # What fitted without being configured is none of the sources.
+    await daemon.unlock("mail", BETA)
+    assert (await fitted())[1] == []
+    await call(daemon, "RemoveKey", "sxh", "mail", 2, 0, keys=[ALPHA])
+    await call(daemon, "AddKey", "shh", "mail", 0, 1, keys=[ALPHA, GAMMA])
+    assert await fitted() == {0: [], 1: [], 2: []}
 
 
 @with_daemon(STORE)
