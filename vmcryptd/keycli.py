@@ -75,7 +75,10 @@ async def _add_from_keystore(arguments: Namespace) -> int:
         keys = json.dumps([source, *sources], ensure_ascii=False)
         print(f"the keystore {keystore} holds a key of {volume} now. To have it used, write")
         print(f"\n    keys = {keys}\n")
-        print(f"into the table of {volume} in the configuration, then run: vmcryptctl reload")
+        print(
+            f"into the table of {volume} in the configuration, in the place of its `keys` if there are any, "
+            "then run: vmcryptctl reload"
+        )
     _remind(volume)
     return EXIT_OK
 
