@@ -84,7 +84,11 @@ def volume_view(
     graph: Graph, name: str, activity: Activity, *, header_backup_due: bool = False
 ) -> VolumeView:
     node = graph.volumes[name]
-    needed_by = (*graph.standing_on.get(name, ()), *graph.guests_on.get(name, ()))
+    needed_by = (
+        *graph.standing_on.get(name, ()),
+        *graph.opened_after.get(name, ()),
+        *graph.guests_on.get(name, ()),
+    )
     return VolumeView(
         name=name,
         device=node.spec.device,

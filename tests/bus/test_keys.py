@@ -422,6 +422,25 @@ async def test_a_keystore_opens_what_it_has_a_key_of_and_closes(daemon: Daemon) 
     await daemon.unlock("above", ALPHA)
 
 
+@needs_ask_password
+@with_daemon(STORE)
+async def test_who_opens_a_volume_is_asked_for_its_keystore(daemon: Daemon) -> None:
+    await daemon.unlock("keys", GAMMA)
+    await call(daemon, "AddKeystoreKey", "ssh", "above", "keys", 0, keys=[ALPHA])
+    await daemon.call("Lock", "s", "keys")
+    assert (await daemon.volume("keys"))["NeededBy"] == ["mail", "above"]
+
+    def typed() -> int:
+        terminal = Terminal("unlock", "above")
+        terminal.expect("Passphrase for keys (/dev/vg/keys):")
+        terminal.type(f"{GAMMA}\n")
+        terminal.expect("open now: above")
+        return terminal.end()
+
+    assert await asyncio.to_thread(typed) == 0
+    assert (await daemon.volume("above"))["KeySource"] == "file:/run/keys/above.key"
+
+
 @with_daemon(STORE)
 async def test_what_is_to_be_configured_is_printed(daemon: Daemon) -> None:
     await daemon.unlock("keys", GAMMA)

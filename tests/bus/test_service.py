@@ -313,7 +313,7 @@ async def test_properties(daemon: Daemon) -> None:
     }  # fmt: skip
     assert await daemon.volume("outer") == {
         "Name": "outer", "Device": "/dev/vg/outer", "Uuid": "", "State": "locked", "KeySource": "",
-        "Discard": False, "NeededBy": ["broken"], "HeaderBackupDue": False, "LastError": "",
+        "Discard": False, "NeededBy": ["cr-in.ner", "broken"], "HeaderBackupDue": False, "LastError": "",
     }  # fmt: skip
     assert await daemon.guest("imap") == {
         "Name": "imap", "State": "off", "Needs": ["cr-in.ner"], "StartsAtBoot": True, "LastError": "",
