@@ -15,6 +15,8 @@ import pytest
 
 from tests.bus.test_cli import Terminal, needs_ask_password
 from tests.bus.test_service import PROJECT, Daemon, handed_in, memory, opened_by, start, with_daemon
+from vmcryptd import cli, keycli
+from vmcryptd.errors import UnreachableError
 
 __all__ = ["start"]  # a fixture
 
@@ -516,3 +518,29 @@ async def test_a_keystore_whose_passphrase_is_lost(daemon: Daemon) -> None:
     async with asyncio.timeout(60):
         await daemon.until(asked)
     await daemon.unlock("above", ALPHA)
+
+
+@pytest.mark.parametrize(
+    "verb", ["key add one --new-key-file", "key change one --new-key-file", "key remove one 0"]
+)
+def test_a_daemon_that_goes_away_while_it_changes_keys(
+    verb: str, start: Any, run: Any, tmp_path: Any, monkeypatch: Any, capfd: Any
+) -> None:
+    """Nobody is left to tell how far it came."""
+    keys = tmp_path / "key"
+    keys.write_text(ALPHA)
+
+    async def call(client: Any, member: str, *arguments: Any, **more: Any) -> None:
+        raise UnreachableError("vmcryptd is not running")
+
+    async def test() -> None:
+        async with start(HOST):
+            argv = [*verb.split(), *([str(keys)] if "--new" in verb else [])]
+            argv += ["--key-file", str(keys)]
+            assert await asyncio.to_thread(cli.main, argv) == 5
+
+    monkeypatch.setattr(keycli, "call", call)
+    run(test())
+    said = capfd.readouterr().err
+    assert "vmcryptd is not running; if it broke off in between" in said
+    assert "`vmcryptctl key test one`" in said

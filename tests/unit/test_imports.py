@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "terminal",
         "verbs",
     },
-    "keycli": {"asking", "client", "errors", "talk", "verbs"},
+    "keycli": {"adapters.memfd", "asking", "client", "errors", "talk", "verbs"},
     "keystore": {
         "adapters.crypt",
         "adapters.memfd",
