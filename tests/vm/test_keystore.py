@@ -308,7 +308,7 @@ def hold(site: Site, when: str, action: str) -> None:
     vm = site.vm
     vm.put("/run/hold", f"{when} {action}\n")
     vm.run("rm -f /run/held; mountpoint -q /usr/sbin/cryptsetup || { cp /usr/sbin/cryptsetup"
-           " /usr/local/lib/cryptsetup && mount --bind /run/holding /usr/sbin/cryptsetup; }")  # fmt: skip
+           " /usr/local/lib/cryptsetup && mount --bind /usr/local/lib/holding /usr/sbin/cryptsetup; }")  # fmt: skip
 
 
 def change_key(site: Site, old: str, new: str) -> None:
@@ -333,7 +333,7 @@ def test_the_daemon_is_killed_while_it_changes_a_key(
     site: Site, when: str, action: str, *, old_opens: bool, new_opens: bool
 ) -> None:
     vm = site.vm
-    vm.put("/run/holding", HOLDING, 0o755)
+    vm.put("/usr/local/lib/holding", HOLDING, 0o755)
     hold(site, when, action)
     change_key(site, "old", "other")
     pid = vm.run("systemctl show --value -p MainPID vmcryptd").out.strip()
@@ -504,7 +504,7 @@ def test_a_lost_keystore(site: Site) -> None:
 def test_the_power_is_cut_while_a_key_is_changed(site: Site) -> None:
     """And the keystore is lost: the volume is opened by what is left."""
     site.put_keys(old=PASSPHRASE, other=OTHER)
-    site.vm.put("/run/holding", HOLDING, 0o755)
+    site.vm.put("/usr/local/lib/holding", HOLDING, 0o755)
     hold(site, "after", "luksAddKey")
     change_key(site, "old", "other")
     site.vm.run("sync")  # what the guests wrote, and that the keystore is lost
