@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from vmcryptd import terminal
-from vmcryptd.adapters.memfd import MemfdKey, TooLargeError, copy_from_caller, readers
+from vmcryptd.adapters.memfd import LockedKey, MemfdKey, TooLargeError, copy_from_caller, readers
 from vmcryptd.adapters.run import run
 from vmcryptd.client import Client
 from vmcryptd.errors import KeyUnusableError, VmcryptdError, WrongKeyError
@@ -20,7 +20,7 @@ TRIES = 3
 COMPARING_S = 10.0
 
 
-class Fitting(MemfdKey):
+class Fitting(LockedKey):
     """A key that was typed, and the key slot that it opens."""
 
     slot = -1
@@ -74,7 +74,7 @@ async def new(client: Client, volume: str, path: str | None) -> AsyncIterator[Me
             yield key
         return
     for left in reversed(range(TRIES)):
-        with contextlib.closing(MemfdKey()) as typed, contextlib.closing(MemfdKey()) as again:
+        with contextlib.closing(LockedKey()) as typed, contextlib.closing(LockedKey()) as again:
             await _ask(client, f"New passphrase for {volume}:", typed)
             await _ask(client, f"New passphrase for {volume}, once more:", again)
             if await _are_equal(typed, again):
@@ -110,7 +110,7 @@ async def _ask(client: Client, question: str, key: MemfdKey) -> None:
 async def _from_file(path: str) -> AsyncIterator[MemfdKey]:
     """A copy: of standard input there is only one reading, and some need the key twice."""
     fd = open_key(path)
-    with contextlib.closing(MemfdKey()) as key:
+    with contextlib.closing(LockedKey()) as key:
         try:
             await copy_from_caller(fd, key)
         except TooLargeError:

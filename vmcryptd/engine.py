@@ -574,23 +574,49 @@ class Engine:
     def _needless(self, job: Job) -> set[str]:
         """Steps of the job that its goal can do without: of keystores, once other keys have opened what it wants."""
         volumes = self.graph.volumes
-        wanted = [name for name in self._wanted(job.goal) if name in volumes]
-        if not wanted or not all(volumes[name].is_usable for name in wanted):
+        keystores = {name for node in volumes.values() for name in node.keys_in}
+        wanted = [name for name in self._wanted(job.goal) if name in volumes] if keystores else []
+        if not wanted:
             return set()
-        bearing = self.graph.bearing(wanted)
+        needed = self.graph.bearing(wanted).union(self.graph.beneath(wanted, still=True))
+        needless = set(self.graph.beneath(keystores)) - needed
         parts = {step_id: step_id.partition(":") for step_id in job.tasks}
         return {
             step_id
             for step_id, (action, _, volume) in parts.items()
-            if action in _RISING_VOLUME and volume not in bearing
+            if action in _RISING_VOLUME and volume in needless
         }
 
     def _wanted(self, goal: str) -> tuple[str, ...]:
-        """The volumes that a goal about one volume or guest is to open."""
+        """The volumes that a goal is to have open at its end."""
         verb, _, name = goal.partition(":")
+        if verb == "boot":
+            volumes, guests = self.boot_set
+            needs = [need for guest in guests for need in self.graph.guests[guest].needs]
+            return (*volumes, *needs)
         if verb == "start" and name in self.graph.guests:
             return self.graph.guests[name].needs
         return (name,) if verb == "unlock" else ()
+
+    def _call_off_needless(self) -> None:
+        """A keystore is not asked for any more once other keys have opened all that it is wanted for."""
+        needless = [(job, self._needless(job)) for job in self.jobs.values()]
+        wanted = {
+            task
+            for job, without in needless
+            for step_id, task in job.tasks.items()
+            if step_id not in without
+        }
+        for job, without in needless:
+            for step_id in without:
+                if job.tasks[step_id] not in wanted:
+                    self._call_off(job.tasks[step_id])
+
+    def _call_off(self, step: asyncio.Task[None]) -> None:
+        action, _, name = step.get_name().partition(":")
+        if step.cancel() and action == Action.UNLOCK:
+            # At once, or the question would come again before the step has ended.
+            self.prompt.release(name)
 
     def _is_undone(self, job: Job) -> bool:
         """Whether what the job wants to be up is open still, but just being closed."""
@@ -609,7 +635,7 @@ class Engine:
             others = {task for other in self.jobs.values() for task in other.tasks.values()}
             for task in undone:
                 if task not in others:
-                    task.cancel()  # nobody needs the keystore any more: it is not asked for
+                    self._call_off(task)
         if job.is_rising and job.goal != "boot":
             self._keystores.update(
                 name
@@ -662,8 +688,11 @@ class Engine:
             return  # begun again meanwhile
         self._running.pop(step_id, None)
         self._note_late(step_id, task)
-        if step_id.startswith(f"{Action.UNLOCK}:"):
-            self.prompt.release(step_id.partition(":")[2])
+        action, _, name = step_id.partition(":")
+        if action == Action.UNLOCK:
+            if name in self.graph.volumes and self.graph.volumes[name].keys_in:
+                self._call_off_needless()
+            self.prompt.release(name)
         self._touch()
         self._replan()
         if (
@@ -708,10 +737,6 @@ class Engine:
     def running(self) -> Iterable[str]:
         """The steps under way."""
         return self._running.keys()
-
-    def is_at_work(self, name: str) -> bool:
-        """Whether keys are tried on the volume, or asked for: its step waits for no other one."""
-        return self._activities.volumes[name].doing is not None
 
     def is_absent(self, name: str) -> bool:
         """Whether the volume's device is being waited for."""

@@ -122,6 +122,9 @@ class Graph:
     standing_on: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # volume → volumes on it
+    opened_after: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # volume → volumes that it is needed to open, a keystore's above all
     pools_on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guests_on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guests_in: Mapping[str, tuple[str, ...]] = field(
@@ -428,6 +431,7 @@ def _build(settings: Settings, observation: Observation) -> Graph:
         pools=pools,
         guests=guests,
         standing_on=_backwards({name: node.stands_on for name, node in volumes.items()}),
+        opened_after=_backwards({name: node.opens_after for name, node in volumes.items()}),
         pools_on=_backwards({name: node.needs for name, node in pools.items()}),
         guests_on=_backwards({name: node.needs for name, node in guests.items()}),
         guests_in=_backwards({name: node.pools for name, node in guests.items()}),

@@ -60,7 +60,7 @@ async def _add(arguments: Namespace) -> int:
             known(client, volume, arguments.key_file, question) as key,
             new(client, volume, arguments.new_key_file) as new_key,
         ):
-            [slot] = await call(client, "AddKey", "shh", volume, 0, 1, keys=[key, new_key])
+            [slot] = await _changed(client, "AddKey", "shh", volume, 0, 1, keys=[key, new_key])
     print(f"the new key opens {volume}, too: key slot {slot}")
     _remind(volume)
     return EXIT_OK
@@ -73,7 +73,9 @@ async def _add_from_keystore(arguments: Namespace) -> int:
     async with changing() as client:
         question = f"Passphrase that opens {volume} now:"
         async with known(client, volume, arguments.key_file, question) as key:
-            [source] = await call(client, "AddKeystoreKey", "ssh", volume, keystore, 0, keys=[key])
+            [source] = await _changed(
+                client, "AddKeystoreKey", "ssh", volume, keystore, 0, keys=[key]
+            )
         [text] = await client.call("ListKeys", "s", volume)
     sources = json.loads(text)["sources"]
     if source in sources:
@@ -83,7 +85,10 @@ async def _add_from_keystore(arguments: Namespace) -> int:
         keys = json.dumps([source, *sources], ensure_ascii=False)
         print(f"the keystore {keystore} holds a key of {volume} now. To have it used, write")
         print(f"\n    keys = {keys}\n")
-        print(f"into the table of {volume} in the configuration, then run: vmcryptctl reload")
+        print(
+            f"into the table of {volume} in the configuration, in the place of its `keys` if there are any, "
+            "then run: vmcryptctl reload"
+        )
     _remind(volume)
     return EXIT_OK
 
@@ -103,7 +108,7 @@ async def _change(arguments: Namespace) -> int:
             known(client, volume, arguments.key_file, question) as key,
             new(client, volume, arguments.new_key_file) as new_key,
         ):
-            [slot] = await call(client, "ChangeKey", "shh", volume, 0, 1, keys=[key, new_key])
+            [slot] = await _changed(client, "ChangeKey", "shh", volume, 0, 1, keys=[key, new_key])
     print(f"the new key opens {volume}, the old one does not any more: key slot {slot}")
     _remind(volume, has_gone=True)
     return EXIT_OK
@@ -117,7 +122,7 @@ async def _remove(arguments: Namespace) -> int:
     async with changing() as client:
         question = f"Passphrase of {volume} that stays, to remove key slot {slot}:"
         async with known(client, volume, arguments.key_file, question, but=slot) as key:
-            await call(client, "RemoveKey", "sxh", volume, slot, 0, keys=[key])
+            await _changed(client, "RemoveKey", "sxh", volume, slot, 0, keys=[key])
     print(f"key slot {slot} of {volume} is gone")
     _remind(volume, has_gone=True)
     return EXIT_OK
@@ -222,6 +227,20 @@ def _sync_directory(path: str) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+async def _changed(
+    client: Client, member: str, signature: str, volume: str, *body: Any, keys: list[MemfdKey]
+) -> list[Any]:
+    """Call what changes the keys of a volume."""
+    try:
+        return await call(client, member, signature, volume, *body, keys=keys)
+    except UnreachableError as error:
+        # Whatever was done by then, no way in is lost: keyslots.py.
+        raise UnreachableError(
+            f"{error}; if it broke off in between, the keys of {volume} may have changed or not: "
+            f"`vmcryptctl key list {volume}` shows, and `vmcryptctl key test {volume}` tells which key opens it"
+        ) from None
 
 
 def _remind(volume: str, *, has_gone: bool = False) -> None:

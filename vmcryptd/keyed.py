@@ -10,7 +10,7 @@ from vmcryptd import planner
 from vmcryptd.engine import Engine
 from vmcryptd.errors import StillWaitingError, VmcryptdError
 from vmcryptd.jobs import Job
-from vmcryptd.model import Action
+from vmcryptd.model import Action, Lock
 from vmcryptd.prompt import Answer
 
 
@@ -58,17 +58,27 @@ async def unlock_all(engine: Engine, fd: int) -> None:
     key = await engine.receive(fd)
     engine.world.observe()
     volumes, _ = engine.boot_set
-    closed = _closed(engine, [*volumes, *engine.waiting])
+    # What stands behind a keystore does not wait for a person itself, and may take an answer all the same.
+    closed = _closed(engine, [*volumes, *engine.waiting, *sorted(engine.prompt.expected)])
     answer = engine.prompt.offer(key, "key")
     try:
-        jobs = [engine.begin(f"unlock:{name}", may_ask=False, look=False) for name in closed]
+        # Whoever needs a keystore has begun to open it, and may find another key meanwhile.
+        jobs = [
+            engine.begin(f"unlock:{name}", may_ask=False, look=False)
+            for name in closed
+            if engine.settings.volumes[name].lock is not Lock.BOOT
+        ]
         await _tried(engine, jobs, answer, closed, patient=False)
     except VmcryptdError:
         engine.prompt.withdraw(answer)
         raise
     finally:
         engine.prompt.drop_unneeded()
-    left = _closed(engine, closed)
+    left = [
+        name
+        for name in _closed(engine, closed)
+        if engine.settings.volumes[name].lock is not Lock.BOOT or name in engine.prompt.expected
+    ]
     if not left:
         return
     if not answer.accepted:
@@ -103,6 +113,8 @@ async def _tried(
     def is_absent(name: str) -> bool:
         return not patient and engine.is_absent(name)
 
+    is_behind = engine.prompt.is_behind  # a keystore, and has tried what that left to it
+
     def is_settled(name: str) -> bool:
         if not engine.is_running(f"{Action.UNLOCK}:{name}"):
             return True
@@ -110,7 +122,7 @@ async def _tried(
             return True  # it asks nobody, and waits for a server
         if name in answer.refused:
             # Else it is about to fail.
-            return name in engine.waiting or engine.is_stuck(name)
+            return name in engine.waiting or engine.is_stuck(name) or is_behind(name)
         if name not in engine.graph.volumes:
             return False  # its step is about to be cancelled
         if name in answer.accepted:
@@ -120,11 +132,10 @@ async def _tried(
             return not any(
                 step.startswith((Action.ACTIVATE, Action.MOUNT)) for step in engine.running
             )
-        # That this key does not open a keystore is no reason not to try it on the volume, unless that waits.
+        # That this key does not open a keystore is no reason not to try it on the volume.
         bearing = engine.graph.bearing([name])
-        blocking = set() if engine.is_at_work(name) else set(engine.waiting)
         return any(
-            is_absent(lower) or (lower in answer.refused and lower in bearing | blocking)
+            is_absent(lower) or (lower in answer.refused and (lower in bearing or is_behind(name)))
             for lower in engine.graph.beneath([name])[:-1]
         )
 

@@ -75,6 +75,11 @@ class KeySlots:
                     "threads": slot.threads,
                     "iterations": slot.iterations,
                     "priority": slot.priority,
+                    "fitted_by": [
+                        str(source)
+                        for source in spec.keys
+                        if self._world.fitted(name, str(source)) == slot.number
+                    ],
                 }
                 for slot in header.slots
             ],
@@ -139,7 +144,7 @@ class KeySlots:
             new_key = await self._ports.slots.make_key(path)
             try:
                 self._place_in(keystore, name)  # was it closed just now, it would lie in the open
-                await self._add(spec, key, new_key, is_random=True)
+                slot = await self._add(spec, key, new_key, is_random=True)
             except BaseException:
                 # Also when only its test failed: what does not open the volume must not seem to.
                 with contextlib.suppress(VmcryptdError):
@@ -147,7 +152,9 @@ class KeySlots:
                 raise
             finally:
                 new_key.close()
-        return f"file:{path}"
+            source = f"file:{path}"
+            self._world.note_fitted(name, source, slot)
+        return source
 
     def _place_in(self, keystore: str, name: str) -> str:
         """Where the keystore holds the volume's key. Raises NoSuchVolumeError, DependencyError, StorageError."""
@@ -226,6 +233,7 @@ class KeySlots:
         async with self.changing(spec, header):
             async with self._derivation(header.memory_kib):
                 await self._ports.slots.remove(spec, slot, key)
+            self._world.forget_fitted(spec.name, slot)
             log.info("key slot %s of volume %s is wiped", slot, spec.name)
             await self.drop_tokens(spec, [one for one in header.tokens if one.slots == (slot,)])
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmcryptd import asking, settings
+from vmcryptd.adapters.crypt import Cryptsetup
 from vmcryptd.adapters.memfd import MemfdKey
 from vmcryptd.adapters.run import Completed, run
 from vmcryptd.client import Client, is_root
@@ -81,6 +82,8 @@ async def init(arguments: Namespace) -> int:
     if not is_root():
         raise NotAuthorizedError("only root makes a keystore; run this as root")
     _check(keystore)
+    if not keystore.size:
+        await _check_empty(keystore.place)
     async with changing() as client:
         await client.ping()  # before anything is made that nobody would take up
         async with asking.new(client, keystore.name, arguments.key_file) as key:
@@ -114,7 +117,7 @@ def _wanted(arguments: Namespace) -> Keystore:
 
 
 def _check(keystore: Keystore) -> None:
-    """What would be refused at the end is refused before anything is made. Raises VmcryptdError."""
+    """What would be refused later is refused before anybody types or anything is made. Raises VmcryptdError."""
     from vmcryptd import config
 
     if os.path.lexists(keystore.file):
@@ -123,6 +126,8 @@ def _check(keystore: Keystore) -> None:
     config.parse({**texts, str(keystore.file): keystore.table})
     if os.path.lexists(MAPPINGS / keystore.name):
         raise BusyError(f"there is a mapping {keystore.name} already; take another name")
+    if keystore.size and os.path.lexists(keystore.place):
+        raise _is_there(keystore.place)
 
 
 async def _make(client: Client, keystore: Keystore, key: MemfdKey) -> None:
@@ -155,7 +160,7 @@ def _make_file(keystore: Keystore) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         fd = os.open(keystore.place, flags, 0o600)
     except FileExistsError:
-        raise StorageError(f"{keystore.place} is there already; nothing is overwritten") from None
+        raise _is_there(keystore.place) from None
     except OSError as error:
         raise StorageError(f"{keystore.place} cannot be made: {error.strerror}") from None
     try:
@@ -170,6 +175,10 @@ def _make_file(keystore: Keystore) -> None:
         raise
     finally:
         os.close(fd)
+
+
+def _is_there(path: str) -> StorageError:
+    return StorageError(f"{path} is there already; nothing is overwritten: name another file")
 
 
 async def _check_empty(device: str) -> None:
@@ -223,13 +232,16 @@ def _demand(done: Completed, failure: str) -> None:
 
 @contextlib.asynccontextmanager
 async def _closed_afterwards(name: str) -> AsyncIterator[None]:
-    argv = ["cryptsetup", "close", "--", name]
+    crypt = Cryptsetup()  # which waits for udev: it looks at a file system that is new
     try:
         yield
     except BaseException:
-        await _undo(argv)
+        try:
+            await crypt.close(name)
+        except VmcryptdError as error:
+            say(f"{error}; `cryptsetup close {name}` by hand")
         raise
-    _demand(await run(argv, timeout_s=UNDO_S), f"the mapping {name} cannot be closed")
+    await crypt.close(name)
 
 
 def _write(path: Path, text: str) -> None:

@@ -74,6 +74,8 @@ class Opening:
     async def run(self, may_ask: Callable[[], bool]) -> str:
         """Returns what opened it; an empty string if that was somebody else. Raises VmcryptdError."""
         given = self._prompt.untried(self._spec.name)
+        if given is not None and self._is_keystores(given):
+            given = None  # it has opened what holds the key, which is a source
         # A key that somebody handed in for this volume goes before its sources.
         if given is not None and given.only is not None and await self._try_answer(given):
             return given.source
@@ -87,6 +89,17 @@ class Opening:
         if not may_ask():
             raise self._exhausted()
         return await self._wait()
+
+    async def by_answer(self, answer: Answer) -> str | None:
+        """With an answer and nothing else. Returns what `run` does; None if it does not fit."""
+        async with self._turn():
+            if self._is_usable:
+                return ""
+            return answer.source if await self._try_answer(answer) else None
+
+    def _is_keystores(self, answer: Answer) -> bool:
+        node = self._world.graph.volumes.get(self._spec.name)
+        return node is not None and not answer.accepted.isdisjoint(node.keys_in)
 
     # --- sources that need nobody ---
 

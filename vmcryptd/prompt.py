@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 
 from vmcryptd.errors import CancelledError, VmcryptdError
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 # Volumes whose other sources are still being tried may join the first question for so long.
 GATHER_S = 1.0
+# Who mistyped a keystore's passphrase is asked again after so long, though volumes still try what it did not fit.
+PASSED_ON_S = 5.0
 # A question that was declined, or whose agent broke, comes again after a while: at once would be a tight loop.
 AGAIN_S = (1.0, 30.0)
 
@@ -39,6 +42,9 @@ class Answer:
 
     def is_for(self, volume: str) -> bool:
         return volume not in self.refused and (self.only is None or volume in self.only)
+
+
+IsLeft = Callable[[Answer], bool]
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Prompt:
         self._fetching: set[str] = set()  # of these, the ones that try their other sources
         self._trying: set[str] = set()  # and the ones that try an answer right now
         self._waiting: dict[str, VolumeSpec] = {}
+        self._behind: dict[str, IsLeft] = {}  # these wait for a keystore, and try what it leaves
+        self._passed_on: set[str] = set()  # of these, the ones that try an answer right now
         self._pins: list[str] = []  # volumes that the PIN of a token is asked for
         self._answers: list[Answer] = []
         self._timers: dict[Answer, asyncio.TimerHandle] = {}
@@ -110,12 +118,14 @@ class Prompt:
         self._expected.discard(volume)
         self._fetching.discard(volume)
         self._trying.discard(volume)
+        self._passed_on.discard(volume)
         self._waiting.pop(volume, None)
         self.drop_unneeded()
 
     def fetching(self, volume: str) -> None:
         """The volume tries its other sources, until it asks for an answer."""
         self._fetching.add(volume)
+        self._passed_on.discard(volume)
         self._notify()
 
     def _tries(self, volume: str, is_trying: bool) -> None:
@@ -146,6 +156,32 @@ class Prompt:
         self._tries(spec.name, True)
         self._changed()
         return answer
+
+    @contextlib.contextmanager
+    def behind(self, volume: str, is_left: IsLeft) -> Iterator[None]:
+        """While the volume waits for a keystore: of the answers only those that are left to it are tried on it."""
+        self._behind[volume] = is_left
+        try:
+            yield
+        finally:
+            del self._behind[volume]
+
+    def is_behind(self, volume: str) -> bool:
+        """Whether the volume waits for a keystore, and has tried what that left to it."""
+        return volume in self._behind and volume not in self._passed_on and not self._left(volume)
+
+    async def passed_on(self, volume: str) -> Answer:
+        """The next answer that is left to a volume behind a keystore; it tries this from now on."""
+        self._passed_on.discard(volume)
+        self._notify()
+        while (answer := self._left(volume)) is None:
+            await self.move()
+        self._passed_on.add(volume)
+        return answer
+
+    def _left(self, volume: str) -> Answer | None:
+        answer = self.untried(volume)
+        return answer if answer is not None and self._behind[volume](answer) else None
 
     async def pin(self, spec: VolumeSpec, message: str) -> Key:
         """Ask for the PIN of a token, beside the question for passphrases.
@@ -308,6 +344,12 @@ class Prompt:
             await (
                 self.move()
             )  # who is asked again is told which volumes it is that the answer did not fit
+        try:
+            async with asyncio.timeout(PASSED_ON_S):
+                while self._passed_on or any(map(self._left, self._behind)):
+                    await self.move()  # it may open all that the keystore is wanted for
+        except TimeoutError:
+            pass
 
     @property
     def _is_trying(self) -> bool:

@@ -157,7 +157,7 @@ class Page:
                     for one in keys["tokens"]
                     if slot["slot"] in one["slots"]
                 ],
-                [],
+                [f"fitted last time by {source}" for source in slot.get("fitted_by", ())],
             )
             for slot in keys["slots"]
         ]

@@ -90,7 +90,11 @@ def volume_view(
     rotation: str = "",
 ) -> VolumeView:
     node = graph.volumes[name]
-    needed_by = (*graph.standing_on.get(name, ()), *graph.guests_on.get(name, ()))
+    needed_by = (
+        *graph.standing_on.get(name, ()),
+        *graph.opened_after.get(name, ()),
+        *graph.guests_on.get(name, ()),
+    )
     return VolumeView(
         name=name,
         device=node.spec.device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from vmcryptd import planner
 from vmcryptd.errors import BusyError, DependencyError, LibvirtError, VmcryptdError
@@ -14,7 +14,7 @@ from vmcryptd.guests import Guests
 from vmcryptd.jobs import Job, outcome
 from vmcryptd.model import Action, GuestState, Step, VolumeState
 from vmcryptd.ports import Ports
-from vmcryptd.prompt import Prompt
+from vmcryptd.prompt import Answer, Prompt
 from vmcryptd.state import Activities, Activity
 from vmcryptd.unlock import Unlocker
 from vmcryptd.world import World
@@ -42,6 +42,7 @@ class Steps:
         self._ports = ports
         self._world = world
         self._activities = activities
+        self._prompt = prompt
         self._may_ask = may_ask
         self._touch = touch
         self._open_for = open_for
@@ -52,13 +53,17 @@ class Steps:
         """Raises VmcryptdError; DependencyError if something it needs failed."""
         activity = self._activity(step)
         try:
-            await _precede(job, step)
+            opened_by = await self._behind(job, step, activity)
             activity.error = None
+            if opened_by is not None:
+                self._is_opened(step.object, opened_by)
+                return
             log.debug("%s (%s)", step.id, step.reason)
             await self._do(job, step, activity)
         except VmcryptdError as error:
-            activity.error = error
-            log.error("%s", error)
+            if not _is_told(job, step, error):
+                activity.error = error
+                log.error("%s", error)
             raise
         except asyncio.CancelledError:
             activity.error = None  # what was told while it waited is not why it ended
@@ -66,6 +71,63 @@ class Steps:
         finally:
             activity.doing = None
             await self._world.look()
+
+    async def _behind(self, job: Job, step: Step, activity: Activity) -> str | None:
+        """Wait for the steps before this one. Raises DependencyError.
+
+        Who waits for a keystore tries the answers that do not fit that one: its passphrase may be lost, or the person
+        know only the volume's. Returns what has opened the volume meanwhile; None if nothing has.
+        """
+        await _precede(job, step, step.after)
+        if not step.order:
+            return None
+        if step.action is not Action.UNLOCK:
+            await _precede(job, step, step.order)
+            return None
+        name = step.object
+        with self._prompt.behind(name, lambda answer: self._is_left(job, name, answer)):
+            waiting = asyncio.ensure_future(_precede(job, step, step.order))
+            try:
+                while not waiting.done():
+                    passed_on = asyncio.ensure_future(self._prompt.passed_on(name))
+                    try:
+                        both = {waiting, passed_on}
+                        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        passed_on.cancel()
+                    if not waiting.done():
+                        opened_by = await self.unlocker.open_by(name, passed_on.result())
+                        if opened_by is not None:
+                            return opened_by
+                        activity.doing = None
+                        self._touch()
+            finally:
+                waiting.cancel()
+        return None
+
+    def _is_left(self, job: Job, name: str, answer: Answer) -> bool:
+        """Whether the answer opens none of the keystores that the volume waits for, as far as these are there."""
+        volumes = self._world.graph.volumes
+        if name not in volumes or not volumes[name].device:
+            return False
+
+        def leaves(keystore: str) -> bool:
+            if volumes[keystore].is_usable:
+                return False  # the key in it comes next
+            unlocking = job.tasks.get(f"{Action.UNLOCK}:{keystore}")
+            if unlocking is None or unlocking.done() or keystore in self.unlocker.absent:
+                return True
+            is_tried = answer.is_for(keystore) and (
+                answer.only is not None or keystore in self._prompt.expected
+            )
+            return keystore in answer.refused or (not is_tried and self.unlocker.is_stuck(keystore))
+
+        return all(map(leaves, volumes[name].keys_in))
+
+    def _is_opened(self, name: str, source: str) -> None:
+        activity = self._activities.volumes[name]
+        activity.key_source, activity.error = source, None
+        log.info("volume %s is open (%s)", name, source or "opened by somebody else")
 
     def _activity(self, step: Step) -> Activity:
         match step.action:
@@ -125,8 +187,7 @@ class Steps:
         match step.action:
             case Action.UNLOCK if not node.is_usable:
                 source = await self.unlocker.open(name, lambda: self._may_ask(step.id))
-                activity.key_source, activity.error = source, None
-                log.info("volume %s is open (%s)", name, source or "opened by somebody else")
+                self._is_opened(name, source)
             case Action.ACTIVATE:
                 await blocks.activate(node.spec, node.mapping)
                 self._world.activated.add(name)
@@ -167,9 +228,16 @@ class Steps:
         self._touch()
 
 
-async def _precede(job: Job, step: Step) -> None:
-    """Wait for the steps before this one. Raises DependencyError."""
-    before = (*step.after, *step.order)
+def _is_told(job: Job, step: Step, error: VmcryptdError) -> bool:
+    """Whether it failed because an earlier step of the same volume did: that one has told why."""
+    before = [other for other in step.after if other.partition(":")[2] == step.object]
+    return isinstance(error, DependencyError) and any(
+        outcome(job.tasks[other]) for other in before if other in job.tasks
+    )
+
+
+async def _precede(job: Job, step: Step, before: Iterable[str]) -> None:
+    """Wait for these steps, which come before this one. Raises DependencyError."""
     tasks = {other: job.tasks[other] for other in before if other in job.tasks}
     if tasks:
         await asyncio.wait(tasks.values())

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 
 from vmcryptd.attempts import Attempts
@@ -16,7 +16,7 @@ from vmcryptd.errors import (
 from vmcryptd.model import Header, VolumeSpec
 from vmcryptd.opening import Opening
 from vmcryptd.ports import Crypt, Keys
-from vmcryptd.prompt import Prompt
+from vmcryptd.prompt import Answer, Prompt
 from vmcryptd.tokens import Tokens
 from vmcryptd.world import World
 
@@ -46,9 +46,18 @@ class Unlocker:
 
     async def open(self, name: str, may_ask: Callable[[], bool]) -> str:
         """Make the mapping. Returns the key source that fitted. Raises VmcryptdError."""
-        spec = self._world.graph.volumes[name].spec
-        await self._wait_for_device(spec)
+        await self._wait_for_device(self._world.graph.volumes[name].spec)
         self._prompt.fetching(name)
+        return await self._open(name, lambda opening: opening.run(may_ask)) or ""
+
+    async def open_by(self, name: str, answer: Answer) -> str | None:
+        """The same with one answer and nothing else. Returns None if it does not fit."""
+        return await self._open(name, lambda opening: opening.by_answer(answer))
+
+    async def _open(
+        self, name: str, attempt: Callable[[Opening], Awaitable[str | None]]
+    ) -> str | None:
+        spec = self._world.graph.volumes[name].spec
         self._doing(name, True)
         header = await self._crypt.header(spec)
         self._world.note_header(name, header)
@@ -66,7 +75,7 @@ class Unlocker:
             )
         opening = self._openings[name] = self._opening(spec, header)
         try:
-            return await opening.run(may_ask)
+            return await attempt(opening)
         except BusyError:
             # Somebody else may have been quicker just now.
             self._world.observe()

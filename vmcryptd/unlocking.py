@@ -67,9 +67,9 @@ async def with_key_file(client: Client, names: Sequence[str], fd: int) -> dict[s
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return await hand_over(client, names, lambda: _again(fd))
     # A pipe can be read once only.
-    from vmcryptd.adapters.memfd import MemfdKey, copy_from_caller
+    from vmcryptd.adapters.memfd import LockedKey, copy_from_caller
 
-    key = MemfdKey()
+    key = LockedKey()
     try:
         await copy_from_caller(fd, key)
         key.seal()
@@ -318,9 +318,9 @@ class _Answer(NamedTuple):
 def _answer(*, many: bool) -> Iterator[_Answer]:
     """A pipe where one reader is enough: its pages are never swapped. Several need a memfd."""
     if many:
-        from vmcryptd.adapters.memfd import MemfdKey
+        from vmcryptd.adapters.memfd import LockedKey
 
-        key = MemfdKey()
+        key = LockedKey()
         try:
             yield _Answer(key.fileno(), key.reader, lambda: key.size, key.seal)
         finally:

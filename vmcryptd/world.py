@@ -147,6 +147,14 @@ class World:
             self._fitted = {**known, volume: {**known.get(volume, {}), source: slot}}
             self._memory.keep_fitted(self._fitted)
 
+    def forget_fitted(self, volume: str, slot: int) -> None:
+        """The key slot is wiped: what gets its number next is another one."""
+        known = self._fitted.get(volume, {})
+        left = {source: number for source, number in known.items() if number != slot}
+        if left != known:
+            self._fitted = {**self._fitted, volume: left}
+            self._memory.keep_fitted(self._fitted)
+
     def moved(self) -> None:
         """Wake everybody who waits in `until` or `move`."""
         moved, self._moved = self._moved, asyncio.Event()

@@ -16,6 +16,8 @@ import pytest
 from tests.bus.test_cli import Terminal, needs_ask_password
 from tests.bus.test_service import PROJECT, Daemon, handed_in, opened_by, start, with_daemon
 from tests.scan_memory import found_in
+from vmcryptd import cli, keycli
+from vmcryptd.errors import UnreachableError
 
 __all__ = ["start"]  # a fixture
 
@@ -75,7 +77,7 @@ async def test_what_is_listed(daemon: Daemon) -> None:
     assert [slot["slot"] for slot in slots] == [0, 1]
     assert slots[0] == {
         "slot": 0, "opened_by": "passphrase", "kdf": "argon2id", "memory_kib": 65536, "threads": 4,
-        "iterations": 4, "priority": 1,
+        "iterations": 4, "priority": 1, "fitted_by": [],
     }  # fmt: skip
     assert await daemon.refused("ListKeys", "s", "male") == "NoSuchVolume"
     assert await daemon.refused("ListKeys", "s", "plain") == "NotLuks"
@@ -382,6 +384,27 @@ async def test_a_key_in_a_keystore(daemon: Daemon) -> None:
 
 
 @with_daemon(STORE)
+async def test_which_source_fitted_which_key_slot(daemon: Daemon) -> None:
+    async def fitted() -> dict[int, list[str]]:
+        slots = json.loads(await daemon.call("ListKeys", "s", "mail"))["slots"]
+        return {slot["slot"]: slot["fitted_by"] for slot in slots}
+
+    await daemon.unlock("keys", GAMMA)
+    await call(daemon, "AddKeystoreKey", "ssh", "mail", "keys", 0, keys=[ALPHA])
+    # It was tried when it was made.
+    assert await fitted() == {0: [], 1: [], 2: ["file:/run/keys/mail.key"]}
+    shown = (await ctl("key", "list", "mail")).out.splitlines()
+    assert shown[3].startswith("2     random key")
+    assert shown[4] == "    fitted last time by file:/run/keys/mail.key"
+    # What fitted without being configured is none of the sources.
+    await daemon.unlock("mail", BETA)
+    assert (await fitted())[1] == []
+    await call(daemon, "RemoveKey", "sxh", "mail", 2, 0, keys=[ALPHA])
+    await call(daemon, "AddKey", "shh", "mail", 0, 1, keys=[ALPHA, GAMMA])
+    assert await fitted() == {0: [], 1: [], 2: []}
+
+
+@with_daemon(STORE)
 async def test_a_keystore_opens_what_it_has_a_key_of_and_closes(daemon: Daemon) -> None:
     await daemon.unlock("keys", GAMMA)
     await call(daemon, "AddKeystoreKey", "ssh", "above", "keys", 0, keys=[ALPHA])
@@ -402,6 +425,25 @@ async def test_a_keystore_opens_what_it_has_a_key_of_and_closes(daemon: Daemon) 
     await daemon.call("Lock", "s", "above")
     # The keystore is lost. The other key slot works as ever.
     await daemon.unlock("above", ALPHA)
+
+
+@needs_ask_password
+@with_daemon(STORE)
+async def test_who_opens_a_volume_is_asked_for_its_keystore(daemon: Daemon) -> None:
+    await daemon.unlock("keys", GAMMA)
+    await call(daemon, "AddKeystoreKey", "ssh", "above", "keys", 0, keys=[ALPHA])
+    await daemon.call("Lock", "s", "keys")
+    assert (await daemon.volume("keys"))["NeededBy"] == ["mail", "above"]
+
+    def typed() -> int:
+        terminal = Terminal("unlock", "above")
+        terminal.expect("Passphrase for keys (/dev/vg/keys):")
+        terminal.type(f"{GAMMA}\n")
+        terminal.expect("open now: above")
+        return terminal.end()
+
+    assert await asyncio.to_thread(typed) == 0
+    assert (await daemon.volume("above"))["KeySource"] == "file:/run/keys/above.key"
 
 
 @with_daemon(STORE)
@@ -459,7 +501,16 @@ async def test_a_keystore_whose_passphrase_is_lost(daemon: Daemon) -> None:
     assert (await daemon.volume("keys"))["State"] != "unlocked"
     assert await refused(daemon, "UnlockWithKey", "sh", "mail", 0, keys=["canary-no"]) == "WrongKey"
     await daemon.call("Lock", "s", "above")
-    # While it is waited for at boot: given up, it lets the others be asked for.
+    # While it is waited for at boot, the volume's own passphrase does, and then it is not waited for any more.
+    await daemon.call("Boot")
+    await daemon.state("waiting")
+    assert await refused(daemon, "UnlockAllWithKey", "h", 0, keys=["canary-no"]) == "WrongKey"
+    # `plain` stays locked, because it is no LUKS device.
+    assert await refused(daemon, "UnlockAllWithKey", "h", 0, keys=[ALPHA]) == "StillWaiting"
+    assert (await daemon.volume("above"))["KeySource"] == "key"
+    assert await daemon.get("Waiting") == []
+    await daemon.call("Lock", "s", "above")
+    # Given up, it lets the others be asked for.
     await daemon.call("Boot")
     await daemon.state("waiting")
     await daemon.call("Lock", "s", "keys")
@@ -470,3 +521,29 @@ async def test_a_keystore_whose_passphrase_is_lost(daemon: Daemon) -> None:
     async with asyncio.timeout(60):
         await daemon.until(asked)
     await daemon.unlock("above", ALPHA)
+
+
+@pytest.mark.parametrize(
+    "verb", ["key add one --new-key-file", "key change one --new-key-file", "key remove one 0"]
+)
+def test_a_daemon_that_goes_away_while_it_changes_keys(
+    verb: str, start: Any, run: Any, tmp_path: Any, monkeypatch: Any, capfd: Any
+) -> None:
+    """Nobody is left to tell how far it came."""
+    keys = tmp_path / "key"
+    keys.write_text(ALPHA)
+
+    async def call(client: Any, member: str, *arguments: Any, **more: Any) -> None:
+        raise UnreachableError("vmcryptd is not running")
+
+    async def test() -> None:
+        async with start(HOST):
+            argv = [*verb.split(), *([str(keys)] if "--new" in verb else [])]
+            argv += ["--key-file", str(keys)]
+            assert await asyncio.to_thread(cli.main, argv) == 5
+
+    monkeypatch.setattr(keycli, "call", call)
+    run(test())
+    said = capfd.readouterr().err
+    assert "vmcryptd is not running; if it broke off in between" in said
+    assert "`vmcryptctl key test one`" in said

@@ -46,6 +46,7 @@ open)
     : >{place}/mapper/"$name" ;;
 close)
     for name; do :; done
+    rm {place}/busy 2>/dev/null && exit 5
     rm {place}/mapper/"$name" ;;
 esac
 """
@@ -170,6 +171,34 @@ def test_what_fails_leaves_nothing(
         "configuration": "cannot be written",
     }
     assert said[fault] in capfd.readouterr().err
+
+
+def test_udev_looks_at_the_new_file_system(start: Any, run: Any, place: Place) -> None:
+    """For a moment, in which the mapping cannot be closed."""
+    (place.path / "busy").touch()
+
+    async def scene(daemon: Daemon) -> None:
+        assert await place.init("--file", str(place.file)) == 0
+
+    played(start, run, scene)
+    assert not (place.path / "busy").exists()
+    assert list((place.path / "mapper").iterdir()) == []
+
+
+def test_what_cannot_be_made_is_told_before_anybody_types(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def changing() -> None:
+        raise AssertionError("a connection is made, and then somebody is asked")
+
+    monkeypatch.setattr(keystore, "changing", changing)
+    place.file.write_text("precious")
+    for arguments, text in (
+        (("--file", str(place.file)), f"{place.file} is there already"),
+        (("--device", str(place.key)), f"{place.key} is no block device"),
+    ):
+        assert asyncio.run(place.init(*arguments)) == 1
+        assert text in capfd.readouterr().err
 
 
 def test_nothing_is_overwritten(start: Any, run: Any, place: Place) -> None:

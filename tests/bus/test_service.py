@@ -315,7 +315,7 @@ async def test_properties(daemon: Daemon) -> None:
     }  # fmt: skip
     assert await daemon.volume("outer") == {
         "Name": "outer", "Device": "/dev/vg/outer", "Uuid": "", "State": "locked", "KeySource": "",
-        "Discard": False, "NeededBy": ["broken"], "HeaderBackupDue": False, "Rotation": "",
+        "Discard": False, "NeededBy": ["cr-in.ner", "broken"], "HeaderBackupDue": False, "Rotation": "",
         "LastError": "",
     }  # fmt: skip
     assert await daemon.guest("imap") == {

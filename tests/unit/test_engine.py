@@ -315,6 +315,130 @@ async def test_a_keystore_that_somebody_asked_for_stays(run: Running) -> None:
     assert run.volumes() == {"store": "unlocked", "a": "unlocked"}
 
 
+BESIDE = KEYED + "\n" + B  # has a passphrase of its own, too
+
+
+def beside(name: str, sim: str = BESIDE, **keys: object) -> str:
+    return volume(name, sim, keys=["file:/run/keys/k", "prompt"], **keys)
+
+
+@play(STORE + beside("a") + beside("b", sim=BESIDE) + guest("g", "a"))
+async def test_what_does_not_fit_a_keystore_is_tried_on_what_stands_behind_it(run: Running) -> None:
+    """Its passphrase is lost, and the person knows the volumes'."""
+    run.engine.boot()
+    await run.until(lambda: run.host.open_questions)
+    run.host.answer("beta")
+    await run.idle()
+    assert run.volumes() == {"store": "locked", "a": "unlocked", "b": "unlocked"}
+    assert (run.volume("a").key_source, run.volume("store").error) == ("prompt", "")
+    assert (run.state, run.engine.waiting, run.guests()) == ("ready", [], {"g": "running"})
+    # The keystore is not asked for once more, not even for a moment.
+    assert run.host.questions == ["Passphrase for volume store (/dev/store):"]
+    assert run.engine.prompt.held == []
+
+
+@play(STORE + beside("a") + beside("b", sim=KEYED + "\n" + opened_by("gamma")) + on_store("c"))
+async def test_a_keystore_is_asked_for_as_long_as_anything_needs_it(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.host.open_questions)
+    run.host.answer("beta")
+    await run.until(lambda: len(run.host.questions) == 2)
+    assert run.host.questions[1] == "That did not fit. Passphrase for volume store (/dev/store):"
+    assert run.volumes() == {"store": "waiting", "a": "unlocked", "b": "locked", "c": "locked"}
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"store": "locked", "a": "unlocked", "b": "unlocked", "c": "unlocked"}
+    assert run.volume("b").key_source == "file:/run/keys/k"
+    assert "try b" in run.host.calls
+    assert "try c" in run.host.calls
+
+
+@play(STORE + beside("a"))
+async def test_what_fits_a_keystore_is_not_tried_on_what_stands_behind_it(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.host.open_questions)
+    run.host.hold("mount store")
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volume("a").key_source == "file:/run/keys/k"
+    assert run.host.calls.count("try a") == 1  # by its key
+
+
+def test_who_mistyped_is_asked_again_while_the_volumes_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "PASSED_ON_S", 0.01)
+
+    @play(STORE + beside("a"))
+    async def scene(run: Running) -> None:
+        run.engine.boot()
+        await run.until(lambda: run.host.open_questions)
+        run.host.hold("try a")
+        run.host.answer("alpah")
+        await run.until(lambda: len(run.host.questions) == 2)
+        run.host.answer("alpha")
+        await run.until(lambda: run.volumes()["store"] == "unlocked")
+        run.host.release("try a")
+        await run.idle()
+        assert run.volume("a").key_source == "file:/run/keys/k"
+
+    scene()
+
+
+@play(STORE + beside("a") + beside("b", unlock="manual"))
+async def test_a_key_that_is_handed_in_needs_no_keystore(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.host.open_questions)
+    await keyed.unlock(run.engine, "a", handed_in("beta"))
+    await run.idle()
+    assert run.volumes() == {"store": "locked", "a": "unlocked", "b": "locked"}
+    unlocking = asyncio.ensure_future(run.engine.unlock("b"))
+    await run.until(lambda: run.engine.waiting == ["store"])
+    assert isinstance(await failure(keyed.unlock(run.engine, "b", handed_in("x"))), WrongKeyError)
+    assert isinstance(await failure(keyed.unlock_all(run.engine, handed_in("x"))), WrongKeyError)
+    assert run.engine.waiting == ["store"]
+    await keyed.unlock_all(run.engine, handed_in("beta"))
+    await unlocking
+    assert run.volumes() == {"store": "locked", "a": "unlocked", "b": "unlocked"}
+
+
+@play(STORE + beside("a", unlock="manual"))
+async def test_a_keystores_key_handed_in_for_what_stands_behind_it(run: Running) -> None:
+    """Who unlocks the volume and is asked for the keystore gives the keystore's passphrase."""
+    for is_asked in (True, False):
+        if is_asked:
+            asking = asyncio.ensure_future(run.engine.unlock("a"))
+            await run.until(lambda: run.engine.waiting == ["store"])
+        await keyed.unlock(run.engine, "a", handed_in("alpha"))
+        assert run.volume("a").key_source == "file:/run/keys/k"
+        if is_asked:
+            await asking
+        await run.until(lambda: run.volumes()["store"] == "locked")
+        await run.engine.lock("a")
+
+
+@play(STORE.replace("[sim", 'timeout = "1h"\n[sim') + "present = false\n" + beside("a"))
+async def test_nobody_waits_for_a_keystore_that_is_not_there_to_give_another_key(
+    run: Running,
+) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.is_absent("store"))
+    await keyed.unlock(run.engine, "a", handed_in("beta"))
+    await run.idle()
+    assert run.volumes() == {"store": "missing", "a": "unlocked"}
+    assert run.state == "ready"
+
+
+@play(STORE.replace("[sim", 'timeout = "1ms"\n[sim') + "present = false\n" + beside("a", B))
+async def test_a_keystore_that_is_lost_tells_so_in_one_sentence(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a"])
+    assert run.volume("store").error.startswith(
+        "volume store: its device /dev/store did not appear"
+    )
+    run.host.answer("beta")
+    await run.idle()
+    assert (run.state, run.volumes()) == ("ready", {"store": "missing", "a": "unlocked"})
+
+
 # --- devices that come late, or not ---
 
 

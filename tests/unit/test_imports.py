@@ -60,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "keycli": {"adapters.memfd", "asking", "client", "errors", "talk", "verbs"},
     "keystore": {
+        "adapters.crypt",
         "adapters.memfd",
         "adapters.run",
         "asking",

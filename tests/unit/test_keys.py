@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.adapters.memfd import F_GET_SEALS, LIMIT, SEALS
+from vmcryptd.adapters.memfd import F_GET_SEALS, LIMIT, SEALS, LockedKey
 from vmcryptd.errors import KeyUnavailableError, KeyUnusableError
 from vmcryptd.model import KeySource, SourceKind, VolumeSpec
 from vmcryptd.ports import Key
@@ -287,3 +287,27 @@ def test_endless_pipe() -> None:
 def test_question_of_one_line(message: str) -> None:
     with pytest.raises(KeyUnavailableError, match="one line"):
         asyncio.run(SystemKeys(credentials=None).ask(message))
+
+
+def test_a_key_of_the_command_line_is_locked_in_memory_and_not_readable_there() -> None:
+    def mapped() -> list[str]:
+        """The line of /proc/self/maps, and how much of that is locked."""
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        found = [number for number, line in enumerate(lines) if "/memfd:vmcryptd-key" in line]
+        locked = [
+            line for at in found for line in lines[at : at + 30] if line.startswith("Locked:")
+        ]
+        return [*(lines[at] for at in found), *locked]
+
+    key = LockedKey()
+    os.write(key.fileno(), CONTENT)
+    assert mapped() == []
+    key.seal()
+    mapping, locked = mapped()[:2]
+    assert mapping.split()[1] == "---p"
+    assert int(locked.split()[1]) > 0
+    assert content(key) == CONTENT
+    assert mapped() == []
+    empty = LockedKey()
+    empty.seal()
+    assert (mapped(), content(empty)) == ([], b"")

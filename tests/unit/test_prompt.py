@@ -256,6 +256,37 @@ async def test_the_cache_lets_go_after_a_while(asked: Prompt, person: Person) ->
 
 
 @play
+async def test_who_stands_behind_a_keystore_tries_what_that_leaves(
+    asked: Prompt, person: Person
+) -> None:
+    left: set[Answer] = set()
+    [task] = wait(asked, "store")
+    asked.expect("a")
+    with asked.behind("a", lambda answer: answer in left):
+        passed_on = asyncio.create_task(asked.passed_on("a"))
+        token = Token()
+        person.answers.put_nowait(token)
+        answer = await task
+        assert answer is not None
+        assert asked.is_behind("a")
+        left.add(answer)
+        assert not asked.is_behind("a")  # it is about to try it
+        asked.refuse("store", answer, WRONG)
+        wait(asked, "store")
+        await turns()
+        assert passed_on.done()
+        assert len(person.questions) == 1  # it may open all that the keystore is wanted for
+        asked.refuse("a", answer, WRONG)
+        assert token.closed
+        again = asyncio.create_task(asked.passed_on("a"))
+        await turns()
+        assert asked.is_behind("a")
+        assert person.questions[1] == "That did not fit. Passphrase for volume store (/dev/store):"
+        again.cancel()
+    assert not asked.is_behind("a")
+
+
+@play
 async def test_the_cache_is_not_for_what_fitted_nothing(asked: Prompt, person: Person) -> None:
     asked.key_cache_s = Infinity
     [task] = wait(asked, "a")

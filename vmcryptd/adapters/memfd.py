@@ -2,7 +2,7 @@
 """A key in memory, and the ways into it: splice(2), sendfile(2), a child. None through Python.
 
 The pages of a memfd belong to the daemon's control group, and `MemorySwapMax=0` in its unit keeps
-them from swap.
+them from swap. The command line has no such unit, and locks them itself.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import math
+import mmap
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vmcryptd.adapters.run import run
 from vmcryptd.errors import KeyUnusableError
 
-if TYPE_CHECKING:  # the command line is not to wait for it
+if TYPE_CHECKING:  # the command line is not to wait for these
+    import ctypes
+
     from vmcryptd.ports import Key
 
 LIMIT = 8 * 1024 * 1024  # what cryptsetup reads of a key file at most
@@ -28,6 +33,7 @@ LIMIT = 8 * 1024 * 1024  # what cryptsetup reads of a key file at most
 # fcntl(2); the module has these names from Python 3.8 on only where the C library had them too.
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE = 1, 2, 4, 8
+MAP_FAILED = (1 << (8 * struct.calcsize("P"))) - 1  # (void *) -1, mmap(2)
 SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
 MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3
 
@@ -76,6 +82,48 @@ class MemfdKey:
 
     def __del__(self) -> None:
         self.close()
+
+
+class LockedKey(MemfdKey):
+    """A key whose pages are locked, as far as the process may lock so many: in a control group that may be swapped.
+
+    They are locked through a mapping that cannot be read, so that they are no part of what the process remembers.
+    """
+
+    def __init__(self) -> None:
+        self._mapping: tuple[int, int] | None = None  # address, size
+        super().__init__()
+
+    def seal(self) -> None:
+        super().seal()
+        if not self.size or self._mapping is not None:
+            return
+        libc = _libc()
+        # Private: a shared mapping of what is sealed against writing is refused before Linux 6.7.
+        address = libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_PRIVATE, self.fileno(), 0)
+        if address != MAP_FAILED:
+            self._mapping = address, self.size
+            libc.mlock(*self._mapping)
+            libc.mprotect(*self._mapping, 0)
+
+    def close(self) -> None:
+        super().close()
+        if self._mapping is not None:
+            _libc().munmap(*self._mapping)
+            self._mapping = None
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype = pointer
+    libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_long]
+    libc.mlock.argtypes = libc.munmap.argtypes = [pointer, size]
+    libc.mprotect.argtypes = [pointer, size, number]
+    return libc
 
 
 def send_file(fd: int, key: MemfdKey) -> None:

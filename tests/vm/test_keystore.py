@@ -1,0 +1,547 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keystores and the verbs that change keys, as an administrator uses them: typed, rebooted, lost, killed in the middle.
+
+All tests share one machine and go on from each other, in this order: keystores are made, the host boots by one of
+them, loses it, and boots without it after its power was cut while a key was being changed.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.vm import guest, lab
+from tests.vm.conftest import HostFactory
+from tests.vm.host import Host, Vm
+from tests.vm.lab import PASSPHRASE, WRONG, Caller
+
+CANARY = "canary-Zw7pQ4"
+CONTROL = "control-Yk3mT8"  # what is planted to be found
+STORE, OTHER, LAST = (f"{CANARY}-{which}" for which in ("keystore", "other", "last"))
+
+FILE = "/var/lib/keys.luks"
+MOUNT = "/run/vmcryptd/keystore"
+BEHIND = {"cr_mail": 0, "cr_web": 1, "cr_data": 2}  # volume → index of its disk
+LATE, GROUP, SWAP = 3, 4, 5  # indexes of disks; the first is plugged in by a test
+SOURCES = {name: f"file:{MOUNT}/keys/{name}.key" for name in BEHIND}
+HEADER = "/root/cr_data.header"
+SLOW_S = 300.0
+
+# In the place of cryptsetup: an action that a test wants held has begun, or ended, when /run/held is there.
+HOLDING = """\
+#!/bin/bash
+read -r when action </run/hold
+if [ "$1" = "$action" ]; then
+    [ "$when" = before ] || /usr/local/lib/cryptsetup "$@" || exit
+    touch /run/held
+    exec sleep infinity
+fi
+exec /usr/local/lib/cryptsetup "$@"
+"""
+
+
+@dataclass
+class Site:
+    host: Host
+    vm: Vm
+    person: Caller
+
+    def volume(self, name: str) -> dict[str, Any]:
+        [found] = [one for one in lab.status(self.vm)["volumes"] if one["name"] == name]
+        return dict(found)
+
+    def sources(self) -> dict[str, str]:
+        """Of what is open."""
+        volumes = lab.status(self.vm)["volumes"]
+        return {one["name"]: one["key_source"] for one in volumes if one["state"] == "unlocked"}
+
+    def slots(self, name: str) -> dict[int, dict[str, Any]]:
+        listed = json.loads(self.vm.run(["vmcryptctl", "key", "list", name, "--json"]).out)
+        return {slot["slot"]: slot for slot in listed["slots"]}
+
+    def opens(self, volume: str, key: str) -> bool:
+        """Whether a key opens a volume: what cryptsetup itself says."""
+        command = f"cryptsetup open --test-passphrase --key-file - {lab.disk(BEHIND[volume])}"
+        code = self.vm.run(command, stdin=key.encode(), check=False).code
+        assert code in (0, 2), code
+        return code == 0
+
+    def put_keys(self, **keys: str) -> None:
+        for name, key in keys.items():
+            self.vm.put(f"/run/keys/{name}", key, 0o600)
+
+    def boot(self) -> None:
+        """From powered-off; nobody has answered anything."""
+        self.vm = self.host.boot(wait=False)
+        self.vm.console.expect(r"Passphrase for volumes? [^\n]*:")
+
+    def log_in(self) -> None:
+        self.vm.console.expect("login: ", SLOW_S)
+        self.vm.console.type("root\n")
+        self.vm.console.expect(r"root@.*# ")
+
+    def typed(self, command: str, *answers: tuple[str, str], code: int = 0) -> str:
+        """Run a command at the console and answer what it asks. Returns what was shown."""
+        console = self.vm.console
+        begun = len(console.transcript)
+        console.type(f"{command}; echo exit=$?\n")
+        for question, answer in answers:
+            console.expect(question, SLOW_S)
+            lab.type_secret(self.vm, answer)
+        ended = console.expect(r"exit=(\d+)", SLOW_S)
+        console.expect(r"root@.*# ")
+        shown = console.transcript[begun:].replace("\r", "")
+        assert int(ended[1]) == code, shown
+        return shown
+
+    def assert_keystore_is_closed(self) -> None:
+        lab.wait_object(self.vm, "volume", "keys", "locked")
+        assert not {"keys", "vault"}.intersection(lab.mappings(self.vm))
+        assert MOUNT not in self.vm.run("findmnt --raw --noheadings --output TARGET").out
+        # The kernel lets go of it when udev has looked for the last time.
+        self.vm.wait_until('[ -z "$(losetup --noheadings --list)" ]')
+
+    def assert_up(self, starts: int, clean_stops: int) -> None:
+        vm, counters = self.vm, guest.Counters(starts, clean_stops)
+        lab.wait_state(vm, "ready", timeout_s=SLOW_S)
+        vm.wait_unit("vmcryptd.target")
+        for name in ("mail", "web"):
+            lab.wait_object(vm, "guest", name, "running")
+            vm.wait_counters(f"/dev/mapper/cr_{name}", counters)
+
+    def assert_nobody_is_asked(self) -> None:
+        self.vm.wait_until("! ls /run/systemd/ask-password/ask.*")
+        assert lab.status(self.vm)["waiting"] == []
+
+    def lose_keystore(self) -> None:
+        self.vm.run(f"mv {FILE} {FILE}.lost")
+
+    def find_keystore(self) -> None:
+        self.vm.run(f"mv {FILE}.lost {FILE}")
+
+
+@pytest.fixture(scope="module")
+def site(module_host: HostFactory) -> Iterator[Site]:
+    """Volumes and guests as they are without a keystore, and nothing is open."""
+    host: Host = module_host(
+        disks=["64M", "64M", "64M", "64M", "300M", "128M"],
+        plugged=[*BEHIND.values(), GROUP, SWAP],
+    )
+    site = prepared(host)
+    yield site
+    site.vm.power_cut()
+
+
+def prepared(host: Host) -> Site:
+    vm = host.boot()
+    setup = lab.Lab(vm)
+    for name, index in BEHIND.items():
+        if name == "cr_data":
+            setup.luks(lab.disk(index))
+            setup.volume(name, lab.disk(index))
+        else:
+            setup.encrypted_guest(name.removeprefix("cr_"), lab.disk(index))
+    vm.run(
+        f"vgcreate -q vg0 {lab.disk(GROUP)}"
+        " && for lv in vault spare; do lvcreate -q -y -L 64M -n $lv vg0; done"
+    )
+    setup.luks("/dev/vg0/spare")
+    setup.volume("cr_spare", "/dev/vg0/spare", unlock="manual")
+    setup.write_config(reload=True)
+    vm.run("systemctl disable --now libvirt-guests.service")
+    return Site(host, vm, Caller(vm))
+
+
+def paste(site: Site, shown: str, volume: str) -> None:
+    """Put the line that was printed into the volume's table."""
+    [line] = re.findall(r"^    keys = .*$", shown, re.MULTILINE)
+    path = "/etc/vmcryptd/vmcryptd.toml"
+    text = site.vm.get(path).decode()
+    assert f"[volume.{volume}]\n" in text
+    site.vm.put(path, text.replace(f"[volume.{volume}]\n", f"[volume.{volume}]\n{line}\n"))
+
+
+def test_keystores_are_made_at_a_terminal(site: Site) -> None:
+    vm = site.vm
+    site.log_in()
+    shown = site.typed(
+        f"vmcryptctl keystore init keys --file {FILE}",
+        ("New passphrase for keys:", STORE), ("New passphrase for keys, once more:", WRONG),
+        ("New passphrase for keys:", STORE), ("New passphrase for keys, once more:", STORE),
+    )  # fmt: skip
+    assert "these were not the same" in shown
+    assert "keystore keys is made" in shown
+    assert vm.run(f"stat -c '%a %U' {FILE}").out == "600 root\n"
+    site.assert_keystore_is_closed()
+
+    # As it says what comes next.
+    site.typed("vmcryptctl unlock keys", (r"Passphrase for keys \(.*\):", STORE))
+    for name in BEHIND:
+        shown = site.typed(
+            f"vmcryptctl key add {name} --keystore keys",
+            (f"Passphrase that opens {name} now:", PASSPHRASE),
+        )
+        paste(site, shown, name)
+    assert "is there already; nothing is overwritten" in site.typed(
+        "vmcryptctl keystore init more --file /etc/hostname", code=1
+    )
+
+    # On a logical volume.
+    site.put_keys(store=STORE)
+    init = "vmcryptctl keystore init vault --key-file /run/keys/store --device"
+    assert "busy" in site.typed(f"{init} {lab.disk(GROUP)}", code=1)
+    site.typed(f"{init} /dev/vg0/vault")
+    site.typed("vmcryptctl unlock vault", (r"Passphrase for vault \(.*\):", STORE))
+    shown = site.typed(
+        "vmcryptctl key add cr_spare --keystore vault",
+        ("Passphrase that opens cr_spare now:", WRONG),
+        ("Passphrase that opens cr_spare now:", PASSPHRASE),
+    )
+    assert "that did not fit; try again" in shown
+    paste(site, shown, "cr_spare")
+    site.typed("vmcryptctl reload && vmcryptctl lock keys vault")
+    site.assert_keystore_is_closed()
+    assert vm.run("vmcryptctl check --json").out
+    found = json.loads(vm.run("vmcryptctl check --json").out)
+    assert found == {"ok": True, "findings": []}
+
+
+def test_a_volume_by_the_keystore_on_a_logical_volume(site: Site) -> None:
+    """Who opens it is asked for the keystore, and that is closed again."""
+    shown = site.typed("vmcryptctl unlock cr_spare", (r"Passphrase for vault \(.*\):", STORE))
+    assert "open now: cr_spare" in shown
+    assert site.sources()["cr_spare"] == f"file:{MOUNT}/vault/cr_spare.key"
+    lab.wait_object(site.vm, "volume", "vault", "locked")
+    # Its disk is gone: nobody waits for it who has another key.
+    site.vm.run("vmcryptctl lock cr_spare && lvchange -q -an vg0/vault")
+    lab.unlock(site.vm, "cr_spare")
+    assert site.sources() == {"cr_spare": "key"}
+    assert "cr_spare" in lab.mappings(site.vm)
+    site.vm.run("vmcryptctl lock cr_spare && lvchange -q -ay vg0/vault")
+
+
+def test_one_passphrase_at_boot(site: Site) -> None:
+    site.vm.poweroff()
+    site.vm = site.host.boot(wait=False)
+    site.vm.console.expect(rf"Passphrase for volume keys \({FILE}\):")
+    lab.type_secret(site.vm, STORE)
+    site.log_in()
+    site.person = Caller(site.vm)
+    site.assert_up(starts=1, clean_stops=0)
+    assert site.sources() == SOURCES
+    site.assert_keystore_is_closed()
+    site.assert_nobody_is_asked()
+    assert "did not fit" not in site.vm.console.transcript
+    journal = site.vm.run("journalctl -b -o cat -u vmcryptd").out
+    assert journal.index("volume cr_data is open") < journal.index("volume keys is closed")
+
+
+def test_which_key_fits_which_slot(site: Site) -> None:
+    assert {
+        number: (slot["opened_by"], slot["fitted_by"])
+        for number, slot in site.slots("cr_data").items()
+    } == {0: ("passphrase", []), 1: ("random key", [SOURCES["cr_data"]])}
+    shown = site.typed("vmcryptctl key list cr_data")
+    assert f"fitted last time by {SOURCES['cr_data']}" in " ".join(shown.split())
+
+
+def test_a_backup_of_the_header_is_due(site: Site) -> None:
+    """Since the keystore's key was added, before the host was switched off."""
+    assert site.volume("cr_data")["header_backup_due"]
+    assert "no backup of it was made since" in " ".join(site.typed("vmcryptctl status").split())
+    site.typed(f"vmcryptctl header backup cr_data {HEADER}")
+    assert not site.volume("cr_data")["header_backup_due"]
+    assert site.vm.run(f"stat -c '%a %U' {HEADER}").out == "600 root\n"
+    assert "nothing is overwritten" in site.typed(
+        f"vmcryptctl header backup cr_data {HEADER}", code=2
+    )
+
+
+def test_keys_of_an_open_volume(site: Site) -> None:
+    vm = site.vm
+    before = vm.run("dmsetup table --showkeys cr_data").out
+    site.typed(
+        "vmcryptctl key add cr_data",
+        ("Passphrase that opens cr_data now:", PASSPHRASE),
+        ("New passphrase for cr_data:", OTHER),
+        ("New passphrase for cr_data, once more:", OTHER),
+    )
+    assert list(site.slots("cr_data")) == [0, 1, 2]
+    assert site.volume("cr_data")["header_backup_due"]
+    site.put_keys(old=PASSPHRASE, other=OTHER, last=LAST, wrong=WRONG)
+    shown = site.typed("vmcryptctl key test cr_data", ("Passphrase of cr_data to test:", OTHER))
+    assert "it opens key slot 2 of cr_data" in shown
+    site.typed("vmcryptctl key test cr_data --key-file /run/keys/wrong", code=3)
+
+    # A wrong one is asked for again before anything else is.
+    site.typed(
+        "vmcryptctl key change cr_data",
+        ("Passphrase of cr_data that is to go:", WRONG),
+        ("Passphrase of cr_data that is to go:", OTHER),
+        ("New passphrase for cr_data:", LAST),
+        ("New passphrase for cr_data, once more:", LAST),
+    )
+    assert [site.opens("cr_data", key) for key in (PASSPHRASE, OTHER, LAST)] == [True, False, True]
+    change = "vmcryptctl key change cr_data --key-file /run/keys/last --new-key-file /run/keys/"
+    site.typed(f"{change}other")
+    assert [site.opens("cr_data", key) for key in (OTHER, LAST)] == [True, False]
+
+    [number] = [slot for slot in site.slots("cr_data") if slot > 1]
+    remove = "vmcryptctl key remove cr_data"
+    stays = "Passphrase of cr_data that stays"
+    shown = site.typed(f"{remove} {number}", (stays, OTHER), (stays, PASSPHRASE))
+    assert "another one has to stay" in shown
+    site.typed(f"{remove} 1 --key-file /run/keys/old")
+    assert "is the last way into volume cr_data" in site.typed(
+        f"{remove} 0 --key-file /run/keys/old", code=1
+    )
+    assert [site.opens("cr_data", key) for key in (PASSPHRASE, OTHER, LAST)] == [True, False, False]
+    # All the while it was open, and the mapping is the same.
+    assert vm.run("dmsetup table --showkeys cr_data").out == before
+
+
+def hold(site: Site, when: str, action: str) -> None:
+    """From now on this action of cryptsetup begins, or ends, and does not come back."""
+    vm = site.vm
+    vm.put("/run/hold", f"{when} {action}\n")
+    vm.run("rm -f /run/held; mountpoint -q /usr/sbin/cryptsetup || { cp /usr/sbin/cryptsetup"
+           " /usr/local/lib/cryptsetup && mount --bind /usr/local/lib/holding /usr/sbin/cryptsetup; }")  # fmt: skip
+
+
+def change_key(site: Site, old: str, new: str) -> None:
+    """Begin to change a key of cr_data; it has come to where it is held."""
+    command = (
+        f"vmcryptctl key change cr_data --key-file /run/keys/{old} --new-key-file /run/keys/{new}"
+    )
+    site.vm.background(command)
+    site.vm.wait_until("test -e /run/held", SLOW_S)
+
+
+@pytest.mark.parametrize(
+    ("when", "action", "old_opens", "new_opens"),
+    [
+        ("before", "luksAddKey", True, False),
+        ("after", "luksAddKey", True, True),
+        ("before", "luksKillSlot", True, True),
+        ("after", "luksKillSlot", False, True),
+    ],
+)
+def test_the_daemon_is_killed_while_it_changes_a_key(
+    site: Site, when: str, action: str, *, old_opens: bool, new_opens: bool
+) -> None:
+    vm = site.vm
+    vm.put("/usr/local/lib/holding", HOLDING, 0o755)
+    hold(site, when, action)
+    change_key(site, "old", "other")
+    pid = vm.run("systemctl show --value -p MainPID vmcryptd").out.strip()
+    vm.run(f"kill -KILL {pid} && umount --lazy /usr/sbin/cryptsetup")
+    vm.wait_until(f'[ "$(systemctl show --value -p MainPID vmcryptd)" -ne {pid} ]')
+    vm.wait_unit("vmcryptd.service")
+    lab.wait_state(vm, "ready")
+    assert [site.opens("cr_data", key) for key in (PASSPHRASE, OTHER)] == [old_opens, new_opens]
+    assert site.volume("cr_data")["header_backup_due"]
+    vm.run("! pgrep -x cryptsetup")
+
+    # What is left over is put right with the verbs.
+    if not old_opens:
+        vm.run(
+            "vmcryptctl key change cr_data --key-file /run/keys/other --new-key-file /run/keys/old"
+        )
+    elif new_opens:
+        tested = vm.run("vmcryptctl key test cr_data --key-file /run/keys/other --json").out
+        slot = json.loads(tested)["slot"]
+        vm.run(f"vmcryptctl key remove cr_data {slot} --key-file /run/keys/old")
+    assert [site.opens("cr_data", key) for key in (PASSPHRASE, OTHER)] == [True, False]
+    assert len(site.slots("cr_data")) == 1
+
+
+def test_an_answer_is_held_for_a_disk_that_comes_late(site: Site) -> None:
+    vm = site.vm
+    device = vm.plug_disk(LATE)
+    vm.wait_until(f"test -b {device}")
+    setup = lab.Lab(vm)
+    setup.luks(device, passphrase=STORE)
+    vm.unplug_disk(LATE)
+    vm.put(
+        "/etc/vmcryptd/conf.d/late.toml",
+        f'[daemon]\nkey_cache = "infinity"\n[volume.cr_late]\ndevice = "{device}"\ntimeout = "1s"\n',
+    )
+    vm.run("vmcryptctl reload && vmcryptctl shutdown && vmcryptctl boot")
+    site.person.question("Passphrase for volume.* keys", STORE, SLOW_S)
+    lab.wait_state(vm, "degraded", timeout_s=SLOW_S)
+    assert site.sources().keys() == SOURCES.keys()
+    assert lab.status(vm)["held_keys"] == [{"source": "prompt", "volumes": [], "until": "infinity"}]
+    vm.plug_disk(LATE)
+    site.assert_up(starts=2, clean_stops=1)
+    assert site.sources()["cr_late"] == "prompt"
+    site.assert_nobody_is_asked()
+    site.assert_keystore_is_closed()
+
+
+def test_a_keystore_takes_the_place_of_a_key_that_was_removed(site: Site) -> None:
+    """Its file has outlived the key slot, and nothing is overwritten."""
+    vm = site.vm
+    lab.unlock(vm, "keys", passphrase=STORE)
+    add = ["vmcryptctl", "key", "add", "cr_data", "--keystore", "keys", "--key-file", "-"]
+    refused = vm.run(add, stdin=PASSPHRASE.encode(), check=False)
+    assert refused.code == 1
+    [advice] = re.findall("`(vmcryptctl key test .*?)`", refused.err)
+    assert vm.run(advice.replace("VOLUME", "cr_data"), check=False).code == 3
+    vm.run(f"rm {MOUNT}/keys/cr_data.key")
+    done = vm.run(add, stdin=PASSPHRASE.encode())
+    assert done.out == "cr_data is opened from the keystore keys from now on\n"
+    vm.run("vmcryptctl lock keys")
+    assert [slot["opened_by"] for slot in site.slots("cr_data").values()] == [
+        "passphrase",
+        "random key",
+    ]
+
+
+def in_swap(site: Site, needle: str) -> bool:
+    """As the thief of the disk reads it."""
+    return needle.encode() in site.host.disk_path(SWAP).read_bytes()
+
+
+def press(site: Site, pid: str) -> None:
+    """Have the kernel write out all that it may of the memory of a process and of those it belongs to."""
+    group = site.vm.run(f"cut -d : -f 3 /proc/{pid}/cgroup").out.strip()
+    # It fails when it could not reclaim as much, which there is not.
+    command = f"echo 1G swappiness=200 >/sys/fs/cgroup{group}/memory.reclaim; sync"
+    site.vm.run(command, check=False)
+
+
+def plant_in_swap(site: Site) -> None:
+    """A process that holds a text in memory, and is swapped: the search finds what is there."""
+    vm = site.vm
+    program = "import signal, sys; text = sys.stdin.read() * 100; signal.pause()"
+    vm.run(f"echo {CONTROL} >/run/control")
+    vm.run(
+        "systemd-run --quiet --unit=control -p StandardInput=file:/run/control"
+        f" python3 -c '{program}'"
+    )
+    pid = vm.run("systemctl show --value -p MainPID control").out.strip()
+    vm.wait_until(f"grep -q pause /proc/{pid}/wchan || grep -q pause /proc/{pid}/stack")
+    press(site, pid)
+    assert in_swap(site, CONTROL), "the search does not find what is there"
+    vm.run("systemctl stop control.service")
+
+
+def test_what_is_typed_is_not_swapped(site: Site) -> None:
+    """The command line holds a first key while it asks for a second one."""
+    vm = site.vm
+    vm.run(f"rm -r /run/keys; mkswap -q {lab.disk(SWAP)} && swapon {lab.disk(SWAP)}")
+    plant_in_swap(site)
+    vm.console.type("vmcryptctl key add cr_data\n")
+    vm.console.expect("Passphrase that opens cr_data now:", SLOW_S)
+    lab.type_secret(vm, PASSPHRASE)
+    vm.console.expect("New passphrase for cr_data:", SLOW_S)
+    pid = vm.run("pgrep -f '^/usr/bin/python3.*vmcryptctl key add'").out.strip()
+    held = f"cat $(find /proc/{pid}/fd -lname '/memfd:vmcryptd-key*')"
+    assert vm.run(held).out == PASSPHRASE
+    press(site, pid)
+    assert vm.run(f"grep VmSwap /proc/{pid}/status").out.split()[1] != "0"
+    assert not in_swap(site, CANARY)
+    assert lab.in_memory(vm, pid, CANARY) == []
+    vm.console.type("\x03")
+    vm.console.expect(r"root@.*# ")
+    assert len(site.slots("cr_data")) == 2
+
+
+def test_what_is_held_is_not_swapped_and_is_wiped_in_time(site: Site) -> None:
+    vm = site.vm
+    pid = vm.run("systemctl show --value -p MainPID vmcryptd").out.strip()
+    held = f"cat $(find /proc/{pid}/fd -lname '/memfd:vmcryptd-key*')"
+    assert vm.run(held).out == STORE
+    press(site, pid)
+    assert not in_swap(site, CANARY)
+
+    vm.run("sed -i s/infinity/2s/ /etc/vmcryptd/conf.d/late.toml && vmcryptctl reload")
+    vm.wait_until("vmcryptctl status --json | grep -q '\"held_keys\": \\[\\]'")
+    assert vm.run(f"find /proc/{pid}/fd -lname '/memfd:*'").out == ""
+    assert lab.in_memory(vm, pid, CANARY) == []
+    assert lab.in_memory(vm, pid, "org.vmcryptd1") != []
+    vm.run("rm /etc/vmcryptd/conf.d/late.toml && vmcryptctl lock cr_late && vmcryptctl reload")
+
+
+def test_somebody_answers_with_the_volumes_own_passphrase(site: Site) -> None:
+    """While the keystore is asked for. It is not needed then, and not asked for any more."""
+    vm = site.vm
+    vm.run("vmcryptctl shutdown && vmcryptctl boot")
+    site.person.question("^Passphrase for volume keys", WRONG, SLOW_S)
+    site.person.question("^That did not fit. Passphrase for volume keys", PASSPHRASE, SLOW_S)
+    site.assert_up(starts=3, clean_stops=2)
+    assert site.sources() == dict.fromkeys(BEHIND, "prompt")
+    site.assert_nobody_is_asked()
+    site.assert_keystore_is_closed()
+    assert site.volume("keys")["error"] == ""
+
+
+def test_a_lost_keystore(site: Site) -> None:
+    vm = site.vm
+    vm.run("vmcryptctl shutdown")
+    vm.run("sed -i '$a timeout = \"1s\"' /etc/vmcryptd/conf.d/keys.toml && vmcryptctl reload")
+    site.lose_keystore()
+    vm.run("vmcryptctl boot")
+    names = ", ".join(sorted(BEHIND))
+    site.person.question(f"^Passphrase for volumes {names}:", timeout_s=SLOW_S)
+    lost = site.volume("keys")
+    assert lost["state"] == "missing"
+    assert re.fullmatch(
+        rf"volume keys: its device {FILE} did not appear within 1 s; .*", lost["error"]
+    )
+    told = site.volume("cr_mail")
+    assert told["state"] == "waiting"
+    assert f"{MOUNT}/keys/cr_mail.key" in told["error"]
+    site.person.question(f"^Passphrase for volumes {names}:", PASSPHRASE)
+    site.assert_up(starts=4, clean_stops=3)
+    assert site.sources() == dict.fromkeys(BEHIND, "prompt")
+    site.assert_nobody_is_asked()
+
+
+def test_the_power_is_cut_while_a_key_is_changed(site: Site) -> None:
+    """And the keystore is lost: the volume is opened by what is left."""
+    site.put_keys(old=PASSPHRASE, other=OTHER)
+    site.vm.put("/usr/local/lib/holding", HOLDING, 0o755)
+    hold(site, "after", "luksAddKey")
+    change_key(site, "old", "other")
+    site.vm.run("sync")  # what the guests wrote, and that the keystore is lost
+    site.vm.power_cut()
+    site.vm = site.host.boot(wait=False)
+    site.vm.console.expect(f"Passphrase for volumes {', '.join(sorted(BEHIND))}:")
+    lab.type_secret(site.vm, PASSPHRASE)
+    site.log_in()
+    site.assert_up(starts=5, clean_stops=3)
+    assert site.sources() == dict.fromkeys(BEHIND, "prompt")
+    assert [site.opens("cr_data", key) for key in (PASSPHRASE, OTHER)] == [True, True]
+    assert site.volume("cr_data")["header_backup_due"]
+    site.find_keystore()
+
+
+def test_no_secret_is_left(site: Site) -> None:
+    vm = site.vm
+    places = "/run /tmp /var/log /var/lib/vmcryptd /etc"
+    pid = vm.run("systemctl show --value -p MainPID vmcryptd").out.strip()
+    vm.run("systemd-cat", stdin=CONTROL.encode())
+    vm.run("journalctl --sync")
+
+    def is_in_output(command: str, needle: str) -> bool:
+        search = f"exec 3<&0; {command} </dev/null 2>/dev/null | grep -aFf /dev/fd/3"
+        return bool(vm.run(search, stdin=needle.encode(), check=False).out)
+
+    journal = "journalctl --no-pager -o export"
+    processes = "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ"
+    assert lab.in_memory(vm, pid, CANARY) == []
+    assert lab.in_files(vm, places, CANARY) == []
+    assert not is_in_output(journal, CANARY)
+    assert not is_in_output(processes, CANARY)
+    assert CANARY not in vm.console.transcript
+    assert not in_swap(site, CANARY)
+    # The same searches find what is there.
+    assert lab.in_memory(vm, pid, "org.vmcryptd1") != []
+    assert lab.in_files(vm, places, "cr_data") != []
+    assert is_in_output(journal, CONTROL)
+    assert is_in_output(processes, "/usr/sbin/vmcryptd")
+    assert in_swap(site, CONTROL)
