@@ -108,8 +108,8 @@ def test_on_another_mapping(kernel: Kernel) -> None:
     assert attempts(kernel, "inner") == [True]
 
 
-def test_one_that_is_gone(kernel: Kernel) -> None:
-    assert attempts(kernel, "none") == [True]
+def test_one_that_is_gone_is_asked_of_cryptsetup(kernel: Kernel) -> None:
+    assert attempts(kernel, "none") == [False]
     assert kernel.calls == []
 
 

@@ -66,10 +66,10 @@ class Removal:
         Raises DeadlineError when something hung.
         """
         mapping = self.find(name)
-        if mapping is not None and mapping.is_plain:
-            await self._together(name)
-            mapping = self.find(name)
-        return mapping is None
+        if mapping is None or not mapping.is_plain:
+            return False
+        await self._together(name)
+        return self.find(name) is None
 
     async def _together(self, name: str) -> None:
         if self._turn is None:
