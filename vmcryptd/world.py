@@ -48,6 +48,7 @@ class World:
         # Of each chain the members that were there when it was read: those beneath could be read.
         self._chains_read: dict[str, frozenset[str]] = {}
         self._observation = Observation()
+        self._may_follow_libvirt = False
         self._moved = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
         self._shared: asyncio.Future[None] | None = None
@@ -62,8 +63,13 @@ class World:
         self._blocks.watch(self.changed)
 
     def watch_libvirt(self) -> None:
-        """Connect to libvirt and follow it. With nothing configured, libvirt is left alone."""
-        if self.needs_libvirt:
+        """Connect to libvirt and follow it, from the moment on that something is configured."""
+        self._may_follow_libvirt = True
+        self._follow_libvirt()
+
+    def _follow_libvirt(self) -> None:
+        if self._may_follow_libvirt and self.needs_libvirt:
+            self._may_follow_libvirt = False  # once is for good
             self._domains.watch(self.changed)
 
     @property
@@ -80,6 +86,7 @@ class World:
         )
         self._remember()
         self._read_chains()
+        self._follow_libvirt()
 
     def changed(self) -> None:
         """Something is different: look soon."""

@@ -1150,6 +1150,17 @@ async def test_volumes_are_taken_away_and_come(run: Running) -> None:
     assert run.host.done("open") in (["open b", "open d"], ["open d", "open b"])
 
 
+@play("")
+async def test_libvirt_is_followed_once_there_is_something_to_follow_it_for(run: Running) -> None:
+    watched: list[object] = []
+    run.host.watch = watched.append  # type: ignore[method-assign, assignment]
+    run.engine.configure(reconfigured(""))
+    assert watched == []
+    for _ in range(2):
+        run.engine.configure(reconfigured(volume("a")))
+    assert len(watched) == 1
+
+
 @play(volume("a"))
 async def test_a_volume_is_taken_away_while_its_key_is_tried(run: Running) -> None:
     run.host.hold("try a")
