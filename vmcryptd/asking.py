@@ -61,7 +61,7 @@ async def untried(client: Client, path: str | None, question: str) -> AsyncItera
         async with _from_file(path) as key:
             yield key
         return
-    with contextlib.closing(MemfdKey()) as typed:
+    with contextlib.closing(LockedKey()) as typed:
         await _ask(client, question, typed)
         yield typed
 
