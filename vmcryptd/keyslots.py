@@ -57,8 +57,7 @@ class KeySlots:
     async def listed(self, name: str) -> dict[str, Any]:
         """What `vmcryptctl key list --json` prints. Raises VmcryptdError."""
         spec = self._spec(name)
-        header = await self._ports.crypt.header(spec)
-        self._world.note_header(name, header)
+        header = await self.header(spec)
         return {
             "volume": name,
             "uuid": header.uuid,
@@ -259,10 +258,15 @@ class KeySlots:
                     self._note_due(spec.name, since)
             raise
 
-    async def _settled(self, spec: VolumeSpec) -> Header:
-        """Raises BusyError if it is one that cryptsetup lets nobody change, and that is no good as a backup."""
+    async def header(self, spec: VolumeSpec) -> Header:
+        """Read it; whether a rotation is half done is told from what was read last. Raises as `Crypt.header`."""
         header = await self._ports.crypt.header(spec)
         self._world.note_header(spec.name, header)
+        return header
+
+    async def _settled(self, spec: VolumeSpec) -> Header:
+        """Raises BusyError if it is one that cryptsetup lets nobody change, and that is no good as a backup."""
+        header = await self.header(spec)
         if header.is_reencrypting:
             raise BusyError(
                 f"the volume key of {spec.name} is half rotated; nothing else is done to its header before that is "

@@ -104,8 +104,7 @@ class Rotations:
         """
         async with self._key_slots.keys(name, fd) as (spec, key):
             mapping = self._open_node(name).mapping
-            header = await self._ports.crypt.header(spec)
-            self._world.note_header(name, header)
+            header = await self._key_slots.header(spec)
             if header.version < 2:
                 raise StorageError(
                     f"the header of {name} is of LUKS1, whose volume key cannot be rotated while it is in use; "
@@ -229,8 +228,7 @@ class Rotations:
 
     async def _finish(self, rotation: _Rotation, before: Header | None) -> None:
         spec = rotation.spec
-        header = await self._ports.crypt.header(spec)
-        self._world.note_header(spec.name, header)
+        header = await self._key_slots.header(spec)
         if header.is_reencrypting:
             raise CancelledError(
                 f"the rotation of the volume key of {spec.name} has stopped before its end; nothing is lost, and it "
@@ -243,7 +241,7 @@ class Rotations:
 
     async def _look(self, spec: VolumeSpec) -> None:
         try:
-            self._world.note_header(spec.name, await self._ports.crypt.header(spec))
+            await self._key_slots.header(spec)
         except VmcryptdError as error:
             log.debug("%s", error)  # who opens the volume is told
             return
