@@ -187,6 +187,8 @@ class Objects:
         self._connection = connection
         self._authority = authority
         self._root = root
+        # Brings the properties up to date; called before anything of them is answered.
+        self.refresh: Callable[[], None] = lambda: None
         self._objects: dict[str, dict[str, Interface]] = {}
         self._pending: dict[asyncio.Task[Any], _Pending] = {}
         self._counts: Counter[str] = Counter()  # pending calls by sender
@@ -267,6 +269,7 @@ class Objects:
 
     def _on_call(self, call: Call) -> None:
         handed_over = False
+        self.refresh()
         try:
             handed_over = self._begin(call)
         except Exception as error:  # noqa: BLE001 - logged and answered there
@@ -352,6 +355,7 @@ class Objects:
             del self._counts[call.sender]
 
     def _answer(self, pending: _Pending, error: BaseException | None, value: Any = None) -> None:
+        self.refresh()
         try:
             if error is not None:
                 raise error

@@ -32,6 +32,9 @@ PANIC = "org.vmcryptd1.panic"
 KEYS = "org.vmcryptd1.keys"
 RELOAD = "org.vmcryptd1.reload"
 
+# Changes within this time of the last ones are told together. Who calls a method finds them told before that.
+TELL_S = 0.1
+
 _USEC_INFINITY = 2**63 - 1  # `x` is signed; systemd's own USEC_INFINITY does not fit
 
 
@@ -287,19 +290,28 @@ class Service:
         self._objects = objects
         self._shown: dict[tuple[type[View], str], _Shown] = {}
         self._due: asyncio.Handle | None = None
+        self._told_at = -TELL_S
         self._manager = Manager(engine, reload)
         objects.export(ROOT, self._manager)
+        objects.refresh = self.refresh
         self.update()
 
     def changed(self) -> None:
-        """Bring the objects up to date, once for all changes of this turn of the event loop."""
+        """Bring the objects up to date soon: at once, if nothing was told just now."""
         if self._due is None:
-            self._due = asyncio.get_running_loop().call_soon(self.update)
+            loop = asyncio.get_running_loop()
+            self._due = loop.call_at(self._told_at + TELL_S, self.update)
+
+    def refresh(self) -> None:
+        """Bring the objects up to date now, if anything has changed."""
+        if self._due is not None:
+            self.update()
 
     def update(self) -> None:
         if self._due is not None:
             self._due.cancel()
             self._due = None
+            self._told_at = asyncio.get_running_loop().time()
         engine = self._engine
         jobs = [
             JobView(str(job.id), job.goal, str(job.state), job.progress, str(job.error or ""))

@@ -24,8 +24,9 @@ from vmcryptd.ports import Blocks, Domains, Memory
 
 log = logging.getLogger(__name__)
 
-# One look serves all events within this time: a mapping that comes makes about five.
-COALESCE_S = 0.05
+# One look serves all events within this time: a mapping that comes makes about five. Most are of our own steps, whose
+# end is looked at at once.
+COALESCE_S = 0.2
 
 
 class World:

@@ -17,7 +17,7 @@ from vmcryptd.adapters.run import Completed, run
 from vmcryptd.adapters.sysfs import Roots
 from vmcryptd.adapters.threads import DaemonThreads
 from vmcryptd.errors import BusyError, DeadlineError, StorageError, VmcryptdError
-from vmcryptd.model import BlockDevice, Mount, Storage, VolumeSpec
+from vmcryptd.model import BlockDevice, Lock, Mount, Storage, VolumeSpec
 from vmcryptd.ports import Changed
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,9 @@ EVENTS_AT_ONCE = 1000
 SETTLE_S = 10.0
 LVM_S = 60.0
 MOUNT_S = 120.0  # a file system may have a journal to replay, or much to write back
+# What systemd refuses a transient unit with where the fstab or somebody's own unit file has one of that name already
+# (src/core/dbus-manager.c, transient_unit_from_message). To ask first would cost each mount another child.
+HAS_UNIT = "already loaded or has a fragment file"
 HOLDERS_S = 10.0
 BUSY_TRIES = 3
 
@@ -153,19 +156,17 @@ class SysfsBlocks:
             raise StorageError(
                 f"The directory {volume.mount} cannot be made: {error.strerror}"
             ) from None
-        shown = await run(
-            ["systemctl", "show", "-P", "FragmentPath", "--", unit], timeout_s=SETTLE_S
-        )
-        if shown.out.strip():  # from fstab, or somebody's own unit
-            argv = ["systemctl", "start", "--", unit]
-        else:
-            # Before= makes systemd stop it after our own stop at host shutdown: guests first.
-            argv = [
-                "systemd-mount", "--no-ask-password", "--quiet", "--collect",
-                "--property=Before=vmcryptd-guests.service",
-                "--", f"/dev/mapper/{mapping}", volume.mount,
-            ]  # fmt: skip
+        # Before= makes systemd stop it after our own stop at host shutdown: guests first.
+        argv = [
+            "systemd-mount", "--no-ask-password", "--quiet", "--collect",
+            "--property=Before=vmcryptd-guests.service",
+            # The guests of a whole host wait for a keystore; its journal is all that it needs.
+            *(["--fsck=no"] if volume.lock is Lock.BOOT else []),
+            "--", f"/dev/mapper/{mapping}", volume.mount,
+        ]  # fmt: skip
         done = await run(argv, timeout_s=MOUNT_S)
+        if done.code != 0 and HAS_UNIT in done.err:
+            done = await run(["systemctl", "start", "--", unit], timeout_s=MOUNT_S)
         if done.code != 0:
             raise StorageError(
                 f"{volume.name} cannot be mounted at {volume.mount}: {done.complaint}; "

@@ -120,15 +120,14 @@ class Cryptsetup:
         await self._with_pin(argv, pin, volume, token)
 
     async def close(self, mapping: str) -> None:
-        if not self._below(mapping):
-            try:
-                if await self.removal.attempt(mapping):
-                    return None
-            except DeadlineError:
-                return await self._close_without_udev(mapping)
+        try:
+            if await self.removal.attempt(mapping):
+                return None
+        except DeadlineError:
+            return await self._close_without_udev(mapping)
         await self._close(mapping)
         # cryptsetup removes them, too, but not while udev looks into one.
-        for device in self._below(mapping):
+        for device in self.removal.left_behind(mapping):
             remove = ["dmsetup", "remove", "--retry", "--", device]
             done = await run(remove, timeout_s=CLOSE_TIMEOUT_S)
             if done.code != 0 and self.is_active(device):
@@ -160,7 +159,7 @@ class Cryptsetup:
         raise BusyError(f"The mapping {mapping} is still in use")
 
     async def wipe(self, mapping: str) -> None:
-        for device in (mapping, *self._below(mapping)):
+        for device in (mapping, *self.removal.left_behind(mapping)):
             if self.is_active(device):
                 await self._wipe(device)
 
@@ -174,7 +173,7 @@ class Cryptsetup:
         return 0
 
     def is_active(self, mapping: str) -> bool:
-        return self.removal.find(mapping) is not None
+        return mapping in self.removal.present()
 
     async def _wipe(self, device: str) -> None:
         """What luksSuspend does, without its flush of the file system above, which may never end."""
@@ -194,16 +193,6 @@ class Cryptsetup:
         ]:
             if done.code != 0 and self.is_active(device):
                 raise StorageError(f"The key of {device} could not be wiped: {done.complaint}")
-
-    def _below(self, mapping: str) -> list[str]:
-        """What a rotation of its volume key that was killed has left behind: the first of them has the keys."""
-        wanted = [f"{mapping}-overlay", f"{mapping}-hotzone-forward"]
-        # Somebody else's may have the name, but not the mark.
-        return [
-            device
-            for device in wanted
-            if (found := self.removal.find(device)) and found.uuid.startswith("CRYPT-SUBDEV-")
-        ]
 
     async def _with_key(
         self, argv: Sequence[str], key: Key, volume: str, device: str, header: str | None

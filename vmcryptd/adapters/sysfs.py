@@ -111,12 +111,12 @@ def _lasts(device: BlockDevice, path: str) -> bool:
 
 def _suspended_or_not(device: BlockDevice, path: str) -> BlockDevice:
     """The one thing that changes without an event."""
-    suspended = _read(f"{path}/dm/suspended") == "1"
+    suspended = attribute(f"{path}/dm/suspended") == "1"
     return device if suspended == device.suspended else replace(device, suspended=suspended)
 
 
 def _block_device(name: str, path: str) -> BlockDevice | None:
-    number = _read(f"{path}/dev")
+    number = attribute(f"{path}/dev")
     if number is None:
         return None  # went away meanwhile
     below: tuple[str, ...] = ()
@@ -128,11 +128,11 @@ def _block_device(name: str, path: str) -> BlockDevice | None:
         if os.path.exists(f"{path}/partition"):
             below = (os.path.basename(os.path.dirname(os.path.realpath(path))),)
     if name.startswith("dm-"):
-        dm_name = _read(f"{path}/dm/name") or ""
-        dm_uuid = _read(f"{path}/dm/uuid") or ""
-        suspended = _read(f"{path}/dm/suspended") == "1"
+        dm_name = attribute(f"{path}/dm/name") or ""
+        dm_uuid = attribute(f"{path}/dm/uuid") or ""
+        suspended = attribute(f"{path}/dm/suspended") == "1"
     elif name.startswith("loop") and not below:
-        backing = _read(f"{path}/loop/backing_file")
+        backing = attribute(f"{path}/loop/backing_file")
         if backing is None:
             return None  # a loop device that stands ready, with nothing behind it
         backing_file = backing
@@ -170,6 +170,9 @@ class MountTable:
         self._by_target: Mapping[str, Mount] = {
             mount.target: mount for mount in mounts
         }  # the last is on top
+        self._links: dict[
+            str, str | None
+        ] = {}  # of this look: paths have most of their parts in common
 
     def of(self, real: str) -> Mount | None:
         """The mount of a path without symbolic links."""
@@ -196,7 +199,9 @@ class MountTable:
                 done = done[: done.rfind("/")] if done else ""
                 continue
             place = f"{done}/{part}"
-            target = self._link(place) if links < LINKS_LIMIT else None
+            if place not in self._links:
+                self._links[place] = self._link(place)
+            target = self._links[place] if links < LINKS_LIMIT else None
             if target is None:
                 return os.path.normpath("/".join([place, *todo[::-1]])), False
             if not target:
@@ -222,13 +227,19 @@ class MountTable:
 def read_file(path: str) -> str:
     """A file of /proc to its end (each read gives a page at most); empty when it is away."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        content = b"".join(iter(functools.partial(os.read, fd, 64 * 1024), b""))
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+    return content.decode(errors="surrogateescape")
 
 
-def _read(path: str) -> str | None:
+def attribute(path: str) -> str | None:
     """An attribute in sysfs without its newline. Not open(): this takes a third of the time."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
