@@ -263,7 +263,9 @@ class VolumeTable(_Table):
     )
     mount: AbsolutePath | None = Field(
         None,
-        description='Where to mount it; content = "filesystem" only.',
+        description='Where to mount it; content = "filesystem" only. systemd does it, and checks the file system '
+        "before, unless that is a keystore's. If fstab names this path, that entry is used: it needs the options "
+        "noauto and x-systemd.before=vmcryptd-guests.service.",
         json_schema_extra={"shown": "/srv/vm"},
     )
     vg: VgName | None = Field(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters import holders
+from vmcryptd.adapters import blocks, holders
 from vmcryptd.adapters.blocks import SysfsBlocks, device_of, mount_unit
+from vmcryptd.adapters.run import Completed
 from vmcryptd.adapters.sysfs import (
     Lasting,
     MountTable,
@@ -20,7 +21,8 @@ from vmcryptd.adapters.sysfs import (
     parse_mounts,
     unescape,
 )
-from vmcryptd.model import BlockDevice, Mount
+from vmcryptd.errors import StorageError
+from vmcryptd.model import BlockDevice, Lock, Mount, VolumeSpec
 
 UUID = "CRYPT-LUKS2-0b7d6a2e94a54c1ea5a76b7c3b3a1f00-cr_imap"
 LV = "LVM-" + "v" * 32 + "l" * 32
@@ -264,6 +266,46 @@ def test_who_has_it_mounted_elsewhere_is_told_when_nobody_else_is(tree: Tree, he
     (other / "mountinfo").write_text("1 2 253:1 / /data rw - ext4 none rw\n")
     found = asyncio.run(SysfsBlocks(tree.roots).holders("cr_imap"))
     assert found[-1] == "mounted for thing (pid 12)"
+
+
+HAS_UNIT = "Unit {unit} was already loaded or has a fragment file."
+
+
+@pytest.mark.parametrize(
+    ("lock", "complaint", "commands"),
+    [
+        (Lock.SHUTDOWN, "", ["systemd-mount"]),
+        (Lock.BOOT, "", ["systemd-mount --fsck=no"]),
+        (Lock.SHUTDOWN, HAS_UNIT, ["systemd-mount", "systemctl start -- {unit}"]),
+        (Lock.SHUTDOWN, "Failed to connect to bus", ["systemd-mount", None]),
+    ],
+)  # fmt: skip
+def test_mounting(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    lock: Lock, complaint: str, commands: list[str | None],
+) -> None:  # fmt: skip
+    """By a mount unit of the administrator's where there is one, else by a transient one."""
+    target = tmp_path / "mounted"
+    unit = mount_unit(str(target))
+    ran: list[str] = []
+
+    async def run(argv: list[str], timeout_s: float) -> Completed:
+        told = [argv[0], *(word for word in argv if word.startswith("--fsck"))]
+        ran.append(" ".join(argv if argv[0] == "systemctl" else told))
+        if argv[0] == "systemd-mount" and complaint:
+            return Completed(1, err=complaint.format(unit=unit))
+        tree.mountinfo.write_text(f"30 1 253:1 / {target} rw - ext4 /dev/mapper/cr_imap rw\n")
+        return Completed(0)
+
+    monkeypatch.setattr(blocks, "run", run)
+    spec = VolumeSpec("cr_imap", "/dev/vg/imap", content="filesystem", mount=str(target), lock=lock)
+    mounting = SysfsBlocks(tree.roots).mount(spec, "cr_imap")
+    if commands[-1] is None:
+        with pytest.raises(StorageError, match="cr_imap cannot be mounted .*connect to bus"):
+            asyncio.run(mounting)
+    else:
+        asyncio.run(mounting)
+    assert ran == [command.format(unit=unit) for command in commands if command]
 
 
 def test_unit_names() -> None:

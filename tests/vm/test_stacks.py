@@ -169,6 +169,9 @@ def prepare(vm: Vm) -> None:
         unlock="guest",
         keys=[key],
     )
+    # Its mount is the administrator's own, with an option that tells.
+    options = "noauto,noatime,x-systemd.before=vmcryptd-guests.service"
+    vm.run(f"echo /dev/mapper/cr_base /srv/base ext4 {options} 0 2 >>/etc/fstab")
     setup.volume("cr_detached", lab.disk(DETACHED), header="/srv/vm/detached.header")
     setup.volume("cr_guestpv", lab.disk(GUEST_PV))
     setup.volume("cr_manual", "/dev/vg0/manual", unlock="manual")
@@ -299,6 +302,9 @@ def test_file_systems_and_pools(vm: Vm) -> None:
         assert "vmcryptd-guests.service" in before
     # libvirt started the pool when nothing was mounted there.
     assert "web.qcow2" in vm.run("virsh vol-list vm").out
+    options = "findmnt --noheadings --output OPTIONS --mountpoint "
+    assert "noatime" in vm.run(f"{options} /srv/base").out  # as fstab has it
+    assert "noatime" not in vm.run(f"{options} /srv/vm").out
     refused = vm.run("vmcryptctl lock cr_vmstore", check=False)
     assert refused.code == 1
     assert "guest database, guest web" in refused.err
