@@ -30,7 +30,7 @@ from vmcryptd.render import (
     status_members,
     volume_members,
 )
-from vmcryptd.talk import changing, open_key, page, print_json, report, say
+from vmcryptd.talk import changing, check_names, open_key, page, print_json, report, say
 from vmcryptd.verbs import UsageError
 
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
@@ -226,7 +226,7 @@ async def _names(arguments: Namespace) -> int:
 
 
 async def _unlock(arguments: Namespace) -> int:
-    from vmcryptd.unlocking import Unlocking, check_names, with_key_file
+    from vmcryptd.unlocking import Unlocking, with_key_file
 
     key = None if arguments.key_file is None else open_key(arguments.key_file)
     async with changing() as client:

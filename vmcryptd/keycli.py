@@ -16,12 +16,13 @@ from vmcryptd.asking import TRIES, Fitting, call, known, new, slot_of, untried
 from vmcryptd.client import Client, connect, is_root
 from vmcryptd.errors import (
     EXIT_OK,
+    BusyError,
     NotAuthorizedError,
     ShuttingDownError,
     UnreachableError,
     WrongKeyError,
 )
-from vmcryptd.talk import changing, page, print_json, say, show_progress
+from vmcryptd.talk import changing, check_names, page, print_json, say, show_progress
 from vmcryptd.verbs import UsageError
 
 
@@ -135,9 +136,13 @@ async def _rotate(arguments: Namespace) -> int:
             await client.call("StopRotation", "s", volume)
             return EXIT_OK
         await client.follow()
-        await client.call(
-            "ListKeys", "s", volume
-        )  # a name that is wrong shows before anybody types
+        check_names(client, [volume])  # before anybody types
+        # Not asked of its header: the disk has enough to do.
+        if client.volumes[volume].get("Rotation") == "running":
+            raise BusyError(
+                f"the volume key of {volume} is being rotated already: "
+                f"`vmcryptctl status {volume}` shows how far it is"
+            )
         for left in reversed(range(1 if arguments.key_file else TRIES)):
             question = f"Passphrase of {volume} that is to stay:"
             async with untried(client, arguments.key_file, question) as key:

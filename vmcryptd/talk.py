@@ -9,9 +9,9 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from vmcryptd.client import Client, connect
-from vmcryptd.errors import EXIT_OK, VmcryptdError
+from vmcryptd.errors import EXIT_OK, NoSuchVolumeError, VmcryptdError
 from vmcryptd.render import WIDTH, Page, bar, printable, progress
-from vmcryptd.verbs import UsageError
+from vmcryptd.verbs import UsageError, near
 
 
 def say(text: str) -> None:
@@ -34,6 +34,16 @@ def page() -> Page:
         width = 0
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb"
     return Page(width=width or 80, colour=not plain)  # a serial line knows no size
+
+
+def check_names(client: Client, names: Iterable[str]) -> None:
+    """Raises NoSuchVolumeError before anybody is asked for anything; of a client that follows."""
+    for name in names:
+        if name not in client.volumes:
+            hint = near(name, list(client.volumes)) or (
+                "" if client.volumes else "; none is configured"
+            )
+            raise NoSuchVolumeError(f'there is no volume "{name}"{hint}')
 
 
 @contextlib.asynccontextmanager

@@ -15,29 +15,17 @@ from vmcryptd import terminal
 from vmcryptd.client import Client
 from vmcryptd.errors import (
     KeyUnavailableError,
-    NoSuchVolumeError,
     StillWaitingError,
     VmcryptdError,
     WrongKeyError,
 )
+from vmcryptd.talk import check_names
 
 TRIES = 3
 GATHER_S = 1.0
 
 Say = Callable[[str], None]
 Reader = Callable[[], int]  # gives a descriptor of the key, to be closed by who called
-
-
-def check_names(client: Client, names: Iterable[str]) -> None:
-    """Raises NoSuchVolumeError before anybody is asked for anything."""
-    from vmcryptd.verbs import near
-
-    for name in names:
-        if name not in client.volumes:
-            hint = near(name, list(client.volumes)) or (
-                "" if client.volumes else "; none is configured"
-            )
-            raise NoSuchVolumeError(f'there is no volume "{name}"{hint}')
 
 
 async def hand_over(

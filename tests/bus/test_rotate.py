@@ -81,6 +81,13 @@ async def begun(daemon: Daemon) -> None:
 
 
 @with_daemon(HOST)
+async def test_a_second_one_is_refused_before_anybody_types(daemon: Daemon) -> None:
+    async with rotating(daemon):
+        shown = await ctl("key", "rotate", "mail")
+        assert (shown.code, "is being rotated already" in shown.err) == (1, True), shown.err
+
+
+@with_daemon(HOST)
 async def test_it_is_shown_while_it_lasts(daemon: Daemon) -> None:
     before = daemon.descriptors()
     async with rotating(daemon):

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "terminal": {"errors"},
     "verbs": {"errors"},
     "check": CORE | {"settings", "bus", "client", "render", "survey"},
-    "unlocking": {"adapters.memfd", "client", "errors", "terminal", "verbs"},
+    "unlocking": {"adapters.memfd", "client", "errors", "talk", "terminal"},
     "talk": {"client", "errors", "render", "verbs"},
     "asking": {
         "adapters.memfd",

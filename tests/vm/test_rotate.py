@@ -94,7 +94,13 @@ def prepare(vm: Vm) -> str:
 
 @pytest.fixture
 def prepared(host: HostFactory) -> Host:
-    return host(disks=["256M"])
+    return host(disks=["128M"])
+
+
+@pytest.fixture
+def larger(host: HostFactory) -> Host:
+    """It is gone on with more than once, and each time some pieces of 16 MiB are done."""
+    return host(disks=["192M"])
 
 
 def answered(vm: Vm) -> None:
@@ -138,7 +144,7 @@ def test_a_guest_and_daemons_come_and_go_meanwhile(prepared: Host) -> None:
         again = vm.run(
             "vmcryptctl key rotate cr_mail --key-file -", stdin=PASSPHRASE.encode(), check=False
         )
-        assert (again.code, "is being rotated" in again.err) == (1, True)
+        assert (again.code, "is being rotated" in again.err) == (1, True), again.err
 
         # The guest writes to what is being written anew.
         vm.run("vmcryptctl stop mail && vmcryptctl start mail", timeout_s=LONG_S)
@@ -172,8 +178,8 @@ def test_a_guest_and_daemons_come_and_go_meanwhile(prepared: Host) -> None:
         assert vm.run(f"journalctl -b -o export | grep -c '{PASSPHRASE}'", check=False).out == "0\n"
 
 
-def test_it_is_stopped_locked_killed_and_goes_on(prepared: Host) -> None:
-    with prepared.boot() as vm:
+def test_it_is_stopped_locked_killed_and_goes_on(larger: Host) -> None:
+    with larger.boot() as vm:
         site = Site(vm, prepare(vm))
         device = lab.disk(0)
         vm.run(f"umask 77; printf {SECOND} >/run/second")
