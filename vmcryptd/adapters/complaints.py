@@ -18,7 +18,8 @@ from vmcryptd.model import VolumeSpec
 
 WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
-# Said with another exit status when a key fits one slot of those that it has to fit, or none.
+# Said with another exit status of a key that fits one slot of those that it has to fit, or none; of a slot that is gone
+# since the header was read; and of one that holds no key of the volume's data.
 NO_USABLE_SLOT = "no usable keyslot"
 
 
@@ -27,7 +28,7 @@ def failure(action: str, done: Completed, volume: VolumeSpec) -> VmcryptdError:
     name, place = volume.name, volume.header_path
     if done.code == WRONG_KEY or NO_USABLE_SLOT in done.err.lower():
         return WrongKeyError(
-            f"The key fits no key slot of {name} that it may be tried on: try another; "
+            f"The key fits no key slot of {name}: try another; "
             f"`vmcryptctl key list {name}` shows the key slots"
         )
     if done.code == OUT_OF_MEMORY or done.code in KILLED:

@@ -16,10 +16,9 @@ from vmcryptd import luksheader
 from vmcryptd.adapters.complaints import (
     BUSY,
     KILLED,
-    NO_USABLE_SLOT,
     OUT_OF_MEMORY,
     WRONG_DEVICE,
-    WRONG_KEY,
+    failure,
 )
 from vmcryptd.adapters.removal import Removal
 from vmcryptd.adapters.run import Completed, run
@@ -33,10 +32,8 @@ from vmcryptd.errors import (
     KeyUnusableError,
     NotLuksError,
     NotYetError,
-    OutOfMemoryError,
     StorageError,
     VmcryptdError,
-    WrongKeyError,
     WrongPinError,
 )
 from vmcryptd.model import Header, Token, VolumeSpec
@@ -90,7 +87,7 @@ class Cryptsetup:
             *(["--header", volume.header] if volume.header else []),
             "--", volume.device_path, volume.name,
         ]  # fmt: skip
-        await self._with_key(argv, key, volume.name, volume.device_path, volume.header)
+        await self._with_key(argv, key, volume)
 
     async def resume(
         self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
@@ -103,7 +100,7 @@ class Cryptsetup:
             *(["--header", volume.header] if volume.header else []),
             "--", mapping,
         ]  # fmt: skip
-        await self._with_key(argv, key, volume.name, volume.device_path, volume.header)
+        await self._with_key(argv, key, volume)
 
     async def open_by_token(
         self, volume: VolumeSpec, token: Token, pin: Key | None, suspended: str
@@ -194,16 +191,14 @@ class Cryptsetup:
             if done.code != 0 and self.is_active(device):
                 raise StorageError(f"The key of {device} could not be wiped: {done.complaint}")
 
-    async def _with_key(
-        self, argv: Sequence[str], key: Key, volume: str, device: str, header: str | None
-    ) -> None:
+    async def _with_key(self, argv: Sequence[str], key: Key, volume: VolumeSpec) -> None:
         reader = key.reader()
         try:
             done = await run(argv, stdin=reader, timeout_s=OPEN_TIMEOUT_S, expendable=True)
         finally:
             os.close(reader)
         if done.code != 0:
-            raise failure(done, volume, device, header)
+            raise open_failure(done, volume)
 
     async def _with_pin(
         self, argv: Sequence[str], pin: Key | None, volume: VolumeSpec, token: Token
@@ -271,38 +266,22 @@ def read_header(path: str) -> Header:
     raise failure
 
 
-def failure(done: Completed, volume: str, device: str, header: str | None = None) -> VmcryptdError:
+def open_failure(done: Completed, volume: VolumeSpec) -> VmcryptdError:
     """What a failed `open` or `luksResume` means, with the next step."""
-    place = header or device
-    said = done.err.lower()
-    # The second is said of a slot that is gone since the header was read, or that holds no key of the volume's data.
-    if done.code == WRONG_KEY or NO_USABLE_SLOT in said:
-        return WrongKeyError(
-            f"The key fits no key slot of {volume}: try another; "
-            f"`cryptsetup luksDump {place}` shows the key slots"
-        )
-    if done.code == OUT_OF_MEMORY or done.code in KILLED:
-        return OutOfMemoryError(
-            f"There was not enough memory to derive the key of {volume}: free some; "
-            f"`cryptsetup luksDump {place}` shows how much each key slot needs"
-        )
-    if done.code == WRONG_DEVICE:
-        return DeviceMissingError(
-            f"The device of {volume} cannot be used: {done.complaint}; "
-            f"`lsblk {device}` shows whether it is there"
-        )
+    said, name = done.err.lower(), volume.name
     if done.code == BUSY:
         return BusyError(
-            f"{volume} cannot be opened: {done.complaint}; "
-            f"`dmsetup info {volume}` and `lsblk {device}` show who has it"
+            f"{name} cannot be opened: {done.complaint}; "
+            f"`dmsetup info {name}` and `lsblk {volume.device_path}` show who has it"
         )
     if "not a valid luks device" in said:
+        place = volume.header_path
         return NotLuksError(
-            f"{place} of {volume} is no LUKS device: `blkid -p {place}` shows what it is"
+            f"{place} of {name} is no LUKS device: `blkid -p {place}` shows what it is"
         )
     if "nothing to read on input" in said:
-        return KeyUnusableError(f"The key for {volume} is empty")
-    return StorageError(f"cryptsetup could not open {volume}: {done.complaint}")
+        return KeyUnusableError(f"The key for {name} is empty")
+    return failure("open", done, volume)
 
 
 # What cryptsetup (utils_tools.c, tools_token_error_msg) and systemd's plugins say, and what it means.
@@ -329,7 +308,7 @@ def token_failure(
     said = f"{done.out}\n{done.err}".lower()
     place = volume.header_path
     if done.code == OUT_OF_MEMORY or done.code in KILLED or "already exists" in said:
-        return failure(done, volume.name, volume.device_path, volume.header)
+        return open_failure(done, volume)
     if "requires pin" in said and not has_pin:
         return WrongPinError(f"{token.title} wants a PIN")
     if "requires additional missing resource" in said:
