@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keys that fetch themselves: a TPM, a smart card, Tang servers; and what happens when these are taken away."""
+"""Keys that fetch themselves: a TPM, a smart card, Tang, a vault; and what happens when these are taken away."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from tests import vault
 from tests.vm import guest, lab
 from tests.vm.conftest import HostFactory
 from tests.vm.host import Host, Image, Vm
@@ -31,6 +33,22 @@ StandardInput=socket
 StandardOutput=socket
 StandardError=journal
 """
+VAULT_SOCKET = """\
+[Unit]
+DefaultDependencies=no
+Before=vmcryptd.service
+[Socket]
+ListenStream=127.0.0.1:8200
+[Install]
+WantedBy=sockets.target
+"""
+VAULT_SERVICE = """\
+[Unit]
+DefaultDependencies=no
+[Service]
+ExecStart=/usr/bin/python3 /usr/local/lib/vault.py
+"""
+FROM_VAULT = "exec:/usr/local/bin/fetch-from-vault http://127.0.0.1:8200 secret vmcryptd/cr_imap"
 BOTH = '{"t":1,"pins":{"tang":[{"url":"http://127.0.0.1:7501"},{"url":"http://127.0.0.1:7502"}]}}'
 FIRST = '{"url":"http://127.0.0.1:7501"}'
 SLOW_S = 300.0
@@ -58,6 +76,16 @@ def prepare(vm: Vm) -> None:
     setup.encrypted_guest("mail", lab.disk(0), keys=["tpm2", "clevis", "prompt"])
     enrol(vm, lab.disk(0), "--tpm2-device=auto", "--tpm2-pcrs=16")
     bind(vm, lab.disk(0), "sss", BOTH)
+
+    # As the recipe says.
+    vm.run("install -m 755 /usr/share/doc/vmcryptd/examples/fetch-from-vault /usr/local/bin/")
+    vm.put("/etc/vmcryptd/vault-token", f"{vault.TOKEN}\n", 0o600)
+    vm.put("/usr/local/lib/vault.py", Path(vault.__file__).read_text())
+    vm.put("/etc/systemd/system/vault.socket", VAULT_SOCKET)
+    vm.put("/etc/systemd/system/vault.service", VAULT_SERVICE)
+    vm.run("systemctl enable -q vault.socket")
+    setup.luks(lab.disk(4), passphrase=vault.KEY)
+    setup.volume("cr_imap", lab.disk(4), keys=[FROM_VAULT, "prompt"])
 
     setup.luks(lab.disk(1), options="--type luks1 --pbkdf-force-iterations 1000")
     bind(vm, lab.disk(1), "tang", FIRST)
@@ -115,7 +143,7 @@ def site(
 ) -> Iterator[Site]:
     """The second boot: nobody is there, and the servers are not up yet."""
     tpm = Tpm(image, tmp_path_factory.mktemp("tpm"))
-    host: Host = module_host(disks=["64M"] * 4, extra_qemu=tpm.qemu)
+    host: Host = module_host(disks=["64M"] * 5, extra_qemu=tpm.qemu)
     tpm.plug_in()
     with host.boot() as vm:
         prepare(vm)
@@ -130,6 +158,8 @@ def test_nobody_is_there(site: Site) -> None:
     lab.wait_object(vm, "guest", "mail", "running", SLOW_S)
     assert site.source("cr_mail") == "tpm2"
     vm.wait_counters("/dev/mapper/cr_mail", guest.Counters(1, 0))
+    lab.wait_object(vm, "volume", "cr_imap", "unlocked", SLOW_S)
+    assert site.source("cr_imap") == FROM_VAULT
     # Its server comes up later than the host.
     assert "cr_luks1" not in lab.mappings(vm)
     vm.run("systemctl start tang1.socket")
@@ -184,6 +214,19 @@ def test_rotated_server_keys(site: Site) -> None:
     assert site.source("cr_luks1") == "clevis"
 
 
+def test_a_vault_that_takes_the_token_no_more(site: Site) -> None:
+    vm = site.vm
+    site.close("cr_imap")
+    vm.put("/etc/vmcryptd/vault-token", "s.another\n", 0o600)
+    unlocking = site.person.begin("Unlock", "cr_imap")
+    site.person.question("Passphrase for volume cr_imap", vault.KEY, timeout_s=SLOW_S)
+    site.person.ended(unlocking, SLOW_S)
+    assert site.source("cr_imap") == "prompt"
+    journal = vm.run("journalctl -b -o cat -u vmcryptd").out
+    assert "vault: the token in /etc/vmcryptd/vault-token is not valid (any more)" in journal
+    assert f"volume cr_imap: {FROM_VAULT}: The key command" in journal
+
+
 def test_a_pin_has_its_own_question(site: Site) -> None:
     unlocking = site.person.begin("Unlock", "cr_pin")
     site.person.question("PIN of .* of volume cr_pin", PASSPHRASE, timeout_s=SLOW_S)
@@ -210,7 +253,7 @@ def test_a_smart_card(site: Site) -> None:
 def test_no_secret_is_left(site: Site) -> None:
     vm = site.vm
     pid = vm.run("systemctl show -P MainPID vmcryptd").out.strip()
-    for secret in (PASSPHRASE, PIN):
+    for secret in (PASSPHRASE, PIN, vault.KEY):
         assert lab.in_memory(vm, pid, secret) == []
         assert lab.in_files(vm, "/run /tmp /var/log /var/lib/vmcryptd", secret) == []
     # The same searches find what is there.
