@@ -269,8 +269,8 @@ class Objects:
 
     def _on_call(self, call: Call) -> None:
         handed_over = False
-        self.refresh()
         try:
+            self.refresh()
             handed_over = self._begin(call)
         except Exception as error:  # noqa: BLE001 - logged and answered there
             self._refuse(call, error)
@@ -355,8 +355,8 @@ class Objects:
             del self._counts[call.sender]
 
     def _answer(self, pending: _Pending, error: BaseException | None, value: Any = None) -> None:
-        self.refresh()
         try:
+            self.refresh()
             if error is not None:
                 raise error
             self._reply(pending.call, pending.method, value)
