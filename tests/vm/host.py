@@ -631,6 +631,9 @@ class Host:
             "nokaslr",
             "audit=0",
             "cryptomgr.notests",
+            # QEMU's emulation now and then loses the interrupt of a one-shot timer while a second CPU comes up, and
+            # that never wakes ("rcu_preempt kthread timer wakeup didn't happen"). A periodic one comes again.
+            *(() if accel == "kvm" else ("nohz=off", "highres=off")),
             *self.kernel_options,
         ]
         plugged = range(len(self.disks)) if self.plugged is None else self.plugged
