@@ -555,7 +555,7 @@ def test_a_key_derivation_without_memory_dies_alone(site: Site) -> None:
     try:
         refusal = site.root.refusal("UnlockWithKey", "cr_hungry", key=OTHER)
         assert refusal.name == "OutOfMemory", refusal
-        assert_sentence(refusal.text, "not enough memory to derive the key of cr_hungry")
+        assert_sentence(refusal.text, "not enough memory to derive a key of cr_hungry")
         site.root.call("UnlockWithKey", "cr_ask", key=PASSPHRASE)
         assert vm.run(f"systemctl show -P MainPID {unit}").out == pid
     finally:
