@@ -10,7 +10,7 @@ import pytest
 from tests import vault
 from tests.vm import guest, lab
 from tests.vm.conftest import HostFactory
-from tests.vm.host import Host, Image, Vm
+from tests.vm.host import PROJECT, Host, Image, Vm
 from tests.vm.lab import PASSPHRASE, Caller
 from tests.vm.tpm import Tpm
 
@@ -77,8 +77,9 @@ def prepare(vm: Vm) -> None:
     enrol(vm, lab.disk(0), "--tpm2-device=auto", "--tpm2-pcrs=16")
     bind(vm, lab.disk(0), "sss", BOTH)
 
-    # As the recipe says.
-    vm.run("install -m 755 /usr/share/doc/vmcryptd/examples/fetch-from-vault /usr/local/bin/")
+    # As the recipe says. The image has no documentation.
+    recipe = PROJECT / "config/examples/fetch-from-vault"
+    vm.put("/usr/local/bin/fetch-from-vault", recipe.read_text(), 0o755)
     vm.put("/etc/vmcryptd/vault-token", f"{vault.TOKEN}\n", 0o600)
     vm.put("/usr/local/lib/vault.py", Path(vault.__file__).read_text())
     vm.put("/etc/systemd/system/vault.socket", VAULT_SOCKET)
