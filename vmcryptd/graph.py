@@ -30,6 +30,8 @@ from vmcryptd.model import (
     VolumeSpec,
 )
 
+_PIECE = "CRYPT-SUBDEV-"  # what cryptsetup puts beneath a volume while its key is rotated
+
 
 @dataclass(frozen=True)
 class VolumeNode:
@@ -467,6 +469,7 @@ def _mappings(
     by_uuid: dict[str, list[BlockDevice]] = {}
     by_lower: dict[str, list[BlockDevice]] = {}
     by_name: dict[str, BlockDevice] = {}
+    torn: dict[str, list[BlockDevice]] = {}  # by UUID: a killed rotation left them on no device
     loops: dict[str, list[str]] = {}  # file → loop devices on it, which cryptsetup makes by itself
     for device in devices.values():
         if device.backing_file:
@@ -475,8 +478,11 @@ def _mappings(
             by_name[device.dm_name] = device
         if uuid := device.luks_uuid:
             by_uuid.setdefault(uuid, []).append(device)
-            for lower in _data_devices(device, devices):
+            lowers = list(_data_devices(device, devices))
+            for lower in lowers:
                 by_lower.setdefault(lower, []).append(device)
+            if all(lower in devices and _is_torn(devices[lower]) for lower in lowers):
+                torn.setdefault(uuid, []).append(device)
     found: dict[str, tuple[BlockDevice | None, str]] = {}
     adopted: set[str] = set()
 
@@ -498,6 +504,7 @@ def _mappings(
             continue
         lowers = loops.get(place, []) if place.startswith("/") else [place]
         candidates = [mapping for lower in lowers for mapping in by_lower.get(lower, ())]
+        candidates += torn.get(_uuid(spec, observation), ())
         if spec.uuid:
             candidates = [device for device in candidates if device.luks_uuid == spec.uuid]
         find(name, candidates)
@@ -516,8 +523,12 @@ def _data_devices(mapping: BlockDevice, devices: Mapping[str, BlockDevice]) -> I
     for name in mapping.below:
         yield name
         lower = devices.get(name)
-        if lower is not None and lower.dm_uuid.startswith(("CRYPT-INTEGRITY-", "CRYPT-SUBDEV-")):
+        if lower is not None and lower.dm_uuid.startswith(("CRYPT-INTEGRITY-", _PIECE)):
             yield from _data_devices(lower, devices)
+
+
+def _is_torn(device: BlockDevice) -> bool:
+    return device.dm_uuid.startswith(_PIECE) and not device.below
 
 
 def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:

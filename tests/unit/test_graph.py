@@ -404,6 +404,19 @@ def test_a_volume_that_is_reencrypted() -> None:
     assert graph.users("a") == ["volume b"]
 
 
+def test_a_volume_whose_only_piece_was_dropped() -> None:
+    """A small one is moved in one piece, and where that was let go of, nothing leads to the device."""
+    torn = BlockDevice("dm-1", "", (), "a-hotzone-forward", "CRYPT-SUBDEV-1-a-hotzone-forward")
+    seen = storage(
+        disk("sda"), disk("sdb"), luks("dm-0", "a", "dm-1"), torn, sda="/dev/sda", sdb="/dev/sdb"
+    )
+    specs = settings(volume("a", "/dev/sda"), volume("other", "/dev/sdb"))
+    graph = build(specs, seen, uuids={"a": UUID, "other": OTHER})
+    assert graph.volumes["a"].mapping == "a"
+    assert not graph.volumes["a"].taken_by
+    assert not graph.volumes["other"].is_open
+
+
 def test_what_is_up_on_a_volume() -> None:
     seen = storage(
         disk("sda"), luks("dm-0", "a", "sda", number="253:0"), lv("dm-1", "inner-x", "dm-0"),
