@@ -38,6 +38,8 @@ LUKS1_ACTIVE, LUKS1_INACTIVE = 0x00AC71F3, 0x0000DEAD
 
 LARGEST = 2**32 - 1
 
+REENCRYPT = "reencrypt"  # the type of the key slot that says how far a reencryption is
+
 # Whether a token asks for a PIN, as systemd-cryptenroll writes it down; a PKCS#11 token always does.
 PIN_FLAGS = {"systemd-tpm2": "tpm2-pin", "systemd-fido2": "fido2-clientPin-required"}
 PIN_ALWAYS = {"systemd-pkcs11"}
@@ -74,9 +76,105 @@ def header(uuid: str, metadata: object) -> Header:
     """
     slots = metadata.get("keyslots", {}) if isinstance(metadata, dict) else {}
     is_reencrypting = isinstance(slots, dict) and any(
-        isinstance(slot, dict) and slot.get("type") == "reencrypt" for slot in slots.values()
+        isinstance(slot, dict) and slot.get("type") == REENCRYPT for slot in slots.values()
     )
-    return Header(2, uuid, _slots(metadata), _tokens(metadata), is_reencrypting)
+    is_moved = is_reencrypting and isinstance(metadata, dict) and _old_digest(metadata) is not None
+    return Header(2, uuid, _slots(metadata), _tokens(metadata), is_reencrypting, is_moved)
+
+
+def settled(data: bytes) -> tuple[bytes, list[tuple[int, int]]]:
+    """A header whose data is all under the new volume key, as cryptsetup leaves it at the end of a reencryption.
+
+    cryptsetup (2.8 as well, reencrypt_teardown_ok) wipes the key slots of the old volume key first, and last it
+    writes that it has finished. Cut off in between, it opens the volume no more: for that it wants both keys.
+    What is left to do needs neither.
+
+    `data` starts with both copies of the header's metadata. Returns these anew, and where the key slots of the old
+    volume key lie: offset and size in bytes. Raises DamagedHeaderError if it is no such header.
+    """
+    copies = [(*found, offset) for offset in (0, *SIZES) if (found := _copy(data, offset))]
+    if not copies:
+        raise DamagedHeaderError("no copy of its header is intact")
+    sequence, _, metadata, source = max(copies, key=lambda copy: copy[0])
+    old = _old_digest(metadata)
+    if old is None:
+        raise DamagedHeaderError("its data is not all under the new volume key")
+    try:
+        areas = _drop_old(metadata, old)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DamagedHeaderError("the metadata of its header is malformed") from None
+    text = json.dumps(metadata, separators=(",", ":")).encode()
+    _, version, size, _, *fields, _ = BINARY.unpack_from(data, source)
+    if len(text) >= size - BINARY_SIZE:
+        raise DamagedHeaderError("the metadata of its header is too long")
+    written = b""
+    for offset, magic in ((0, MAGIC), (size, SECOND_MAGIC)):
+        copy = bytearray(size)
+        BINARY.pack_into(copy, 0, magic, version, size, sequence + 1, *fields, offset)
+        copy[BINARY_SIZE : BINARY_SIZE + len(text)] = text
+        checksum = _checksum(copy, fields[1])
+        copy[CHECKSUM.start : CHECKSUM.start + len(checksum)] = checksum
+        written += copy
+    return written, areas
+
+
+def _drop_old(metadata: dict[str, Any], old: str) -> list[tuple[int, int]]:
+    """Have the metadata say nothing any more of a reencryption and of its old volume key. Returns as `settled`."""
+    slots, digests = metadata["keyslots"], metadata["digests"]
+    gone = {n for n in slots if n in digests[old]["keyslots"] or slots[n]["type"] == REENCRYPT}
+    removed = [slot for n in gone if (slot := slots.pop(n))["type"] != REENCRYPT]
+    segments = {n: one for n, one in metadata["segments"].items() if not _is_backup(one)}
+    metadata["segments"] = segments
+    for number, digest in list(digests.items()):
+        digest["keyslots"] = [n for n in digest["keyslots"] if n not in gone]
+        digest["segments"] = [n for n in digest["segments"] if n in segments]
+        if not digest["keyslots"] and not digest["segments"]:
+            del digests[number]
+    for number, token in list(metadata["tokens"].items()):
+        if gone.intersection(token["keyslots"]):
+            token["keyslots"] = [n for n in token["keyslots"] if n not in gone]
+            if not token["keyslots"]:
+                del metadata["tokens"][number]
+    requirements = metadata["config"]["requirements"]
+    requirements["mandatory"] = [
+        one for one in requirements["mandatory"] if not one.startswith("online-reencrypt")
+    ]
+    if not requirements["mandatory"]:
+        del metadata["config"]["requirements"]
+    return [(int(slot["area"]["offset"]), int(slot["area"]["size"])) for slot in removed]
+
+
+def _old_digest(metadata: dict[str, Any]) -> str | None:
+    """The digest of the old volume key, when a reencryption has moved all data and not said that it has finished."""
+    try:
+        segments, digests = metadata["segments"], metadata["digests"]
+        [reencryption] = [
+            slot for slot in metadata["keyslots"].values() if slot["type"] == REENCRYPT
+        ]
+        [(number, moved)] = [(n, one) for n, one in segments.items() if not _is_backup(one)]
+        [final], [previous] = (
+            [n for n, one in segments.items() if flag in one.get("flags", ())]
+            for flag in ("backup-final", "backup-previous")
+        )
+        [new], [old] = (
+            [n for n, digest in digests.items() if one in digest["segments"]]
+            for one in (final, previous)
+        )
+        is_moved = (
+            reencryption["mode"] == "reencrypt"
+            and new != old
+            and number in digests[new]["segments"]
+            and "flags" not in moved  # no piece is being moved
+            and {**moved, "flags": ["backup-final"]} == segments[final]
+            and any(n in metadata["keyslots"] for n in digests[new]["keyslots"])
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return old if is_moved else None
+
+
+def _is_backup(segment: dict[str, Any]) -> bool:
+    return any(flag.startswith("backup-") for flag in segment.get("flags", ()))
 
 
 def _slots(metadata: object) -> tuple[KeySlot, ...]:
@@ -118,26 +216,42 @@ def _luks1(data: bytes) -> Header:
 
 def _luks2(data: bytes, offset: int) -> Iterator[tuple[int, Header]]:
     """The copy at an offset with its sequence id, or nothing when it is not intact."""
-    if len(data) < offset + BINARY_SIZE:
+    if (copy := _copy(data, offset)) is None:
         return
+    sequence, uuid, metadata = copy
+    try:
+        yield sequence, header(_uuid(uuid), metadata)
+    except (RecursionError, DamagedHeaderError):
+        return
+
+
+def _copy(data: bytes, offset: int) -> tuple[int, bytes, Any] | None:
+    """Sequence id, UUID and metadata of the copy at an offset, if that is intact."""
+    if len(data) < offset + BINARY_SIZE:
+        return None
     _, version, size, sequence, _, algorithm, _, uuid, _, own = BINARY.unpack_from(data, offset)
     if version != 2 or size not in SIZES or own != offset or len(data) < offset + size:
-        return
+        return None
     if offset not in (0, size):
-        return
+        return None
     copy = data[offset : offset + size]
+    digest = _checksum(copy, algorithm)
+    if not digest or copy[CHECKSUM][: len(digest)] != digest:
+        return None
+    try:
+        return sequence, uuid, json.loads(copy[BINARY_SIZE:].split(b"\0", 1)[0])
+    except (ValueError, RecursionError):
+        return None
+
+
+def _checksum(copy: bytes | bytearray, algorithm: bytes) -> bytes:
+    """Of one copy; empty if its algorithm is not known."""
     name = _text(algorithm).replace("-", "_")
     if name not in CHECKSUMS:
-        return
+        return b""
     digest = hashlib.new(name, usedforsecurity=False)
     digest.update(copy[: CHECKSUM.start] + bytes(64) + copy[CHECKSUM.stop :])
-    if copy[CHECKSUM][: digest.digest_size] != digest.digest():
-        return
-    try:
-        metadata = json.loads(copy[BINARY_SIZE:].split(b"\0", 1)[0])
-        yield sequence, header(_uuid(uuid), metadata)
-    except (ValueError, RecursionError, DamagedHeaderError):
-        return
+    return digest.digest()
 
 
 def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:

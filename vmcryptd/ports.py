@@ -124,6 +124,12 @@ class Slots(Protocol):
     async def remove_token(self, volume: VolumeSpec, token: int) -> None:
         """Raises StorageError, DeviceMissingError."""
 
+    async def settle(self, volume: VolumeSpec) -> None:
+        """Bring a rotation to its end of which nothing but that is missing (`Header.is_moved`); it takes no key.
+
+        Raises StorageError, DeviceMissingError.
+        """
+
     async def back_up(self, volume: VolumeSpec, fd: int) -> None:
         """Write the header and its key slots into an open file, and that to its disk.
 

@@ -201,9 +201,22 @@ class Rotations:
         going = "goes on" if slot is None else "begins"
         log.info("the rotation of the volume key of %s %s", spec.name, going)
         async with self._key_slots.changing(spec, before):
-            # Before it moves anything, cryptsetup opens the old volume key and the new one by this key.
-            await self._ports.reencryption.rotate(spec, mapping, key, slot, self._teller(rotation))
+            try:
+                if not before.is_moved:
+                    # Before it moves anything, cryptsetup opens the old volume key and the new one by this key.
+                    told = self._teller(rotation)
+                    await self._ports.reencryption.rotate(spec, mapping, key, slot, told)
+            except VmcryptdError:
+                if not await self._is_moved(spec):
+                    raise
         await self._finish(rotation, before)
+
+    async def _is_moved(self, spec: VolumeSpec) -> bool:
+        """Whether what ended had nothing left to do but to say so."""
+        try:
+            return (await self._key_slots.header(spec)).is_moved
+        except VmcryptdError:
+            return False
 
     async def _follow(self, rotation: _Rotation) -> None:
         before = None
@@ -229,6 +242,9 @@ class Rotations:
     async def _finish(self, rotation: _Rotation, before: Header | None) -> None:
         spec = rotation.spec
         header = await self._key_slots.header(spec)
+        if header.is_moved:
+            await self._ports.slots.settle(spec)
+            header = await self._key_slots.header(spec)
         if header.is_reencrypting:
             raise CancelledError(
                 f"the rotation of the volume key of {spec.name} has stopped before its end; nothing is lost, and it "

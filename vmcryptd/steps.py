@@ -37,7 +37,7 @@ class Steps:
         settle_key: Callable[[str], Awaitable[None]],
     ) -> None:
         self.unlocker = Unlocker(
-            ports.crypt, ports.keys, prompt, world, self._unlocking, self._still_locked
+            ports.crypt, ports.slots, ports.keys, prompt, world, self._unlocking, self._still_locked
         )
         self._ports = ports
         self._world = world

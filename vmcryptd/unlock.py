@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 
@@ -15,10 +16,12 @@ from vmcryptd.errors import (
 )
 from vmcryptd.model import Header, VolumeSpec
 from vmcryptd.opening import Opening
-from vmcryptd.ports import Crypt, Keys
+from vmcryptd.ports import Crypt, Keys, Slots
 from vmcryptd.prompt import Answer, Prompt
 from vmcryptd.tokens import Tokens
 from vmcryptd.world import World
+
+log = logging.getLogger(__name__)
 
 
 class Unlocker:
@@ -27,6 +30,7 @@ class Unlocker:
     def __init__(
         self,
         crypt: Crypt,
+        slots: Slots,
         keys: Keys,
         prompt: Prompt,
         world: World,
@@ -34,6 +38,7 @@ class Unlocker:
         told: Callable[[str, VmcryptdError], None],
     ) -> None:
         self._crypt = crypt
+        self._slots = slots
         self._keys = keys
         self._prompt = prompt
         self._world = world
@@ -73,6 +78,13 @@ class Unlocker:
                 f"volume {name}: the mapping name {name} is taken by something else ({taken_by}); "
                 f"`dmsetup info {name}` tells more, remove or rename it"
             )
+        if header.is_moved:
+            await self._slots.settle(spec)
+            log.info(
+                "the rotation of the volume key of %s, cut off at its very end, is complete", name
+            )
+            header = await self._crypt.header(spec)
+            self._world.note_header(name, header)
         opening = self._openings[name] = self._opening(spec, header)
         try:
             return await attempt(opening)

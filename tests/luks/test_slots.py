@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 
 from tests import lib
 from vmcryptd.adapters import slots as adapter
-from vmcryptd.adapters.crypt import Cryptsetup
+from vmcryptd.adapters.crypt import Cryptsetup, read_header
 from vmcryptd.adapters.keys import SystemKeys
 from vmcryptd.adapters.sim import Simulation
 from vmcryptd.adapters.slots import CryptsetupSlots
@@ -377,14 +379,122 @@ def test_a_key_that_cannot_be_written_is_none(
 # --- a volume key that is half rotated ---
 
 OPEN = "[sim.volume.mail]\nopen = true\n"
+AREA = 16 << 20  # of the header with its key slots
+
+
+def begin_rotation(path: Path, slot: int = 0) -> None:
+    cryptsetup(
+        "reencrypt", "--init-only", "--force-offline-reencrypt", f"--key-slot={slot}", "--key-file=-", str(path),
+        key=FIRST,
+    )  # fmt: skip
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the metadata, in both copies."""
+    data = bytearray(path.read_bytes())
+    for at in (0, 16384):
+        metadata = json.loads(data[at + 4096 : at + 16384].split(b"\0", 1)[0])
+        change(metadata)
+        data[at + 4096 : at + 16384] = json.dumps(metadata).encode().ljust(12288, b"\0")
+        data[at + 448 : at + 512] = bytes(64)
+        digest = hashlib.sha256(data[at : at + 16384]).digest()
+        data[at + 448 : at + 480] = digest
+    path.write_bytes(data)
+
+
+def move(metadata: dict[str, Any]) -> None:
+    """As the metadata is when all data has been moved."""
+    segments, digests = metadata["segments"], metadata["digests"]
+    [final] = [n for n, one in segments.items() if "backup-final" in one.get("flags", ())]
+    segments["0"] = {key: value for key, value in segments[final].items() if key != "flags"}
+    for digest in digests.values():
+        if "0" in digest["segments"]:
+            digest["segments"].remove("0")
+        elif final in digest["segments"]:
+            digest["segments"].append("0")
+
+
+def forget_old_slots(metadata: dict[str, Any]) -> None:
+    for digest in metadata["digests"].values():
+        digest["keyslots"] = [n for n in digest["keyslots"] if n not in ("0", "1")]
+    for token in metadata["tokens"].values():
+        token["keyslots"] = [n for n in token["keyslots"] if n not in ("0", "1")]
+    for number in ("0", "1"):
+        del metadata["keyslots"][number]
+
+
+def opens(path: Path, key: str) -> bool:
+    done = subprocess.run(
+        ["cryptsetup", "open", "--test-passphrase", "--key-file=-", str(path)],
+        input=key.encode(), stderr=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("are_listed", [True, False], ids=["wiped", "wiped and forgotten"])
+def test_a_rotation_that_was_cut_off_at_its_very_end(
+    templates: Path, tmp_path: Path, are_listed: bool
+) -> None:
+    """cryptsetup wipes the old key slots before it writes that all is done, and opens such a header no more."""
+    path = Path(shutil.copy(templates / "luks2", tmp_path / "disk"))
+    for token, slot in ((5, 0), (6, 1)):
+        note = file(tmp_path, "note", f'{{"type":"note","keyslots":["{slot}"]}}')
+        cryptsetup("token", "import", f"--token-id={token}", f"--json-file={note}", str(path))
+    begin_rotation(path)
+    rewrite(path, move)
+    with path.open("r+b") as disk:
+        for start in (32768, 290816):  # the key slots 0 and 1
+            disk.seek(start)
+            disk.write(os.urandom(258048))
+    if not are_listed:
+        rewrite(path, forget_old_slots)
+    before = read_header(str(path))
+    assert (before.is_reencrypting, before.is_moved) == (True, True)
+    assert not opens(path, FIRST)
+    data = path.read_bytes()[AREA:]
+
+    real = Real(path)
+    volume = real.engine.settings.volumes["mail"]
+    asyncio.run(CryptsetupSlots(str(real.runtime)).settle(volume))
+    assert list(real.runtime.iterdir()) == []
+    assert (opens(path, FIRST), opens(path, SECOND)) == (True, False)
+    after = read_header(str(path))
+    assert (after.is_reencrypting, after.is_moved) == (False, False)
+    assert [slot.number for slot in after.slots] == [2]
+    # As cryptsetup does it, the new slot has the token of the slot that it stands for. Whether one that it had let
+    # go of before was always without a slot, nobody can tell.
+    left = [] if are_listed else [(6, ())]
+    assert [(token.number, token.slots) for token in after.tokens] == [(5, (2,)), *left]
+    metadata = json.loads(cryptsetup("luksDump", "--dump-json-metadata", str(path)))
+    assert (len(metadata["segments"]), len(metadata["digests"])) == (1, 1)
+    assert "requirements" not in metadata["config"]
+    whole = path.read_bytes()
+    assert whole[AREA:] == data
+    if are_listed:
+        assert whole[32768:290816] == bytes(258048)
+    # It is as any other header again.
+    assert real.do(lambda keys: keys.add("mail", lib.handed_in(FIRST), lib.handed_in(THIRD))) == 0
+    assert opens(path, THIRD)
+
+
+def test_a_rotation_that_is_not_at_its_end_is_not_brought_to_it(
+    templates: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(templates / "luks2", tmp_path / "disk"))
+    begin_rotation(path)
+    real = Real(path)
+    before = path.read_bytes()
+    assert not read_header(str(path)).is_moved
+    volume = real.engine.settings.volumes["mail"]
+    with pytest.raises(StorageError, match="of mail .*: its data is not all under the new"):
+        asyncio.run(CryptsetupSlots(str(real.runtime)).settle(volume))
+    assert path.read_bytes() == before
+    assert list(real.runtime.iterdir()) == []
 
 
 def test_a_half_rotated_header_is_left_alone(templates: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(templates / "luks2", tmp_path / "disk"))
-    cryptsetup(
-        "reencrypt", "--init-only", "--force-offline-reencrypt", "--key-slot=0", "--key-file=-", str(path),
-        key=FIRST,
-    )  # fmt: skip
+    begin_rotation(path)
     real = Real(path)
     before = path.read_bytes()
     listed = real.do(lambda keys: keys.listed("mail"))

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -196,6 +197,8 @@ def test_whatever_is_on_the_disk(data: st.DataObject) -> None:
         raw[448:480] = hashlib.sha256(raw[:0x4000]).digest()
     with contextlib.suppress(NotLuksError):
         luksheader.parse(bytes(raw))
+    with contextlib.suppress(DamagedHeaderError):
+        luksheader.settled(bytes(raw))
 
 
 @settings(max_examples=60, deadline=None)
@@ -204,3 +207,89 @@ def test_whatever_is_on_the_disk(data: st.DataObject) -> None:
 def test_whatever_the_metadata_says(metadata: object) -> None:
     with contextlib.suppress(DamagedHeaderError):
         luksheader.header("0", metadata)
+
+
+# --- a reencryption of which only the end is missing; what becomes of a whole one cryptsetup says (tests/luks) ---
+
+
+def moved(path: str = "", value: object = None) -> dict[str, Any]:
+    """The metadata, with another value at a path."""
+    segment = {"type": "crypt", "offset": "16777216", "size": "dynamic"}
+    metadata: dict[str, Any] = {
+        "keyslots": {
+            "0": {"type": "luks2", "kdf": PBKDF, "area": {"offset": "32768", "size": "4096"}},
+            "1": {"type": "luks2", "kdf": PBKDF, "area": {"offset": "36864", "size": "4096"}},
+            "2": {"type": "reencrypt", "mode": "reencrypt"},
+        },
+        "segments": {
+            "0": segment,
+            "1": {**segment, "flags": ["backup-previous"]},
+            "2": {**segment, "flags": ["backup-final"]},
+        },
+        "digests": {
+            "0": {"keyslots": ["0"], "segments": ["1"]},
+            "1": {"keyslots": ["1"], "segments": ["0", "2"]},
+            "2": {"keyslots": ["2"], "segments": []},
+        },
+        "tokens": {},
+        "config": {"requirements": {"mandatory": ["online-reencrypt-v2", "another"]}},
+    }
+    if path:
+        *above, last = path.split("/")
+        place = metadata
+        for key in above:
+            place = place[key]
+        place[last] = value
+    return metadata
+
+
+def test_what_only_lacks_its_end() -> None:
+    assert luksheader.header(UUID, moved()).is_moved
+    for size in (0x4000, 0x8000):
+        both = [copy(at, size, metadata=moved()) for at in (0, size)]
+        # One of the copies is enough.
+        for sound in (both, [bytes(size), both[1]], [both[0], bytes(size)]):
+            written, areas = luksheader.settled(b"".join(sound))
+            assert (len(written), areas) == (2 * size, [(32768, 4096)])
+            found = [luksheader.parse(written), luksheader.parse(bytes(size) + written[size:])]
+            assert [[slot.number for slot in header.slots] for header in found] == [[1], [1]]
+            assert not any(header.is_reencrypting for header in found)
+            metadata = json.loads(written[4096:size].split(b"\0", 1)[0])
+            assert metadata["config"] == {"requirements": {"mandatory": ["another"]}}
+            assert metadata["digests"] == {"1": {"keyslots": ["1"], "segments": ["0"]}}
+            assert luksheader.BINARY.unpack_from(written)[3] == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        pytest.param("keyslots/2/mode", "encrypt", id="encrypts for the first time"),
+        pytest.param("keyslots/3", {"type": "reencrypt", "mode": "reencrypt"}, id="two of them"),
+        pytest.param("segments/0/flags", ["in-reencryption"], id="a piece is being moved"),
+        pytest.param("segments/0/size", "4096", id="not all of it"),
+        pytest.param("segments/3", {"type": "crypt", "offset": "1", "size": "1"}, id="two parts"),
+        pytest.param("digests/1/segments", ["2"], id="under the old key"),
+        pytest.param("digests/1/keyslots", [], id="nothing opens the new key"),
+        pytest.param("digests/0/segments", ["0", "1", "2"], id="one key only"),
+        pytest.param("digests/0/segments", [], id="no old key"),
+        pytest.param("segments", [], id="malformed"),
+        pytest.param("digests/1", None, id="malformed digest"),
+    ],
+)
+def test_what_lacks_more_than_its_end(path: str, value: object) -> None:
+    metadata = moved(path, value)
+    found = luksheader.header(UUID, metadata)
+    assert (found.is_reencrypting, found.is_moved) == (True, False)
+    with pytest.raises(DamagedHeaderError, match="is not all under the new volume key"):
+        luksheader.settled(copy(metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("tokens", None), ("config", {}), ("keyslots/0/area", {"offset": "x"})]
+)
+def test_what_only_lacks_its_end_and_is_malformed(path: str, value: object) -> None:
+    metadata = moved(path, value)
+    with pytest.raises(DamagedHeaderError, match="malformed"):
+        luksheader.settled(copy(metadata=metadata))
+    with pytest.raises(DamagedHeaderError, match="intact"):
+        luksheader.settled(bytes(0x8000))

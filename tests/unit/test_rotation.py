@@ -328,3 +328,46 @@ def test_which_keys_would_be_lost() -> None:
     with pytest.raises(VmcryptdError, match=r"key slot 3 \(random key\), 4 \(tpm2\)\."):
         check_alone(header, "mail", slots[0])
     check_alone(replace(header, slots=slots[:1]), "mail", slots[0])
+
+
+# --- cut off at its very end, when all that is missing is that the header says so ---
+
+MOVED = HALF.replace("half_rotated = true", "half_rotated = true\nmoved = true")
+
+
+@play(MOVED.replace("open = true", "open = false"))
+async def test_what_lacks_only_its_end_gets_it_when_the_volume_is_opened(run: Running) -> None:
+    run.host.answer("one")
+    await run.engine.unlock("mail")
+    assert run.host.done("settle", "open") == ["settle mail", "open mail"]
+    assert shown(run) == ""
+    await run.engine.lock("mail")
+    run.host.answer("one")
+    await run.engine.unlock("mail")
+    assert run.host.done("settle") == ["settle mail"]
+
+
+@play(MOVED)
+async def test_what_lacks_only_its_end_gets_it_when_it_is_gone_on_with(run: Running) -> None:
+    await rotating(run)
+    assert run.host.done("settle", "rotate") == ["settle mail"]
+    assert shown(run) == ""
+
+
+def test_who_is_killed_with_only_the_end_left_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def rotate(self: SimReencryption, volume: Any, *rest: Any) -> None:
+        simulated = self.volumes[volume.name]
+        simulated.is_half_rotated = simulated.is_moved = True
+        raise StorageError("it was killed")
+
+    monkeypatch.setattr(SimReencryption, "rotate", rotate)
+
+    @play(HOST)
+    async def scene(run: Running) -> None:
+        await rotating(run)
+        assert run.host.done("settle") == ["settle mail"]
+        assert shown(run) == ""
+
+    scene()

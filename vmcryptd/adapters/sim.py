@@ -15,6 +15,7 @@ FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
     memory_kib = 65536                what one key derivation needs
     rotates_in = "0.1s"               what a new volume key takes; "infinity": until it is stopped
     half_rotated = true               that was begun, and stopped before its end
+    moved = true                      and all that is missing is that its header says so
     slots = [{passphrase_sha256 = "…", sources = [], memory_kib = 0, priority = 1}]
                                       further key slots: 1, 2, …
     tokens = [{kind = "tpm2", pin_sha256 = "…", fault = "it is not there"}]
@@ -113,6 +114,7 @@ class _Volume:
     tokens: tuple[_Token, ...] = ()
     rotates_in_s: float = 0.0
     is_half_rotated: bool = False
+    is_moved: bool = False
     away: bool = False
     suspended: bool = False
     mounted: bool = False
@@ -294,7 +296,7 @@ class Simulation:
         bound = (n for n, slot in simulated.slots.items() if "clevis" in slot.sources)
         tokens += tuple(Token(len(tokens) + i, "clevis", (n,)) for i, n in enumerate(bound))
         uuid = f"{0:08x}-0000-0000-0000-{number:012x}"
-        return Header(2, uuid, slots, tokens, simulated.is_half_rotated)
+        return Header(2, uuid, slots, tokens, simulated.is_half_rotated, simulated.is_moved)
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         simulated = self._volumes[volume.name]
@@ -304,7 +306,7 @@ class Simulation:
                 f"volume {volume.name}: the key derivation ran out of memory (simulated)"
             )
         tried = [one for n, one in simulated.slots.items() if slot in (None, n)]
-        if not any([await self._fits(one, key) for one in tried]):
+        if simulated.is_moved or not any([await self._fits(one, key) for one in tried]):
             raise WrongKeyError(
                 f"volume {volume.name}: the key fits no key slot of {volume.device}"
             )
@@ -516,6 +518,7 @@ def _volume(entry: dict[str, Any]) -> _Volume:
         ),
         rotates_in_s=_seconds(entry.get("rotates_in", 0.1)),
         is_half_rotated=entry.get("half_rotated", False),
+        is_moved=entry.get("moved", False),
         away=entry.get("away", False),
     )
 

@@ -46,6 +46,7 @@ class HasSlots(Protocol):
     slots: dict[int, SimSlot]
     rotates_in_s: float
     is_half_rotated: bool
+    is_moved: bool
     fault: str
 
 
@@ -136,6 +137,11 @@ class SimSlots:
     async def drop_key(self, path: str) -> None:
         self.calls.append(f"drop {path}")
         self.files.discard(path)
+
+    async def settle(self, volume: VolumeSpec) -> None:
+        self.calls.append(f"settle {volume.name}")
+        simulated = self.volumes[volume.name]
+        simulated.is_half_rotated = simulated.is_moved = False
 
     async def back_up(self, volume: VolumeSpec, fd: int) -> None:
         self.calls.append(f"back up {volume.name}")

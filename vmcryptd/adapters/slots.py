@@ -7,13 +7,15 @@ import contextlib
 import errno
 import functools
 import os
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from vmcryptd import luksheader
 from vmcryptd.adapters.complaints import failure
 from vmcryptd.adapters.memfd import MemfdKey, readers, send_file
 from vmcryptd.adapters.run import run
 from vmcryptd.adapters.threads import DaemonThreads
-from vmcryptd.errors import StorageError, VmcryptdError, WrongKeyError
+from vmcryptd.errors import DamagedHeaderError, StorageError, VmcryptdError, WrongKeyError
 from vmcryptd.model import VolumeSpec
 from vmcryptd.ports import Key
 
@@ -61,14 +63,21 @@ class CryptsetupSlots:
     async def remove_token(self, volume: VolumeSpec, token: int) -> None:
         await self._keyless(["token", "remove", f"--token-id={token}"], volume)
 
+    async def settle(self, volume: VolumeSpec) -> None:
+        async with self._copy(volume) as copy:
+            try:
+                _settle(copy)
+            except DamagedHeaderError as error:
+                raise StorageError(
+                    f"The end that the rotation of the volume key of {volume.name} lacks cannot be made up for: {error}"
+                ) from None
+            # It checks what it is given, and writes it at once: cut off here, all of this is done again.
+            await self._keyless(["luksHeaderRestore", f"--header-backup-file={copy}"], volume)
+
     async def back_up(self, volume: VolumeSpec, fd: int) -> None:
         # cryptsetup wants to make its file itself. Whether one may be made where the caller wants it
         # is between the caller and the kernel, so that one comes open.
-        copy = f"{self.runtime}/header-{volume.name}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(copy)  # a daemon before this one was killed at it
-        try:
-            await self._keyless(["luksHeaderBackup", f"--header-backup-file={copy}"], volume)
+        async with self._copy(volume) as copy:
             reader = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 # Once this has ended the backup counts as made: it has to be on the disk.
@@ -76,11 +85,6 @@ class CryptsetupSlots:
                 done = await run(argv, stdin=reader, stdout=fd, timeout_s=WRITING_S)
             finally:
                 os.close(reader)
-        except OSError as error:
-            raise StorageError(f"{copy} cannot be used: {error.strerror}") from None
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(copy)
         if done.code != 0:
             raise StorageError(
                 f"The backup of the header of {volume.name} cannot be written: {done.complaint}"
@@ -127,6 +131,21 @@ class CryptsetupSlots:
             await self._threads.call(WRITING_S, functools.partial(os.unlink, path))
         except OSError as error:
             raise StorageError(f"{path} cannot be removed: {error.strerror}") from None
+
+    @contextlib.asynccontextmanager
+    async def _copy(self, volume: VolumeSpec) -> AsyncIterator[str]:
+        """A file with the header and its key slots, for a while. Raises StorageError, DeviceMissingError."""
+        copy = f"{self.runtime}/header-{volume.name}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(copy)  # a daemon before this one was killed at it
+        try:
+            await self._keyless(["luksHeaderBackup", f"--header-backup-file={copy}"], volume)
+            yield copy
+        except OSError as error:
+            raise StorageError(f"{copy} cannot be used: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(copy)
 
     async def _keyless(self, argv: list[str], volume: VolumeSpec) -> None:
         place = volume.header_path
@@ -177,3 +196,15 @@ def _written(path: str, fd: int, key: MemfdKey) -> None:
 
 def _path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
+
+
+def _settle(copy: str) -> None:
+    """In a file in memory. Raises OSError, DamagedHeaderError."""
+    with open(copy, "r+b", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        written, areas = luksheader.settled(os.pread(file.fileno(), luksheader.WHOLE_SIZE, 0))
+        if any(start < len(written) or start + length > size for start, length in areas):
+            raise DamagedHeaderError("an old key slot lies outside of the header")
+        os.pwrite(file.fileno(), written, 0)
+        for start, length in areas:
+            os.pwrite(file.fileno(), bytes(length), start)
