@@ -93,7 +93,8 @@ class GuestNode:
 
     @property
     def is_running(self) -> bool:
-        return self.state not in (GuestState.OFF, GuestState.CRASHED, GuestState.UNDEFINED)
+        # One that has crashed and is kept (libvirt's `on_crash` "preserve") has its process and its disks.
+        return self.state not in (GuestState.OFF, GuestState.UNDEFINED)
 
     @property
     def state(self) -> GuestState:

@@ -1000,6 +1000,20 @@ async def test_panic(run: Running) -> None:
     assert run.host.goals() == ()
 
 
+@play(volume("a", "open = true") + guest("g", "a", sim="running = true"))
+async def test_a_guest_that_has_crashed_has_its_disks_until_it_is_killed(run: Running) -> None:
+    """With libvirt's `on_crash` "preserve"."""
+    run.host.guest("g", GuestState.CRASHED)
+    with pytest.raises(BusyError, match="guest g"):
+        await run.engine.lock("a")
+    await run.engine.shutdown()
+    assert run.host.done("stop", "kill", "close ") == ["stop g", "close a"]
+    run.host.volume("a", open=True)
+    run.host.guest("g", GuestState.CRASHED)
+    await run.engine.panic()
+    assert run.host.done("kill", "close ")[-2:] == ["kill g", "close a"]
+
+
 @play(
     volume("a", 'open = true\nfault = "busy"')
     + volume("b", "open = true")
