@@ -458,12 +458,13 @@ class Engine:
         self._touch()
         self._forget_boot()
         self._stop_rising_jobs()
-        await asyncio.gather(
-            self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S),
-            self.rotations.abort(PANIC_CANCEL_S),
-        )
+        await self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S)
         self.world.observe()
-        if errors := await panic(self.world, self._ports):
+
+        async def let_go(name: str) -> None:
+            await self.rotations.abort(name, PANIC_CANCEL_S)
+
+        if errors := await panic(self.world, self._ports, let_go):
             raise BusyError("; ".join(errors))
 
     @property

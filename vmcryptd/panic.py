@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from vmcryptd.errors import VmcryptdError
 from vmcryptd.ports import Ports
@@ -13,8 +14,11 @@ from vmcryptd.world import World
 KILL_S = 5.0
 
 
-async def panic(world: World, ports: Ports) -> list[str]:
-    """Never stops at an error; returns a sentence for each."""
+async def panic(world: World, ports: Ports, let_go: Callable[[str], Awaitable[None]]) -> list[str]:
+    """Never stops at an error; returns a sentence for each.
+
+    `let_go` ends what works on one volume, before that is closed and while the others are.
+    """
     graph = world.graph
     errors: list[str] = []
     tasks: dict[str, asyncio.Task[None]] = {}
@@ -34,6 +38,7 @@ async def panic(world: World, ports: Ports) -> list[str]:
         if before := [tasks[user] for user in users if user in tasks]:
             await asyncio.wait(before)
         node = graph.volumes[name]
+        await let_go(name)
         try:
             if node.mounts:
                 await ports.blocks.unmount(node.spec, node.mapping)
