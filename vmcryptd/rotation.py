@@ -140,11 +140,12 @@ class Rotations:
         if (rotation := self._running.get(name)) is not None:
             await self._stop(rotation, grace_s)
 
-    async def abort(self, grace_s: float) -> None:
-        """Stop all of them, in this time or by force, past every error."""
-        stopping = [self._stop(rotation, grace_s) for rotation in self._running.values()]
-        for error in await asyncio.gather(*stopping, return_exceptions=True):
-            if error is not None:
+    async def abort(self, name: str, grace_s: float) -> None:
+        """Stop it, in this time or by force; an error is only logged."""
+        if (rotation := self._running.get(name)) is not None:
+            try:
+                await self._stop(rotation, grace_s)
+            except VmcryptdError as error:
                 log.error("%s", error)
 
     async def _stop(self, rotation: _Rotation, grace_s: float) -> None:
@@ -253,6 +254,7 @@ class Rotations:
         bound = {token.number for token in before.tokens if token.slots} if before else set()
         gone = [one for one in header.tokens if one.number in bound and not one.slots]
         await self._key_slots.drop_tokens(spec, gone)
+        self._world.forget_fitted(spec.name)
         log.info("volume %s has a new volume key", spec.name)
 
     async def _look(self, spec: VolumeSpec) -> None:

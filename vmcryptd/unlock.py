@@ -83,6 +83,7 @@ class Unlocker:
             log.info(
                 "the rotation of the volume key of %s, cut off at its very end, is complete", name
             )
+            self._world.forget_fitted(name)
             header = await self._crypt.header(spec)
             self._world.note_header(name, header)
         opening = self._openings[name] = self._opening(spec, header)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from vmcryptd import graph as graphs
-from vmcryptd.errors import VmcryptdError
+from vmcryptd.errors import DeadlineError, VmcryptdError
 from vmcryptd.graph import Graph
 from vmcryptd.model import (
     DiskSource,
@@ -155,10 +155,10 @@ class World:
             self._fitted = {**known, volume: {**known.get(volume, {}), source: slot}}
             self._memory.keep_fitted(self._fitted)
 
-    def forget_fitted(self, volume: str, slot: int) -> None:
-        """The key slot is wiped: what gets its number next is another one."""
+    def forget_fitted(self, volume: str, slot: int | None = None) -> None:
+        """The key slot is wiped, or all that there were: what gets its number next is another one."""
         known = self._fitted.get(volume, {})
-        left = {source: number for source, number in known.items() if number != slot}
+        left = {} if slot is None else {s: number for s, number in known.items() if number != slot}
         if left != known:
             self._fitted = {**self._fitted, volume: left}
             self._memory.keep_fitted(self._fitted)
@@ -237,12 +237,19 @@ class World:
     async def _read(self, sources: Mapping[str, DiskSource]) -> None:
         for path, source in sources.items():
             try:
-                chain = await self._domains.chain(source)
+                chain = await self._chain(source)
             except VmcryptdError as error:
                 log.warning("what %s is backed by cannot be read: %s", path, error)
+                self._chains_read.pop(path, None)  # tried again when anything has changed
                 continue
             self._chains[path] = tuple(member.path for member in chain if member.path)
         self.changed()
+
+    async def _chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
+        try:
+            return await self._domains.chain(source)
+        except DeadlineError:
+            return await self._domains.chain(source)  # a disk that had to spin up has by now
 
     async def chains_known(self) -> None:
         """Wait until the backing chains of all disk files that are there have been read."""

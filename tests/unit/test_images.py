@@ -11,6 +11,7 @@ import pytest
 
 from vmcryptd.adapters import images
 from vmcryptd.adapters.run import CommandError, Completed
+from vmcryptd.errors import DeadlineError
 from vmcryptd.model import DiskSource, SourceType
 
 
@@ -97,3 +98,14 @@ def test_without_qemu_img(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(images, "run", run)
     assert chain("/a", "qcow2") == []
+
+
+def test_a_disk_that_does_not_answer_is_told_from_one_without_a_chain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run(argv: list[str], *, timeout_s: float) -> Completed:
+        raise DeadlineError("no answer")
+
+    monkeypatch.setattr(images, "run", run)
+    with pytest.raises(DeadlineError):
+        chain("/a", "qcow2")

@@ -5,7 +5,10 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from tests.lib import Host, Running, opened_by
+from vmcryptd.errors import DeadlineError
 from vmcryptd.graph import build, wanted_paths
 from vmcryptd.model import (
     Content,
@@ -69,7 +72,12 @@ class Images(Host):
     async def start_pool(self, name: str) -> None:
         self.calls.append(f"start pool {name}")
 
+    is_slow = False
+
     async def chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
+        if self.is_slow:
+            self.is_slow = False  # the disk has spun up by now
+            raise DeadlineError("qemu-img does not answer")
         return (DiskSource(SourceType.FILE, path="/base/img"),)
 
 
@@ -93,9 +101,11 @@ autostart = true
 """
 
 
-def test_a_guest_waits_for_what_its_image_turns_out_to_be_backed_by() -> None:
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_a_guest_waits_for_what_its_image_turns_out_to_be_backed_by(is_slow: bool) -> None:
     async def scene() -> None:
         running = Running(Images.parse(IMAGES))
+        running.host.is_slow = is_slow
         running.engine.boot()
         running.host.answer("one")
         await running.until(lambda: running.guests() == {"web": "running"})

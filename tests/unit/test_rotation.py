@@ -63,12 +63,14 @@ def shown(run: Running) -> str:
 @play(HOST)
 async def test_from_start_to_end(run: Running) -> None:
     before = descriptors()
+    run.engine.world.note_fitted("mail", "file:/key", 0)
     task = await begun(run)
     assert shown(run) == "running"
     assert not run.engine.state.startswith("unlock")  # nothing comes up by it
     await task
     assert (shown(run), progress(run)) == ("", None)
     assert run.host.done("rotate", "stop rotating") == ["rotate mail 0"]
+    assert run.host.fitted() == {"mail": {}}  # of slots that are gone
     assert await run.engine.key_slots.test("mail", handed_in("one")) == 1
     assert run.volume("mail").header_backup_due
     assert descriptors() == before
@@ -178,6 +180,36 @@ async def test_panic(run: Running) -> None:
         await task
     assert run.host.done("stop rotating", "closing") == ["stop rotating mail", "closing mail"]
     assert run.volumes() == {"mail": "locked"}
+
+
+@play(f"""{LONG}
+[volume.other]
+device = "/dev/vg/other"
+[sim.volume.other]
+open = true
+[sim.guest.web]
+disks = ["/dev/mapper/other"]
+running = true
+""")
+async def test_panic_waits_with_nothing_else_for_a_rotation(run: Running) -> None:
+    held = asyncio.Event()
+
+    async def stop(self: SimReencryption, volume: Any, grace_s: float) -> None:
+        await held.wait()
+        self._stopped[volume.name].set()
+
+    task = await begun(run)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SimReencryption, "stop", stop)
+        panicking = asyncio.create_task(run.engine.panic())
+        await run.until(lambda: run.volumes()["other"] == "locked")
+        assert run.guests()["web"] == "off"
+        assert run.volumes()["mail"] != "locked"
+        held.set()
+        await panicking
+    assert run.volumes() == {"mail": "locked", "other": "locked"}
+    with pytest.raises(CancelledError):
+        await task
 
 
 def test_panic_goes_on_past_a_rotation_that_does_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:

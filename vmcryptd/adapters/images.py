@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmcryptd.adapters.run import run
-from vmcryptd.errors import VmcryptdError
+from vmcryptd.errors import DeadlineError, VmcryptdError
 from vmcryptd.model import DiskSource, SourceType
 
 INFO_S = 20.0
@@ -23,7 +23,10 @@ MOST_LAYERS = 200  # an end for chains that lead in circles through symbolic lin
 
 
 async def chain(path: str, image_format: str) -> tuple[DiskSource, ...]:
-    """The layers below the image, as far as they can be read now; none when qemu-img is missing."""
+    """The layers below the image, as far as they can be read now; none when qemu-img is missing.
+
+    Raises DeadlineError when the disk does not answer.
+    """
     found: dict[str, DiskSource] = {}
     layer = path
     while image_format not in ("", "raw") and len(found) < MOST_LAYERS:
@@ -45,6 +48,8 @@ async def _info(path: str, image_format: str) -> Mapping[str, Any]:
     try:
         done = await run(argv, timeout_s=INFO_S)
         told = json.loads(done.out) if done.code == 0 else {}
+    except DeadlineError:
+        raise  # a disk that has just been switched on, say: later it may
     except (VmcryptdError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}
