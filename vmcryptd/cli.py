@@ -19,6 +19,7 @@ from vmcryptd.errors import (
     EXIT_UNREACHABLE,
     EXIT_USAGE,
     EXIT_WAITING,
+    BusyError,
     UnreachableError,
     VmcryptdError,
 )
@@ -241,7 +242,22 @@ async def _unlock(arguments: Namespace) -> int:
 
 
 async def _lock(arguments: Namespace) -> int:
-    return await _each("Lock", arguments.VOLUME, "LockAll")
+    failed: dict[str, VmcryptdError] = {}
+    async with changing() as client:
+        if not arguments.VOLUME:
+            await client.call("LockAll")
+        left = list(dict.fromkeys(arguments.VOLUME))
+        while left:
+            refused = await _called(client, "Lock", left)
+            failed.update(refused)
+            busy = [name for name, error in refused.items() if isinstance(error, BusyError)]
+            if len(busy) == len(left):
+                break
+            # What another one stood on that is closed by now is in use no more.
+            for name in busy:
+                del failed[name]
+            left = busy
+    return report(failed[name] for name in dict.fromkeys(arguments.VOLUME) if name in failed)
 
 
 async def _start(arguments: Namespace) -> int:
@@ -252,19 +268,23 @@ async def _stop(arguments: Namespace) -> int:
     return await _each("StopGuest", arguments.GUEST)
 
 
-async def _each(method: str, names: list[str], method_for_all: str = "") -> int:
-    failed: list[VmcryptdError] = []
+async def _each(method: str, names: list[str]) -> int:
     async with changing() as client:
-        if not names:
-            await client.call(method_for_all)
-        for name in names:
-            try:
-                await client.call(method, "s", name)
-            except UnreachableError:
-                raise
-            except VmcryptdError as error:
-                failed.append(error)
-    return report(failed)
+        failed = await _called(client, method, names)
+    return report(failed.values())
+
+
+async def _called(client: Client, method: str, names: list[str]) -> dict[str, VmcryptdError]:
+    """One after the other. Returns what failed."""
+    failed: dict[str, VmcryptdError] = {}
+    for name in names:
+        try:
+            await client.call(method, "s", name)
+        except UnreachableError:
+            raise
+        except VmcryptdError as error:
+            failed[name] = error
+    return failed
 
 
 async def _boot(arguments: Namespace) -> int:

@@ -184,6 +184,7 @@ class Fake:
         self.calls: list[tuple[str, ...]] = []
         self.received: list[bytes] = []
         self.errors: dict[tuple[str, ...], VmcryptdError] = {}
+        self.frees: dict[tuple[str, ...], tuple[str, ...]] = {}  # a call → what works after it
         self.moved = asyncio.Event()
         self.hold: set[str] = set()  # methods that do not answer
         self.wait_for(self.start())
@@ -283,6 +284,7 @@ class Fake:
             await asyncio.sleep(60)
         if error := self.errors.get(call):
             raise error
+        self.errors.pop(self.frees.get(call, ()), None)
 
     async def unlock(self, names: list[str]) -> None:
         self.calls.append(("Unlock", *names))
@@ -590,7 +592,8 @@ def test_several_names_are_all_tried(fake: Fake, capsys: pytest.CaptureFixture[s
     fake.errors["Lock", "a"] = BusyError("a is in use by guest imap")
     fake.errors["Lock", "b"] = NotAuthorizedError("no")
     assert cli.main(["lock", "a", "b", "c"]) == 4
-    assert fake.calls == [("Lock", "a"), ("Lock", "b"), ("Lock", "c")]
+    # What is in use is tried again: it may have been by one of the others.
+    assert fake.calls == [("Lock", "a"), ("Lock", "b"), ("Lock", "c"), ("Lock", "a")]
     assert "a is in use by guest imap" in capsys.readouterr().err
     fake.errors["StartGuest", "x"] = NoSuchGuestError('there is no guest "x"')
     assert cli.main(["start", "x"]) == 2
@@ -665,6 +668,22 @@ def test_a_dead_bus_does_not_hang(
         monkeypatch.setattr("vmcryptd.client.CONNECT_S", 0.2)
         assert cli.main(["status"]) == 5
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- locking ---
+
+
+def test_lock_goes_from_the_top_down(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    low, high, used = (("Lock", name) for name in ("cr_low", "cr_high", "cr_used"))
+    mail.errors[low] = BusyError("cr_low is in use by volume cr_high")
+    mail.errors[used] = BusyError("cr_used is in use by tail")
+    mail.frees[high] = low
+    assert cli.main(["lock", "cr_low", "cr_high", "cr_used"]) == 1
+    assert mail.calls[-6:] == [low, high, used, low, used, used]
+    assert capsys.readouterr().err == "vmcryptctl: cr_used is in use by tail\n"
+    assert cli.main(["lock", "cr_low"]) == 0
+    assert cli.main(["lock"]) == 0
+    assert mail.calls[-1] == ("LockAll",)
 
 
 # --- unlocking ---
