@@ -16,8 +16,7 @@ from pathlib import Path
 
 from vmcryptd import __version__, bus, service
 from vmcryptd import settings as configuration
-from vmcryptd.adapters import host
-from vmcryptd.adapters.authority import Polkit
+from vmcryptd.adapters import authority, host
 from vmcryptd.engine import Engine
 from vmcryptd.errors import VmcryptdError
 from vmcryptd.model import Settings
@@ -138,15 +137,21 @@ async def _serve(arguments: Arguments) -> int:
         connecting.cancel()
         raise
     connection = await connecting
-    objects = Objects(connection, service.ROOT, Polkit(connection))
+    # A simulated host belongs to who runs it.
+    trusted = {authority.ROOT} if arguments.sim is None else {authority.ROOT, os.getuid()}
+    polkit = authority.Polkit(connection, trusted=frozenset(trusted))
+    objects = Objects(connection, service.ROOT, polkit)
     engine = Engine(settings, ports)
     engine.start()
 
     async def reload() -> None:
         host.notify(f"RELOADING=1\nMONOTONIC_USEC={int(loop.time() * 1e6)}")
         try:
+            before = engine.settings.daemon.libvirt_uri
             engine.configure(load())
             log.info("the configuration was read again")
+            if engine.settings.daemon.libvirt_uri != before:
+                log.warning("the new libvirt_uri counts from the next `systemctl restart vmcryptd`")
         except VmcryptdError as error:
             log.error("the configuration is refused, the running one is kept: %s", error)
             raise

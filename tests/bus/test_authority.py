@@ -108,6 +108,17 @@ def test_without_polkit_nobody_but_root_may(run: Any, nobody: str) -> None:
     run(test())
 
 
+def test_who_is_trusted_may_without_polkit(run: Any, nobody: str) -> None:
+    """As who runs a simulated host."""
+
+    async def test() -> None:
+        async with connected() as connection:
+            trusted = frozenset({await connection.peer_uid(nobody)})
+            await Polkit(connection, trusted=trusted).check(nobody, ACTION, interactive=False)
+
+    run(test())
+
+
 def test_who_has_left_may_nothing(run: Any) -> None:
     async def test() -> None:
         async with connected() as connection:

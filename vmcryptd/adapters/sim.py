@@ -1,38 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A simulated host behind the same ports: `vmcryptd --sim FILE`. Needs no root, changes nothing.
 
-FILE is a configuration like /etc/vmcryptd/vmcryptd.toml with further tables:
-
-    [sim.volume.cr_imap]              every key is optional
-    passphrase_sha256 = "9f86d0…"     what opens it: `printf %s PASSPHRASE | sha256sum`
-    sources = ["file:/etc/k"]         key sources that open it by themselves
-    on = ["cr_outer"]                 volumes that must be open for its device to be there
-    present = false                   its device is not there; [sim.volume.x] appears_after = "10s": not yet
-    open = true                       somebody opened it by hand
-    delay = "0.2s"                    what one key derivation takes
-    away = true                       the servers of its "clevis" and "exec:" sources do not answer, nor do tokens
-    fault = "not-luks"                not-luks, damaged, out-of-memory, busy (cannot be closed), no-rotation
-    memory_kib = 65536                what one key derivation needs
-    rotates_in = "0.1s"               what a new volume key takes; "infinity": until it is stopped
-    half_rotated = true               that was begun, and stopped before its end
-    moved = true                      and all that is missing is that its header says so
-    slots = [{passphrase_sha256 = "…", sources = [], memory_kib = 0, priority = 1}]
-                                      further key slots: 1, 2, …
-    tokens = [{kind = "tpm2", pin_sha256 = "…", fault = "it is not there"}]
-                                      tpm2, fido2, pkcs11, each with a key slot of its own
-
-    [sim.guest.imap]
-    disks = ["/dev/mapper/cr_imap"]
-    autostart = true
-    running = false
-    start_delay = "0.1s"
-    stop_delay = "0.1s"               "infinity": ignores the power button
-    fault = "no such network"         starting it fails, with this text
-
-    [sim]
-    libvirt = false                   libvirt cannot be reached
-    volumes = 1000                    so many more volumes v0, v1, …
-    guests = 1000                     so many more guests g0, g1, …, each on one of these
+What FILE may say is in vmcryptd(8).
 """
 
 from __future__ import annotations
