@@ -247,6 +247,13 @@ class Opening:
         name = self._spec.name
         wrong = False
         for _ in range(PIN_TRIES):
+            if str(source) not in self._failures:
+                self._fail(
+                    str(source),
+                    KeyUnavailableError(
+                        f"{token.title} wants its PIN: `systemd-tty-ask-password-agent` asks for it at a terminal"
+                    ),
+                )
             try:
                 pin = await self._prompt.pin(self._spec, question(name, token, wrong))
             except CancelledError:

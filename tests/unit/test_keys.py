@@ -159,8 +159,11 @@ def test_program() -> None:
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        ("/bin/sh -c 'echo hush; exit 3'", "The key command /bin/sh failed: exit status 3$"),
-        ("/bin/sh -c 'kill -9 $$'", "The key command /bin/sh failed: killed by SIGKILL$"),
+        (
+            "/bin/sh -c 'echo hush; exit 3'",
+            "The key command /bin/sh failed: exit status 3; .*`journalctl -u vmcryptd`",
+        ),
+        ("/bin/sh -c 'kill -9 $$'", "The key command /bin/sh failed: killed by SIGKILL; "),
         ("/bin/true", "is empty"),
         ("/bin/cat /dev/zero", "larger than 8 MiB"),
         ("/no/such program", "/no/such is not installed"),

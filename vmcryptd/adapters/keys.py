@@ -168,7 +168,9 @@ class SystemKeys:
                 stderr_to_journal=True,
             )
             if done.code != 0:
-                raise NotYetError(f"The key command {argv[0]} failed: {done.reason}")
+                raise NotYetError(
+                    f"The key command {argv[0]} failed: {done.reason}; what it said is in `journalctl -u vmcryptd`"
+                )
         return key
 
     async def _ask_once(self, message: str) -> tuple[MemfdKey, Completed]:
