@@ -178,7 +178,9 @@ class DaemonTable(_Table):
     """How vmcryptd itself behaves."""
 
     libvirt_uri: str = Field(
-        "qemu:///system", description="The libvirt connection whose guests are started and stopped."
+        "qemu:///system",
+        description="The libvirt connection whose guests are started and stopped. A change of it takes a restart of "
+        "vmcryptd.service, which touches nothing; a reload does not do.",
     )
     console_prompt: Duration = Field(
         60.0,
@@ -327,7 +329,7 @@ class GuestTable(_Table):
     ready: Ready = Field(
         "running",
         description="When guests after this one may start: running, agent (the guest agent answers) "
-        'or "tcp:HOST:PORT".',
+        'or "tcp:HOST:PORT". One that is not ready after two minutes holds them up no longer, and the journal says so.',
     )
     stop_timeout: Duration = Field(
         180.0,

@@ -203,7 +203,7 @@ def _settle(copy: str) -> None:
     with open(copy, "r+b", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         written, areas = luksheader.settled(os.pread(file.fileno(), luksheader.WHOLE_SIZE, 0))
-        if any(start < len(written) or start + length > size for start, length in areas):
+        if any(not len(written) <= start <= start + length <= size for start, length in areas):
             raise DamagedHeaderError("an old key slot lies outside of the header")
         os.pwrite(file.fileno(), written, 0)
         for start, length in areas:
