@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from tests import vault
-from tests.vm import guest, lab
+from tests.vm import guest, lab, watch
 from tests.vm.conftest import HostFactory
 from tests.vm.host import PROJECT, Host, Image, Vm
 from tests.vm.lab import PASSPHRASE, Caller
 from tests.vm.tpm import Tpm
 
 PIN = "canary-Zw7pQ4-pin"
-CARD_PIN = "80317731"  # given to softhsm2-util as an argument, as it wants it
+CARD_PIN = (
+    "80317731"  # given to softhsm2-util as an argument, as it wants it, before anything is recorded
+)
+CONTROL = "control-Yk3mT8"  # what is planted to be found
 TANGS = {"tang1": 7501, "tang2": 7502}
 TANG_SOCKET = """\
 [Unit]
@@ -65,7 +68,8 @@ def enrol(vm: Vm, device: str, *options: str, answers: Sequence[tuple[str, str]]
     enrolling.wait(SLOW_S)
 
 
-def prepare(vm: Vm) -> None:
+def prepare(vm: Vm) -> list[str]:
+    """Returns every secret there is."""
     setup = lab.Lab(vm)
     for name, port in TANGS.items():
         vm.run(f"mkdir /var/lib/{name} && /usr/libexec/tangd-keygen /var/lib/{name}")
@@ -115,6 +119,14 @@ def prepare(vm: Vm) -> None:
     setup.volume("cr_card", lab.disk(3), keys=["pkcs11", "prompt"], unlock="manual")
     setup.write_config()
 
+    # What Clevis made of its servers' answers is a secret, too.
+    bound = [vm.run(f"clevis luks pass -d {lab.disk(index)} -s {slot}", timeout_s=SLOW_S).out.strip()
+             for index, slot in ((0, 2), (1, 1))]  # fmt: skip
+    assert all(len(key) > 30 for key in bound)
+    secrets = [PASSPHRASE, PIN, CARD_PIN, vault.KEY, vault.TOKEN, *bound]
+    watch.install(vm, [*secrets, CONTROL])
+    return secrets
+
 
 def bind(vm: Vm, device: str, pin: str, config: str) -> None:
     vm.run(
@@ -128,11 +140,18 @@ def bind(vm: Vm, device: str, pin: str, config: str) -> None:
 class Site:
     vm: Vm
     person: Caller
+    secrets: list[str]
 
     def source(self, volume: str) -> str:
         [found] = [one for one in lab.status(self.vm)["volumes"] if one["name"] == volume]
         assert found["state"] == "unlocked", found
         return str(found["key_source"])
+
+    def told(self, volume: str) -> str:
+        """Why it waits."""
+        [found] = [one for one in lab.status(self.vm)["volumes"] if one["name"] == volume]
+        assert found["state"] == "waiting", found
+        return str(found["error"])
 
     def close(self, volume: str) -> None:
         self.vm.run(["vmcryptctl", "lock", volume])
@@ -147,11 +166,11 @@ def site(
     host: Host = module_host(disks=["64M"] * 5, extra_qemu=tpm.qemu)
     tpm.plug_in()
     with host.boot() as vm:
-        prepare(vm)
+        secrets = prepare(vm)
         vm.poweroff()
     tpm.plug_in()
     with host.boot() as vm:
-        yield Site(vm, Caller(vm))
+        yield Site(vm, Caller(vm), secrets)
 
 
 def test_nobody_is_there(site: Site) -> None:
@@ -183,10 +202,9 @@ def test_one_after_the_other_is_taken_away(site: Site) -> None:
     vm.run("systemctl stop tang1.socket")
     unlocking = site.person.begin("Unlock", "cr_mail")
     site.person.question("Passphrase for volume cr_mail", timeout_s=SLOW_S)
-    [told] = [one for one in lab.status(vm)["volumes"] if one["name"] == "cr_mail"]
-    assert told["state"] == "waiting"
-    assert "tpm2: " in told["error"]
-    assert "clevis: " in told["error"]
+    told = site.told("cr_mail")
+    assert "tpm2: " in told
+    assert "clevis: " in told
     journal = vm.run("journalctl -b -o cat -u vmcryptd").out
     assert "volume cr_mail: tpm2: " in journal
     assert "volume cr_mail: clevis: " in journal
@@ -220,6 +238,8 @@ def test_a_vault_that_takes_the_token_no_more(site: Site) -> None:
     site.close("cr_imap")
     vm.put("/etc/vmcryptd/vault-token", "s.another\n", 0o600)
     unlocking = site.person.begin("Unlock", "cr_imap")
+    site.person.question("Passphrase for volume cr_imap", timeout_s=SLOW_S)
+    assert "fetch-from-vault failed: exit status" in site.told("cr_imap")
     site.person.question("Passphrase for volume cr_imap", vault.KEY, timeout_s=SLOW_S)
     site.person.ended(unlocking, SLOW_S)
     assert site.source("cr_imap") == "prompt"
@@ -230,6 +250,8 @@ def test_a_vault_that_takes_the_token_no_more(site: Site) -> None:
 
 def test_a_pin_has_its_own_question(site: Site) -> None:
     unlocking = site.person.begin("Unlock", "cr_pin")
+    site.person.question("PIN of .* of volume cr_pin", timeout_s=SLOW_S)
+    assert "wants its PIN: `systemd-tty-ask-password-agent`" in site.told("cr_pin")
     site.person.question("PIN of .* of volume cr_pin", PASSPHRASE, timeout_s=SLOW_S)
     site.person.question("That PIN was wrong", PIN, timeout_s=SLOW_S)
     site.person.ended(unlocking, SLOW_S)
@@ -252,11 +274,21 @@ def test_a_smart_card(site: Site) -> None:
 
 
 def test_no_secret_is_left(site: Site) -> None:
+    """Nor was there one while keys came in. Each search finds what is there, too."""
     vm = site.vm
+    assert watch.sampled(vm, CONTROL) == []
     pid = vm.run("systemctl show -P MainPID vmcryptd").out.strip()
-    for secret in (PASSPHRASE, PIN, vault.KEY):
+    vm.run("systemd-cat", stdin=CONTROL.encode())
+    vm.put("/run/vmcryptd/planted", CONTROL)
+    site.person.refusal("Unlock", CONTROL)
+    vm.wait_until(f"grep -qaF {CONTROL} {watch.BUS}")
+    vm.run("journalctl --sync")
+    journal, places = "journalctl -o export", f"/run /tmp /var/log /var/lib/vmcryptd {watch.BUS}"
+    for secret in site.secrets:
         assert lab.in_memory(vm, pid, secret) == []
-        assert lab.in_files(vm, "/run /tmp /var/log /var/lib/vmcryptd", secret) == []
-    # The same searches find what is there.
+        assert lab.in_files(vm, places, secret) == []
+        assert watch.in_output(vm, journal, secret) == []
+        assert watch.in_output(vm, "dmesg", secret) == []
     assert lab.in_memory(vm, pid, "vmcryptd") != []
-    assert lab.in_files(vm, "/run /tmp /var/log /var/lib/vmcryptd", "cr_card") != []
+    assert {"/run/vmcryptd/planted", watch.BUS} <= set(lab.in_files(vm, places, CONTROL))
+    assert watch.in_output(vm, journal, CONTROL) != []

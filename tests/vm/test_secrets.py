@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.vm import guest, lab
+from tests.vm import guest, lab, watch
 from tests.vm.conftest import HostFactory
 from tests.vm.host import Vm
 from tests.vm.lab import PASSPHRASE, WRONG, Caller
@@ -41,29 +41,6 @@ SOURCES = {
     "cr_typed": "key",
 }
 
-# What records while keys come in, from before the daemon is up. No search may name in its own
-# arguments what it looks for, so patterns are in files.
-WATCH = """\
-[Unit]
-DefaultDependencies=no
-After=dbus.socket local-fs.target
-Before=vmcryptd.service
-[Service]
-ExecStart={command}
-[Install]
-WantedBy=multi-user.target
-"""
-SAMPLE = """\
-#!/bin/bash
-while :; do
-    for what in cmdline environ; do
-        grep -lsaFf /root/needles /proc/[0-9]*/$what | while IFS=/ read -r _ _ pid what; do
-            echo "$what of $(tr '\\0' ' ' </proc/$pid/comm): $(tr '\\0' ' ' </proc/$pid/$what)" >>/root/sampled
-        done
-    done
-    echo >>/root/samples
-done
-"""
 # vmcryptctl on a terminal; somebody types what comes through the FIFO.
 TYPIST = """\
 exec 3<>/root/typed
@@ -98,9 +75,7 @@ class Site:
         return lab.in_files(self.vm, places, needle, without=without)
 
     def in_output(self, command: str, needle: str) -> list[str]:
-        """The lines of a command's output that hold it."""
-        script = f"exec 3<&0; {command} </dev/null | grep -aFf /dev/fd/3"
-        return self.vm.run(script, stdin=needle.encode(), check=False).out.splitlines()
+        return watch.in_output(self.vm, command, needle)
 
     def descriptors(self) -> list[str]:
         """What the daemon has open, by kind: their numbers tell nothing."""
@@ -155,14 +130,9 @@ def _prepare(vm: Vm) -> None:
     # Keys are held for good here: nobody could say that a search came too late.
     setup.write_config('[daemon]\nkey_cache = "infinity"\n')
 
-    vm.put("/root/needles", f"{CANARY}\n{CONTROL}\n")
-    vm.put("/usr/local/bin/sample", SAMPLE, 0o755)
-    vm.put("/usr/local/bin/record", "#!/bin/sh\nexec busctl capture >/root/bus\n", 0o755)
+    watch.install(vm, [CANARY, CONTROL])
     vm.put("/usr/local/bin/keep-core", KEEP_CORE, 0o755)
-    for unit in ("sample", "record"):
-        command = f"/usr/local/bin/{unit}"
-        vm.put(f"/etc/systemd/system/{unit}.service", WATCH.format(command=command))
-    vm.run("systemctl enable sample record; systemctl mask libvirt-guests")
+    vm.run("systemctl mask libvirt-guests")
 
 
 def test_every_key_source_was_used(site: Site) -> None:
@@ -213,19 +183,7 @@ def test_memory_of_vmcryptctl_after_an_answer(site: Site) -> None:
 
 
 def test_arguments_and_environment_of_every_process(site: Site) -> None:
-    vm = site.vm
-    # Typed into a shell, because a command is itself an argument.
-    for what, plant in {
-        "environ": f"PLANTED={CONTROL} exec sleep 1h",
-        "cmdline": f"exec -a {CONTROL} sleep 1h",
-    }.items():
-        planted = vm.background(["bash", "-s"], stdin=f"{plant}\n".encode())
-        vm.wait_until(f"grep -q '^{what} of sleep' /root/sampled")
-        planted.signal(9)
-        planted.wait(check=False)
-    found = [line for line in vm.get("/root/sampled").decode().splitlines() if CANARY in line]
-    assert found == []
-    assert int(vm.run("wc -l </root/samples").out) > 20, "hardly anything was sampled"
+    assert watch.sampled(site.vm, CONTROL) == []
 
 
 def test_journal_kernel_log_and_console(site: Site) -> None:
@@ -254,9 +212,9 @@ def test_files(site: Site) -> None:
 def test_the_bus(site: Site) -> None:
     site.root.refusal("Unlock", CONTROL)
     site.vm.wait_until("grep -qaFf /root/needles /root/bus")
-    assert site.in_files("/root/bus", "UnlockWithKey") == ["/root/bus"]
-    assert site.in_files("/root/bus", CONTROL) == ["/root/bus"]
-    assert site.in_files("/root/bus", CANARY) == []
+    assert site.in_files(watch.BUS, "UnlockWithKey") == [watch.BUS]
+    assert site.in_files(watch.BUS, CONTROL) == [watch.BUS]
+    assert site.in_files(watch.BUS, CANARY) == []
 
 
 def test_nothing_is_swapped(site: Site) -> None:

@@ -182,3 +182,11 @@ def test_panic(up: Vm) -> None:
     busy.wait(check=False)
     up.run("vmcryptctl lock cr_fs")
     assert lab.mappings(up) == []
+
+
+def test_a_guest_that_is_left_does_not_keep_the_host_on(up: Vm) -> None:
+    """The host is off after it. What is left ends with everything else, and the console has said so."""
+    assert up.poweroff() == "guest-shutdown"
+    said = " ".join(up.console.transcript.split())
+    assert "guest left did not stop within 2 s and is left running" in said
+    assert "left: stopping" in said
