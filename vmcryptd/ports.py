@@ -161,6 +161,9 @@ class Reencryption(Protocol):
     def is_running(self, volume: VolumeSpec) -> bool:
         """Whether the volume is worked on, be it since before the daemon was started."""
 
+    def is_torn(self, mapping: str) -> bool:
+        """Whether what was killed at it has left a part that gives errors, until the mapping is closed."""
+
     async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
         """Wait for the end of what is running."""
 

@@ -203,14 +203,23 @@ class Rotations:
         log.info("the rotation of the volume key of %s %s", spec.name, going)
         async with self._key_slots.changing(spec, before):
             try:
-                if not before.is_moved:
+                if before.is_moved:
+                    self._check_whole(spec.name, mapping)
+                else:
                     # Before it moves anything, cryptsetup opens the old volume key and the new one by this key.
                     told = self._teller(rotation)
                     await self._ports.reencryption.rotate(spec, mapping, key, slot, told)
             except VmcryptdError:
-                if not await self._is_moved(spec):
+                if self._ports.reencryption.is_torn(mapping) or not await self._is_moved(spec):
                     raise
         await self._finish(rotation, before)
+
+    def _check_whole(self, name: str, mapping: str) -> None:
+        if self._ports.reencryption.is_torn(mapping):
+            raise BusyError(
+                f"volume {name} has a part that gives errors, since cryptsetup was killed at it: stop what uses it, "
+                f"then `vmcryptctl lock {name}` and `vmcryptctl unlock {name}` put it right"
+            )
 
     async def _is_moved(self, spec: VolumeSpec) -> bool:
         """Whether what ended had nothing left to do but to say so."""

@@ -389,15 +389,28 @@ async def test_what_lacks_only_its_end_gets_it_when_it_is_gone_on_with(run: Runn
 def test_who_is_killed_with_only_the_end_left_has_not_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Unless it had not let go of the last piece yet: what uses the volume gets errors then."""
+    torn = True
+
     async def rotate(self: SimReencryption, volume: Any, *rest: Any) -> None:
         simulated = self.volumes[volume.name]
         simulated.is_half_rotated = simulated.is_moved = True
         raise StorageError("it was killed")
 
     monkeypatch.setattr(SimReencryption, "rotate", rotate)
+    monkeypatch.setattr(SimReencryption, "is_torn", lambda self, mapping: torn)
 
     @play(HOST)
     async def scene(run: Running) -> None:
+        nonlocal torn
+        with pytest.raises(StorageError, match="it was killed"):
+            await rotating(run)
+        with pytest.raises(BusyError, match="gives errors.*`vmcryptctl lock mail`"):
+            await rotating(run)
+        assert run.host.done("settle") == []
+        assert shown(run) == "unfinished"
+        run.host.volume("mail", is_moved=False)
+        torn = False
         await rotating(run)
         assert run.host.done("settle") == ["settle mail"]
         assert shown(run) == ""

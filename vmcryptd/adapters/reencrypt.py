@@ -14,11 +14,12 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmcryptd.adapters.complaints import failure
+from vmcryptd.adapters.removal import Removal
 from vmcryptd.adapters.run import Completed, run
 from vmcryptd.errors import StorageError, VmcryptdError
 from vmcryptd.model import Infinity, VolumeSpec
@@ -50,6 +51,7 @@ class CryptsetupReencryption:
 
     runtime: Path = Path("/run/vmcryptd")  # in memory, and root's alone
     cgroups: Path = Path("/sys/fs/cgroup/system.slice")
+    removal: Removal = field(default_factory=Removal)
 
     async def rotate(
         self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, told: Told
@@ -93,6 +95,9 @@ class CryptsetupReencryption:
 
     def is_running(self, volume: VolumeSpec) -> bool:
         return bool(self._processes(volume))
+
+    def is_torn(self, mapping: str) -> bool:
+        return bool(self.removal.left_behind(mapping))
 
     async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
         await self._followed(volume, told)

@@ -188,6 +188,9 @@ class SimReencryption:
     def is_running(self, volume: VolumeSpec) -> bool:
         return volume.name in self._stopped
 
+    def is_torn(self, mapping: str) -> bool:
+        return False
+
     async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
         raise AssertionError("nothing simulated runs before its daemon")
 
