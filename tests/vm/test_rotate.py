@@ -13,8 +13,9 @@ from tests.vm.host import Background, Host, Vm
 from tests.vm.lab import PASSPHRASE, Caller
 
 SECOND = "canary-Zw7pQ4-second"
-# What is to be found in the middle of it gets a slow disk: one piece of 16 MiB takes some seconds then.
-SLOW = 6 << 20  # bytes a second
+# What is to be found in the middle of it gets a slow disk: one piece of 16 MiB, read and written, takes ten seconds
+# then, and whoever looks takes less, be the machine as busy as it may.
+SLOW = 3 << 20  # bytes a second
 CRAWLING = 1 << 20
 FAST = 0  # as it comes
 LONG_S = 300.0
