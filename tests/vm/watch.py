@@ -24,8 +24,9 @@ _SAMPLE = f"""\
 #!/bin/bash
 while :; do
     for what in cmdline environ; do
-        grep -lsaFf {NEEDLES} /proc/[0-9]*/$what | while IFS=/ read -r _ _ pid what; do
-            echo "$what of $(tr '\\0' ' ' </proc/$pid/comm): $(tr '\\0' ' ' </proc/$pid/$what)" >>{_SAMPLED}
+        # What was found is told by who found it: the process may be gone when it is looked at again.
+        grep -HsaoFf {NEEDLES} /proc/[0-9]*/$what | while IFS=/: read -r _ _ pid what found; do
+            echo "$what of $(cat /proc/$pid/comm 2>/dev/null): $found" >>{_SAMPLED}
         done
     done
     echo >>/root/samples
