@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -460,10 +461,7 @@ class Engine:
         self._stop_rising_jobs()
         await self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S)
         self.world.observe()
-
-        async def let_go(name: str) -> None:
-            await self.rotations.abort(name, PANIC_CANCEL_S)
-
+        let_go = functools.partial(self.rotations.abort, grace_s=PANIC_CANCEL_S)
         if errors := await panic(self.world, self._ports, let_go):
             raise BusyError("; ".join(errors))
 

@@ -202,19 +202,24 @@ class Rotations:
         going = "goes on" if slot is None else "begins"
         log.info("the rotation of the volume key of %s %s", spec.name, going)
         async with self._key_slots.changing(spec, before):
-            try:
-                if before.is_moved:
-                    self._check_whole(spec.name, mapping)
-                else:
-                    # Before it moves anything, cryptsetup opens the old volume key and the new one by this key.
-                    told = self._teller(rotation)
-                    await self._ports.reencryption.rotate(spec, mapping, key, slot, told)
-            except VmcryptdError:
-                if self._ports.reencryption.is_torn(mapping) or not await self._is_moved(spec):
-                    raise
+            if before.is_moved:
+                self._check_whole(spec, mapping)
+            else:
+                await self._move(rotation, mapping, key, slot)
         await self._finish(rotation, before)
 
-    def _check_whole(self, name: str, mapping: str) -> None:
+    async def _move(self, rotation: _Rotation, mapping: str, key: Key, slot: int | None) -> None:
+        """Put the data under the new key. Who is killed with only the end left has not failed."""
+        spec, reencryption = rotation.spec, self._ports.reencryption
+        try:
+            # Before it moves anything, cryptsetup opens the old volume key and the new one by this key.
+            await reencryption.rotate(spec, mapping, key, slot, self._teller(rotation))
+        except VmcryptdError:
+            if reencryption.is_torn(mapping) or not await self._is_moved(spec):
+                raise
+
+    def _check_whole(self, spec: VolumeSpec, mapping: str) -> None:
+        name = spec.name
         if self._ports.reencryption.is_torn(mapping):
             raise BusyError(
                 f"volume {name} has a part that gives errors, since cryptsetup was killed at it: stop what uses it, "

@@ -64,8 +64,7 @@ class Unlocker:
     ) -> str | None:
         spec = self._world.graph.volumes[name].spec
         self._doing(name, True)
-        header = await self._crypt.header(spec)
-        self._world.note_header(name, header)
+        header = await self._header(spec)
         if spec.uuid and header.uuid != spec.uuid:
             raise WrongUuidError(
                 f"volume {name}: the LUKS header on {spec.device} has the UUID {header.uuid}, the configuration says "
@@ -84,8 +83,7 @@ class Unlocker:
                 "the rotation of the volume key of %s, cut off at its very end, is complete", name
             )
             self._world.forget_fitted(name)
-            header = await self._crypt.header(spec)
-            self._world.note_header(name, header)
+            header = await self._header(spec)
         opening = self._openings[name] = self._opening(spec, header)
         try:
             return await attempt(opening)
@@ -98,6 +96,11 @@ class Unlocker:
         finally:
             if self._openings.get(name) is opening:
                 del self._openings[name]
+
+    async def _header(self, spec: VolumeSpec) -> Header:
+        header = await self._crypt.header(spec)
+        self._world.note_header(spec.name, header)
+        return header
 
     def is_stuck(self, name: str) -> bool:
         """Whether its sources are exhausted, and a person or a server is waited for."""

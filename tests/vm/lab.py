@@ -108,6 +108,12 @@ def status(vm: Vm) -> dict[str, Any]:
     return answer
 
 
+def volume(vm: Vm, name: str) -> dict[str, Any]:
+    """What `vmcryptctl status --json` says of it."""
+    [found] = [one for one in status(vm)["volumes"] if one["name"] == name]
+    return dict(found)
+
+
 def volume_states(vm: Vm) -> dict[str, str]:
     return {volume["name"]: volume["state"] for volume in status(vm)["volumes"]}
 

@@ -143,13 +143,13 @@ class Site:
     secrets: list[str]
 
     def source(self, volume: str) -> str:
-        [found] = [one for one in lab.status(self.vm)["volumes"] if one["name"] == volume]
+        found = lab.volume(self.vm, volume)
         assert found["state"] == "unlocked", found
         return str(found["key_source"])
 
     def told(self, volume: str) -> str:
         """Why it waits."""
-        [found] = [one for one in lab.status(self.vm)["volumes"] if one["name"] == volume]
+        found = lab.volume(self.vm, volume)
         assert found["state"] == "waiting", found
         return str(found["error"])
 

@@ -50,8 +50,7 @@ class Site:
     person: Caller
 
     def volume(self, name: str) -> dict[str, Any]:
-        [found] = [one for one in lab.status(self.vm)["volumes"] if one["name"] == name]
-        return dict(found)
+        return lab.volume(self.vm, name)
 
     def sources(self) -> dict[str, str]:
         """Of what is open."""

@@ -34,8 +34,7 @@ class Site:
 
     @property
     def volume(self) -> dict[str, object]:
-        [found] = [one for one in lab.status(self.vm)["volumes"] if one["name"] == "cr_mail"]
-        return dict(found)
+        return lab.volume(self.vm, "cr_mail")
 
     def speed(self, rate: int) -> None:
         """How fast the volume's disk is."""
@@ -46,9 +45,9 @@ class Site:
         others = dict.fromkeys(("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
         self.vm.qmp.execute("block_set_io_throttle", id=disk, bps=rate, **others)
 
-    def rotate(self, *options: str) -> Background:
+    def rotate(self, *options: str, rate: int = SLOW) -> Background:
         """In the middle of it, on a slow disk."""
-        self.speed(SLOW)
+        self.speed(rate)
         command = ["vmcryptctl", "key", "rotate", "cr_mail", "--key-file", "-", *options]
         rotating = self.vm.background(command, stdin=PASSPHRASE.encode(), timeout_s=LONG_S)
         self.moves()
@@ -63,6 +62,13 @@ class Site:
         """Wait until all data has moved; cryptsetup has left to wipe what it needs no more, many times over."""
         self.vm.run("while dmsetup ls | grep -q hotzone; do :; done", timeout_s=LONG_S)
         assert self.vm.run(f"systemctl is-active '{UNIT}'").out == "active\n"
+
+    def finish(self) -> None:
+        """Go on with it to its end."""
+        self.speed(FAST)
+        command = ["vmcryptctl", "key", "rotate", "cr_mail", "--key-file", "-"]
+        self.vm.run(command, stdin=PASSPHRASE.encode(), timeout_s=LONG_S)
+        assert self.volume["rotation"] == ""
 
     def is_whole(self) -> bool:
         self.speed(FAST)
@@ -102,11 +108,16 @@ def larger(host: HostFactory) -> Host:
     return host(disks=["192M"])
 
 
-def answered(vm: Vm) -> None:
-    """The question of a boot, as a person answers it."""
+def came_up(vm: Vm, content: str, rotation: str) -> Site:
+    """A boot whose question a person answers: the guest runs on what it had, with the rotation as far as that."""
+    site = Site(vm, content)
     vm.wait_unit("vmcryptd.service")
     Caller(vm).question("Passphrase for volume cr_mail", PASSPHRASE, timeout_s=LONG_S)
     lab.wait_object(vm, "volume", "cr_mail", "unlocked", LONG_S)
+    assert site.volume["rotation"] == rotation
+    lab.wait_object(vm, "guest", "mail", "running", LONG_S)
+    assert site.is_whole()
+    return site
 
 
 def test_a_guest_and_daemons_come_and_go_meanwhile(prepared: Host) -> None:
@@ -234,8 +245,13 @@ def test_it_is_stopped_locked_killed_and_goes_on(larger: Host) -> None:
         lab.unlock(vm, "cr_mail")
         assert site.is_whole()
 
+        site.finish()
+        assert site.is_whole()
+        found = header(vm)
+        assert (len(found["keyslots"]), list(found["tokens"])) == (1, ["4"])
+
         # With nothing left to do but to say so; here cryptsetup would open it never again.
-        rotating = site.rotate()
+        rotating = site.rotate(rate=4 * SLOW)
         site.moves_the_rest()
         vm.run(f"systemctl kill --signal=KILL '{UNIT}'")
         rotating.wait(LONG_S)
@@ -257,29 +273,18 @@ def test_the_host_goes_down_meanwhile(prepared: Host) -> None:
         assert vm.poweroff(LONG_S) == "guest-shutdown"
         assert "still open" not in vm.console.transcript
     with prepared.boot(wait=False) as vm:
-        site = Site(vm, content)
-        answered(vm)
-        assert site.volume["rotation"] == "unfinished"
-        lab.wait_object(vm, "guest", "mail", "running", LONG_S)
+        site = came_up(vm, content, "unfinished")
         vm.wait_counters("/dev/mapper/cr_mail", guest.Counters(2, 1))
-        assert site.is_whole()
         site.rotate()
         vm.power_cut()
     with prepared.boot(wait=False) as vm:
-        site = Site(vm, content)
-        answered(vm)
-        assert site.volume["rotation"] == "unfinished"
-        lab.wait_object(vm, "guest", "mail", "running", LONG_S)
-        assert site.is_whole()
+        site = came_up(vm, content, "unfinished")
         site.rotate()
         site.moves_the_rest()
         vm.power_cut()
     with prepared.boot(wait=False) as vm:
-        site = Site(vm, content)
-        answered(vm)
-        assert site.volume["rotation"] == ""
-        lab.wait_object(vm, "guest", "mail", "running", LONG_S)
-        assert site.is_whole()
+        came_up(vm, content, "")
+        assert lab.guest_states(vm) == {"mail": "running"}
         [number] = header(vm)["keyslots"]
         assert (
             f"key slot {number}"

@@ -211,7 +211,7 @@ def test_files(site: Site) -> None:
 
 def test_the_bus(site: Site) -> None:
     site.root.refusal("Unlock", CONTROL)
-    site.vm.wait_until("grep -qaFf /root/needles /root/bus")
+    site.vm.wait_until(f"grep -qaFf {watch.NEEDLES} {watch.BUS}")
     assert site.in_files(watch.BUS, "UnlockWithKey") == [watch.BUS]
     assert site.in_files(watch.BUS, CONTROL) == [watch.BUS]
     assert site.in_files(watch.BUS, CANARY) == []
@@ -234,7 +234,7 @@ def test_core_dumps(site: Site, signal: str, pattern: str) -> None:
     vm.run("cat >/proc/sys/kernel/core_pattern; rm -f /root/core", stdin=pattern.encode())
     crash = f"import os, sys; key = sys.stdin.read(); os.kill(os.getpid(), {SIGNALS[signal]})"
     vm.run(f"ulimit -c unlimited; exec python3 -c '{crash}'", stdin=CONTROL.encode(), check=False)
-    vm.wait_until("grep -qaFf /root/needles /root/core")
+    vm.wait_until(f"grep -qaFf {watch.NEEDLES} /root/core")
     vm.run("rm /root/core")
 
     site.hold_a_key()

@@ -144,6 +144,7 @@ class CryptsetupSlots:
         except OSError as error:
             raise StorageError(f"{copy} cannot be used: {error.strerror}") from None
         finally:
+            # Where cryptsetup did not get as far, there is none.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(copy)
 
