@@ -29,7 +29,18 @@ from vmcryptd.errors import (
 from vmcryptd.graph import Graph
 from vmcryptd.jobs import Job, JobState, is_rising, outcome, together
 from vmcryptd.keyslots import KeySlots
-from vmcryptd.model import Action, HostState, Infinity, Lock, Plan, Settings, Unlock, VolumeState
+from vmcryptd.model import (
+    Action,
+    Header,
+    HostState,
+    Infinity,
+    Lock,
+    Plan,
+    Settings,
+    Unlock,
+    VolumeSpec,
+    VolumeState,
+)
 from vmcryptd.panic import panic
 from vmcryptd.ports import Key, Ports
 from vmcryptd.prompt import Prompt
@@ -97,6 +108,7 @@ class Engine:
             self._touch,
             self._open_for,
             self._settle_key,
+            self._settle_header,
         )
         derivation = self._steps.unlocker.derivation
         self.key_slots = KeySlots(ports, self.world, derivation, self._touch)
@@ -523,6 +535,9 @@ class Engine:
 
     async def _settle_key(self, name: str) -> None:
         await self.rotations.stop(name, GRACE_S)
+
+    async def _settle_header(self, spec: VolumeSpec, header: Header) -> Header:
+        return await self.key_slots.settle(spec, header)
 
     def _begin_quietly(self, goal: str) -> None:
         try:

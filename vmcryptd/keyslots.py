@@ -96,7 +96,7 @@ class KeySlots:
     async def test(self, name: str, fd: int) -> int:
         """The key slot that a caller's key opens; `fd` is closed. Raises WrongKeyError if there is none."""
         async with self.keys(name, fd) as (spec, key):
-            slot = await self.slot_of(spec, await self._settled(spec), key)
+            slot = await self.slot_of(spec, await self._changeable(spec), key)
             return slot.number
 
     async def add(self, name: str, fd: int, new_fd: int) -> int:
@@ -107,7 +107,7 @@ class KeySlots:
     async def remove(self, name: str, slot: int, fd: int) -> None:
         """Wipe a key slot; the key has to open another one. Raises LastKeyError, WrongKeyError."""
         async with self.keys(name, fd) as (spec, key):
-            header = await self._settled(spec)
+            header = await self._changeable(spec)
             check_removable(header, name, slot)
             try:
                 await self._remove(spec, header, slot, key)
@@ -120,7 +120,7 @@ class KeySlots:
     async def change(self, name: str, fd: int, new_fd: int) -> int:
         """Put a new key in the place of another one. Returns the new slot. Raises WrongKeyError."""
         async with self.keys(name, fd, new_fd) as (spec, key, new_key):
-            header = await self._settled(spec)
+            header = await self._changeable(spec)
             old = await self.slot_of(spec, header, key)
             new = await self._add(spec, key, new_key, priority=old.priority)
             # Until here the old key opens the volume, and from here on both do, until the old one is gone.
@@ -182,7 +182,7 @@ class KeySlots:
         try:
             self._spec(name)
             async with self._alone(name) as spec:
-                await self._settled(spec)
+                await self._changeable(spec)
                 await self._ports.slots.back_up(spec, fd)
                 self._note_due(name, "")
         finally:
@@ -201,7 +201,7 @@ class KeySlots:
         priority: int = 1,
         is_random: bool = False,
     ) -> int:
-        before = await self._settled(spec)
+        before = await self._changeable(spec)
         known = {slot.number for slot in before.slots}
         async with self.changing(spec, before):
             new_kib = NEW_SLOT_KIB if before.version > 1 and not is_random else 0
@@ -264,7 +264,20 @@ class KeySlots:
         self._world.note_header(spec.name, header)
         return header
 
-    async def _settled(self, spec: VolumeSpec) -> Header:
+    async def settle(self, spec: VolumeSpec, header: Header) -> Header:
+        """Make up for the end that a rotation of the volume key was cut off at (`Header.is_moved`).
+
+        Returns the header as it is then. Raises as `Slots.settle`.
+        """
+        async with self.changing(spec, header):
+            await self._ports.slots.settle(spec)
+        self._world.forget_fitted(spec.name)
+        log.info(
+            "the rotation of the volume key of %s, cut off at its very end, is complete", spec.name
+        )
+        return await self.header(spec)
+
+    async def _changeable(self, spec: VolumeSpec) -> Header:
         """Raises BusyError if it is one that cryptsetup lets nobody change, and that is no good as a backup."""
         header = await self.header(spec)
         if header.is_reencrypting:

@@ -258,8 +258,7 @@ class Rotations:
         spec = rotation.spec
         header = await self._key_slots.header(spec)
         if header.is_moved:
-            await self._ports.slots.settle(spec)
-            header = await self._key_slots.header(spec)
+            header = await self._key_slots.settle(spec, header)
         if header.is_reencrypting:
             raise CancelledError(
                 f"the rotation of the volume key of {spec.name} has stopped before its end; nothing is lost, and it "

@@ -16,7 +16,7 @@ from vmcryptd.model import Action, GuestState, Step, VolumeState
 from vmcryptd.ports import Ports
 from vmcryptd.prompt import Answer, Prompt
 from vmcryptd.state import Activities, Activity
-from vmcryptd.unlock import Unlocker
+from vmcryptd.unlock import Settle, Unlocker
 from vmcryptd.world import World
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,16 @@ class Steps:
         touch: Callable[[], None],
         open_for: Callable[[Job, str], Awaitable[None]],
         settle_key: Callable[[str], Awaitable[None]],
+        settle_header: Settle,
     ) -> None:
         self.unlocker = Unlocker(
-            ports.crypt, ports.slots, ports.keys, prompt, world, self._unlocking, self._still_locked
+            ports.crypt,
+            settle_header,
+            ports.keys,
+            prompt,
+            world,
+            self._unlocking,
+            self._still_locked,
         )
         self._ports = ports
         self._world = world

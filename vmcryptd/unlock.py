@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 
@@ -16,12 +15,13 @@ from vmcryptd.errors import (
 )
 from vmcryptd.model import Header, VolumeSpec
 from vmcryptd.opening import Opening
-from vmcryptd.ports import Crypt, Keys, Slots
+from vmcryptd.ports import Crypt, Keys
 from vmcryptd.prompt import Answer, Prompt
 from vmcryptd.tokens import Tokens
 from vmcryptd.world import World
 
-log = logging.getLogger(__name__)
+# Makes up for the end that a rotation of the volume's key lacks. Returns the header as it is then.
+Settle = Callable[[VolumeSpec, Header], Awaitable[Header]]
 
 
 class Unlocker:
@@ -30,7 +30,7 @@ class Unlocker:
     def __init__(
         self,
         crypt: Crypt,
-        slots: Slots,
+        settle: Settle,
         keys: Keys,
         prompt: Prompt,
         world: World,
@@ -38,7 +38,7 @@ class Unlocker:
         told: Callable[[str, VmcryptdError], None],
     ) -> None:
         self._crypt = crypt
-        self._slots = slots
+        self._settle = settle
         self._keys = keys
         self._prompt = prompt
         self._world = world
@@ -64,7 +64,8 @@ class Unlocker:
     ) -> str | None:
         spec = self._world.graph.volumes[name].spec
         self._doing(name, True)
-        header = await self._header(spec)
+        header = await self._crypt.header(spec)
+        self._world.note_header(name, header)
         if spec.uuid and header.uuid != spec.uuid:
             raise WrongUuidError(
                 f"volume {name}: the LUKS header on {spec.device} has the UUID {header.uuid}, the configuration says "
@@ -78,12 +79,7 @@ class Unlocker:
                 f"`dmsetup info {name}` tells more, remove or rename it"
             )
         if header.is_moved:
-            await self._slots.settle(spec)
-            log.info(
-                "the rotation of the volume key of %s, cut off at its very end, is complete", name
-            )
-            self._world.forget_fitted(name)
-            header = await self._header(spec)
+            header = await self._settle(spec, header)
         opening = self._openings[name] = self._opening(spec, header)
         try:
             return await attempt(opening)
@@ -96,11 +92,6 @@ class Unlocker:
         finally:
             if self._openings.get(name) is opening:
                 del self._openings[name]
-
-    async def _header(self, spec: VolumeSpec) -> Header:
-        header = await self._crypt.header(spec)
-        self._world.note_header(spec.name, header)
-        return header
 
     def is_stuck(self, name: str) -> bool:
         """Whether its sources are exhausted, and a person or a server is waited for."""

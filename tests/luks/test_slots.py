@@ -431,9 +431,13 @@ def opens(path: Path, key: str) -> bool:
     return done.returncode == 0
 
 
-@pytest.mark.parametrize("are_listed", [True, False], ids=["wiped", "wiped and forgotten"])
+@pytest.mark.parametrize(
+    ("are_listed", "is_detached"),
+    [(True, False), (False, False), (True, True)],
+    ids=["wiped", "wiped and forgotten", "detached"],
+)
 def test_a_rotation_that_was_cut_off_at_its_very_end(
-    templates: Path, tmp_path: Path, are_listed: bool
+    templates: Path, tmp_path: Path, are_listed: bool, is_detached: bool
 ) -> None:
     """cryptsetup wipes the old key slots before it writes that all is done, and opens such a header no more."""
     path = Path(shutil.copy(templates / "luks2", tmp_path / "disk"))
@@ -455,6 +459,8 @@ def test_a_rotation_that_was_cut_off_at_its_very_end(
 
     real = Real(path)
     volume = real.engine.settings.volumes["mail"]
+    if is_detached:
+        volume = replace(volume, device="/dev/null", header=str(path))
     asyncio.run(CryptsetupSlots(str(real.runtime)).settle(volume))
     assert list(real.runtime.iterdir()) == []
     assert (opens(path, FIRST), opens(path, SECOND)) == (True, False)

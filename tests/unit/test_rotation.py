@@ -373,6 +373,7 @@ async def test_what_lacks_only_its_end_gets_it_when_the_volume_is_opened(run: Ru
     await run.engine.unlock("mail")
     assert run.host.done("settle", "open") == ["settle mail", "open mail"]
     assert shown(run) == ""
+    assert run.volume("mail").header_backup_due
     await run.engine.lock("mail")
     run.host.answer("one")
     await run.engine.unlock("mail")
