@@ -60,7 +60,7 @@ test:
 
 # A machine without KVM keeps one core busy. The modules that take longest come first.
 VM_JOBS ?= 2
-VM_TESTS := $(addprefix tests/vm/test_,faults keystore stop stacks rotate keys secrets package boot host)
+VM_TESTS := $(addprefix tests/vm/test_,faults keystore stop stacks rotate keys secrets package boot agent host)
 
 vm: $(VENV)/stamp
 	$(RUN) -m pytest --timeout=900 --durations=20 -n $(VM_JOBS) --dist loadfile --no-loadscope-reorder $(VM_TESTS:=.py)
