@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from vmcryptd.errors import CancelledError, VmcryptdError
 from vmcryptd.model import Infinity, VolumeSpec
@@ -313,13 +314,11 @@ class Prompt:
             names = sorted(self._waiting)
             if not names:
                 return
-            if fresh := [name for name in names if name not in announced]:
-                announced.update(fresh)
-                await self._on_waiting(names)
+            await self._announce(announced)
             wrong = answer is not None and any(name in answer.refused for name in names)
             message = question([self._waiting[name] for name in names], wrong)
             try:
-                key = await self._ask_while_waiting(message, names)
+                key = await self._ask_while_waiting(message, names, announced)
             except CancelledError:
                 self.declined = True
             except VmcryptdError as error:
@@ -332,14 +331,15 @@ class Prompt:
             await self._pause(again_s)
             again_s = min(again_s * 2, AGAIN_S[1])
 
+    async def _announce(self, announced: set[str]) -> None:
+        """Tell who waits, if that is somebody new."""
+        if not announced.issuperset(self._waiting):
+            announced.update(self._waiting)
+            await self._on_waiting(sorted(self._waiting))
+
     async def _gather(self, first: bool) -> None:
         """Wait until nobody tries a key, or is about to: then all that will wait, waits."""
-        try:
-            async with asyncio.timeout(GATHER_S):
-                while self._fetching or self._is_trying:
-                    await self.move()
-        except TimeoutError:
-            pass  # a slow source must not hold up the question
+        await self._all_that_wait()
         while self._is_trying and not first:
             await (
                 self.move()
@@ -351,24 +351,34 @@ class Prompt:
         except TimeoutError:
             pass
 
+    async def _all_that_wait(self) -> None:
+        try:
+            async with asyncio.timeout(GATHER_S):
+                while self._fetching or self._is_trying:
+                    await self.move()
+        except TimeoutError:
+            pass  # a slow source must not hold up the question
+
     @property
     def _is_trying(self) -> bool:
         return bool(self._trying) or any(map(self.untried, self._waiting))
 
-    async def _ask_while_waiting(self, message: str, names: list[str]) -> Key | None:
+    async def _ask_while_waiting(
+        self, message: str, names: list[str], announced: set[str]
+    ) -> Key | None:
         """Ask until there is an answer, or None when none of the named volumes can use one any more.
 
         One that is trying a key that came another way is still asked for: it may not fit, and who is typing an answer
-        just now would be interrupted.
+        just now would be interrupted. For the same reason the question stays as it is when another volume begins to
+        wait; that is announced.
         """
         asking = asyncio.ensure_future(self._keys.ask(message))
         try:
             while not asking.done() and any(name in self._expected for name in names):
-                move = asyncio.ensure_future(self.move())
-                try:
-                    await asyncio.wait({asking, move}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    move.cancel()
+                await _first(asking, self.move())
+                if not asking.done() and not announced.issuperset(self._waiting):
+                    await _first(asking, self._all_that_wait())
+                    await self._announce(announced)
             return asking.result() if asking.done() else None
         finally:
             if not asking.done():
@@ -382,6 +392,15 @@ class Prompt:
                     await self.move()
         except TimeoutError:
             pass
+
+
+async def _first(asking: asyncio.Future[Any], other: Coroutine[None, None, Any]) -> None:
+    """Until the question has its answer, or the other has ended."""
+    task: asyncio.Future[Any] = asyncio.ensure_future(other)
+    try:
+        await asyncio.wait({asking, task}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        task.cancel()
 
 
 def question(volumes: list[VolumeSpec], wrong: bool) -> str:

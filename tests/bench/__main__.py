@@ -25,7 +25,10 @@ from tests.vm.tpm import Tpm
 
 RESULT = PROJECT / "build/bench.json"
 # What runs in the machine, as the same package.
-INSIDE = ("__init__.py", "inside.py", "machine.py", "opening.py")
+INSIDE = (
+    *(f"bench/{name}.py" for name in ("__init__", "inside", "machine", "opening", "refusing")),
+    *(f"vm/{name}.py" for name in ("__init__", "caller")),
+)
 GUESTS = ("one", "two")
 # A machine without KVM takes minutes for a round.
 ROUNDS = {"kvm": 5, "tcg": 2}
@@ -45,8 +48,7 @@ def measure_inside(image: Image, rounds: int, only: str) -> dict[str, Any]:
             vm.put("/run/bench/guest", guest.disk_image())
             vm.put("/run/bench/work.json", json.dumps({"guests": GUESTS, "domains": domains}))
             for file in INSIDE:
-                text = Path(__file__).with_name(file).read_text()
-                vm.put(f"/run/bench/tests/bench/{file}", text)
+                vm.put(f"/run/bench/tests/{file}", (PROJECT / "tests" / file).read_text())
             command = f"python3 -m tests.bench.inside --rounds {rounds} --only '{only}'"
             done = vm.run(f"cd /run/bench && exec {command}", timeout_s=LIMIT_S)
             print(done.err, file=sys.stderr)

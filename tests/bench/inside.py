@@ -87,6 +87,18 @@ def starting(daemon: Daemon, rounds: int) -> Samples:
     return out
 
 
+# --- calls that are refused ---
+
+
+def refusing(daemon: Daemon, rounds: int) -> Samples:
+    opening.configure(opening.KIND["fast"], FEW)
+    daemon.start()
+    command = f"cd {BENCH} && exec runuser -u nobody -- python3 -m tests.bench.refusing {rounds}"
+    out: Samples = json.loads(sh(command))
+    daemon.stop()
+    return out
+
+
 # --- panic ---
 
 
@@ -172,6 +184,7 @@ def main() -> None:
         for count in COUNTS[kind.name]
     }
     parts["start"] = lambda: starting(daemon, 2 * rounds)
+    parts["refusing"] = lambda: refusing(daemon, 2 * rounds)
     parts["panic"] = lambda: panic(daemon, work["guests"], max(rounds // 2, 1))
     for name, part in parts.items():
         if not wanted or wanted & {name, name.rstrip("0123456789")}:

@@ -65,6 +65,9 @@ def rows(measured: dict[str, Medians], plans: dict[int, list[float]]) -> list[Ro
         ready, status = "daemon, exec to READY", "`vmcryptctl status`"
         found.append(Row(ready, libraries, start["ready"], start["libraries"], *_at_most(1.3)))
         found.append(Row(status, library, start["status"], start["dbus_next"], *_at_most(1.3)))
+    if refusing := measured.get("refusing"):
+        what, before = "100 answers, after 10 000 calls it refused", "before these"
+        found.append(Row(what, before, refusing["after"], refusing["before"]))
     large, small = median(plans[10_000]), median(plans[1_000])
     found.append(
         Row("planning 10 000 volumes and guests", "1 000", large, small, "≤ 12, < 2 s", 12, 2)

@@ -123,6 +123,49 @@ async def test_one_question_for_all(asked: Prompt, person: Person) -> None:
 
 
 @play
+async def test_who_waits_later_is_announced_and_does_not_change_the_question(
+    asked: Prompt, person: Person
+) -> None:
+    wait(asked, "a")
+    await turns()
+    for name in ("b", "c", "d"):
+        asked.expect(name)
+    for name in ("b", "c"):
+        asked.fetching(name)
+    late = [asyncio.create_task(asked.next(spec(name), lambda: True)) for name in ("b", "d")]
+    await turns()
+    # The third tries another source still.
+    assert person.waiting == [["a"]]
+    asked.release("c")
+    await turns()
+    assert person.waiting == [["a"], ["a", "b", "d"]]
+    assert (person.questions, person.interrupted) == (["Passphrase for volume a (/dev/a):"], 0)
+    token = Token()
+    person.answers.put_nowait(token)
+    answers = await asyncio.gather(*late)
+    assert {answer.key for answer in answers if answer} == {token}
+    for name in ("a", "b", "d"):
+        asked.release(name)
+    assert token.closed
+    assert len(person.waiting) == 2
+
+
+@play
+async def test_an_answer_does_not_wait_for_who_begins_to_wait(
+    asked: Prompt, person: Person
+) -> None:
+    [first] = wait(asked, "a")
+    await turns()
+    asked.expect("slow")
+    asked.fetching("slow")
+    wait(asked, "b")
+    await turns()
+    person.answers.put_nowait(Token())
+    await turns()
+    assert first.done()
+
+
+@play
 async def test_the_question_waits_for_who_tries_another_source(
     asked: Prompt, person: Person
 ) -> None:

@@ -33,6 +33,23 @@ WINDOW = 60  # the bus delivers no more descriptors to one receiver than some hu
 
 Json = dict[str, Any]
 
+MALFORMED: list[list[Any]] = [
+    [ROOT, MANAGER, "UnlockAllWithKey", "s", ["x"], 2],
+    [ROOT, MANAGER, "Lock", "s", ["cr_ask"], 1],
+    [ROOT, MANAGER, "Nothing", "h", [0], 1],
+    [ROOT, MANAGER, "Unlock", "u", [7], 1],
+    ["/no/where", MANAGER, "Lock", "s", ["a"], 2],
+    [ROOT, "org.freedesktop.DBus.Peer", "Ping", "h", [0], 3],
+    [ROOT, "org.freedesktop.DBus.Introspectable", "Introspect", "h", [0], 1],
+    [ROOT, "org.freedesktop.DBus.Properties", "Get", "sh", ["x", 0], 1],
+]
+REFUSED: list[list[Any]] = [
+    [ROOT, MANAGER, "UnlockWithKey", "sh", ["cr_ask", 0], 1],
+    [ROOT, MANAGER, "UnlockAllWithKey", "h", [0], 1],
+]
+# What `flood` may be given. Every 125th is one that polkit decides, which is what takes most of the time.
+BAD_CALLS = [*(MALFORMED * 31), *REFUSED]
+
 
 def plain(value: Any) -> Any:
     if isinstance(value, Variant):

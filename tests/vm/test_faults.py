@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.vm import guest, lab
+from tests.vm.caller import BAD_CALLS
 from tests.vm.conftest import HostFactory, current_package
 from tests.vm.host import PROJECT, Background, Vm
 from tests.vm.lab import PASSPHRASE, WRONG, Caller
@@ -614,34 +615,14 @@ def running(vm: Vm) -> str:
     ).out
 
 
-MANAGER = "org.vmcryptd1.Manager"
-ROOT = "/org/vmcryptd1"
-MALFORMED: list[list[Any]] = [
-    [ROOT, MANAGER, "UnlockAllWithKey", "s", ["x"], 2],
-    [ROOT, MANAGER, "Lock", "s", ["cr_ask"], 1],
-    [ROOT, MANAGER, "Nothing", "h", [0], 1],
-    [ROOT, MANAGER, "Unlock", "u", [7], 1],
-    ["/no/where", MANAGER, "Lock", "s", ["a"], 2],
-    [ROOT, "org.freedesktop.DBus.Peer", "Ping", "h", [0], 3],
-    [ROOT, "org.freedesktop.DBus.Introspectable", "Introspect", "h", [0], 1],
-    [ROOT, "org.freedesktop.DBus.Properties", "Get", "sh", ["x", 0], 1],
-]
-REFUSED: list[list[Any]] = [
-    [ROOT, MANAGER, "UnlockWithKey", "sh", ["cr_ask", 0], 1],
-    [ROOT, MANAGER, "UnlockAllWithKey", "h", [0], 1],
-]
-
-
 def test_ten_thousand_refused_calls_leave_nothing_behind(site: Site) -> None:
     vm = site.vm
     pid = vm.run("systemctl show -P MainPID vmcryptd").out.strip()
     count = f"ls /proc/{pid}/fd | wc -l"
-    # Every 125th is one that polkit decides, which is what takes most of the time.
-    many = (MALFORMED * 32)[:248]
-    site.nobody.flood(250, [*many, *REFUSED])  # to have seen all of it
+    site.nobody.flood(len(BAD_CALLS), BAD_CALLS)  # to have seen all of it
     before = vm.run(count).out
     memory, children = memory_and_children(vm, pid)
-    answers = site.nobody.flood(10_000, [*many, *REFUSED])
+    answers = site.nobody.flood(10_000, BAD_CALLS)
     assert sum(answers.values()) == 10_000
     assert "allowed" not in answers, answers
     assert answers["org.vmcryptd1.Error.NotAuthorized"] >= 80, answers

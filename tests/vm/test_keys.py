@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Keys that fetch themselves: a TPM, a smart card, Tang, a vault; and what happens when these are taken away."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ DefaultDependencies=no
 [Socket]
 ListenStream=127.0.0.1:{port}
 Accept=yes
+[Install]
+WantedBy=sockets.target
 """
 TANG_SERVICE = """\
 [Unit]
@@ -117,7 +120,8 @@ def prepare(vm: Vm) -> list[str]:
         answers=[("PIN", CARD_PIN)],
     )
     setup.volume("cr_card", lab.disk(3), keys=["pkcs11", "prompt"], unlock="manual")
-    setup.write_config()
+    setup.write_config(reload=True)
+    keystore(vm, setup)
 
     # What Clevis made of its servers' answers is a secret, too.
     bound = [vm.run(f"clevis luks pass -d {lab.disk(index)} -s {slot}", timeout_s=SLOW_S).out.strip()
@@ -126,6 +130,26 @@ def prepare(vm: Vm) -> list[str]:
     secrets = [PASSPHRASE, PIN, CARD_PIN, vault.KEY, vault.TOKEN, *bound]
     watch.install(vm, [*secrets, CONTROL])
     return secrets
+
+
+def keystore(vm: Vm, setup: lab.Lab) -> None:
+    """One that the TPM opens, and a volume whose key lies there. As the manual says."""
+    device, key = lab.disk(5), ["--key-file", "-"]
+    made = ["vmcryptctl", "keystore", "init", "keys", "--device", device, *key]
+    vm.run(made, stdin=PASSPHRASE.encode())
+    enrol(vm, device, "--tpm2-device=auto", "--tpm2-pcrs=")
+    setup.luks(lab.disk(6))
+    vm.run('sed -i \'s/^keys = .*/keys = ["tpm2", "prompt"]/\' /etc/vmcryptd/conf.d/keys.toml')
+    setup.volume("cr_data", lab.disk(6))
+    setup.write_config(reload=True)
+    vm.run("vmcryptctl unlock keys", timeout_s=SLOW_S)
+    added = vm.run(
+        ["vmcryptctl", "key", "add", "cr_data", "--keystore", "keys", *key],
+        stdin=PASSPHRASE.encode(),
+    )
+    [line] = re.findall(r"^ *(keys = .*)$", added.out, re.MULTILINE)
+    setup.config[-1] += line + "\n"
+    setup.write_config(reload=True)
 
 
 def bind(vm: Vm, device: str, pin: str, config: str) -> None:
@@ -138,6 +162,7 @@ def bind(vm: Vm, device: str, pin: str, config: str) -> None:
 
 @dataclass
 class Site:
+    host: Host
     vm: Vm
     person: Caller
     secrets: list[str]
@@ -163,14 +188,14 @@ def site(
 ) -> Iterator[Site]:
     """The second boot: nobody is there, and the servers are not up yet."""
     tpm = Tpm(image, tmp_path_factory.mktemp("tpm"))
-    host: Host = module_host(disks=["64M"] * 5, extra_qemu=tpm.qemu)
+    host: Host = module_host(disks=["64M"] * 7, extra_qemu=tpm.qemu)
     tpm.plug_in()
     with host.boot() as vm:
         secrets = prepare(vm)
         vm.poweroff()
     tpm.plug_in()
     with host.boot() as vm:
-        yield Site(vm, Caller(vm), secrets)
+        yield Site(host, vm, Caller(vm), secrets)
 
 
 def test_nobody_is_there(site: Site) -> None:
@@ -186,6 +211,10 @@ def test_nobody_is_there(site: Site) -> None:
     lab.wait_object(vm, "volume", "cr_luks1", "unlocked", SLOW_S)
     assert site.source("cr_luks1") == "clevis"
     lab.wait_state(vm, "ready")
+    # A keystore that fetches its key by itself is open for as long as it takes.
+    assert site.source("cr_data").startswith("file:")
+    assert "volume keys is open (tpm2)" in vm.run("journalctl -b -o cat -u vmcryptd").out
+    lab.wait_object(vm, "volume", "keys", "locked")
 
 
 def test_one_after_the_other_is_taken_away(site: Site) -> None:
@@ -292,3 +321,35 @@ def test_no_secret_is_left(site: Site) -> None:
     assert lab.in_memory(vm, pid, "vmcryptd") != []
     assert {"/run/vmcryptd/planted", watch.BUS} <= set(lab.in_files(vm, places, CONTROL))
     assert watch.in_output(vm, journal, CONTROL) != []
+
+
+def test_boots_without_them(site: Site) -> None:
+    """Without its TPM and with one of the two servers; then without any of them."""
+    host, vm = site.host, site.vm
+    vm.put("/etc/vmcryptd/vault-token", f"{vault.TOKEN}\n", 0o600)
+    vm.run("systemctl enable -q tang1.socket")
+    assert vm.poweroff() == "guest-shutdown"
+    host.extra_qemu = ()
+    with host.boot(wait=False) as vm:
+        lab.wait_object(vm, "guest", "mail", "running", SLOW_S)
+        assert lab.volume(vm, "cr_mail")["key_source"] == "clevis"
+        vm.wait_counters("/dev/mapper/cr_mail", guest.Counters(2, 1))
+        lab.wait_object(vm, "volume", "cr_luks1", "unlocked", SLOW_S)
+        lab.wait_object(vm, "volume", "keys", "waiting", SLOW_S)
+        assert "tpm2: " in lab.volume(vm, "keys")["error"]
+        Caller(vm).question("Passphrase for volume keys", PASSPHRASE)
+        lab.wait_object(vm, "volume", "cr_data", "unlocked", SLOW_S)
+        lab.wait_state(vm, "ready", timeout_s=SLOW_S)
+        vm.run("systemctl disable -q tang1.socket")
+        assert vm.poweroff() == "guest-shutdown"
+    with host.boot(wait=False) as vm:
+        for name in ("cr_mail", "keys"):
+            lab.wait_object(vm, "volume", name, "waiting", SLOW_S)
+        # Whichever of them was the first to wait is asked for; what is typed is tried on both.
+        Caller(vm).question("Passphrase for volume", PASSPHRASE)
+        lab.wait_object(vm, "guest", "mail", "running", SLOW_S)
+        assert lab.volume(vm, "cr_mail")["key_source"] == "prompt"
+        vm.wait_counters("/dev/mapper/cr_mail", guest.Counters(3, 2))
+        lab.wait_object(vm, "volume", "cr_data", "unlocked", SLOW_S)
+        for secret in site.secrets:
+            assert secret not in vm.console.transcript
