@@ -378,7 +378,8 @@ class Prompt:
                 await _first(asking, self.move())
                 if not asking.done() and not announced.issuperset(self._waiting):
                     await _first(asking, self._all_that_wait())
-                    await self._announce(announced)
+                    if not asking.done():
+                        await self._announce(announced)
             return asking.result() if asking.done() else None
         finally:
             if not asking.done():

@@ -163,6 +163,7 @@ async def test_an_answer_does_not_wait_for_who_begins_to_wait(
     person.answers.put_nowait(Token())
     await turns()
     assert first.done()
+    assert person.waiting == [["a"]]
 
 
 @play
