@@ -208,8 +208,8 @@ class DaemonTable(_Table):
     on_waiting: list[str] = Field(
         [],
         description="A command (argument vector, absolute path first) that is run when volumes start to wait "
-        "for a person. "
-        "VMCRYPTD_WAITING in its environment holds their names, separated by spaces.",
+        "for a person, and again when more do. "
+        "VMCRYPTD_WAITING in its environment holds the names of all that wait, separated by spaces.",
         json_schema_extra={"shown": ["/usr/local/bin/mail-me"]},
     )
 

@@ -13,7 +13,7 @@ from vmcryptd.errors import (
     VmcryptdError,
     WrongUuidError,
 )
-from vmcryptd.model import Header, VolumeSpec
+from vmcryptd.model import Header, Unlock, VolumeSpec
 from vmcryptd.opening import Opening
 from vmcryptd.ports import Crypt, Keys
 from vmcryptd.prompt import Answer, Prompt
@@ -133,7 +133,10 @@ class Unlocker:
                 return
         finally:
             self.absent.discard(spec.name)
+        then = f"once it is there: `vmcryptctl unlock {spec.name}`"
+        if spec.unlock is Unlock.BOOT:
+            then = "the volume is opened when it appears"
         raise DeviceMissingError(
             f"volume {spec.name}: its device {spec.device} did not appear within {spec.timeout_s:g} s; "
-            f"check the disk and `device` in the configuration; the volume is opened when it appears"
+            f"check the disk and `device` in the configuration; {then}"
         )

@@ -464,12 +464,22 @@ async def test_a_device_appears_after_boot_ended(run: Running) -> None:
     assert run.state == "degraded"
     assert set(run.host.goals()) == {"late:a", "up"}
     assert "did not appear within 0.01 s" in run.volume("a").error
+    assert run.volume("a").error.endswith("the volume is opened when it appears")
     run.host.volume("a", present=True)
     await run.until(lambda: len(run.host.questions) == 2)
     run.host.answer("alpha")
     await run.idle()
     assert (run.state, run.guests()) == ("ready", {"g": "running"})
     assert run.host.goals() == ("up",)
+
+
+@play(volume("a", A + "\npresent = false", timeout="10ms", unlock="manual"))
+async def test_who_is_to_open_what_comes_late_by_hand_is_told_so(run: Running) -> None:
+    with pytest.raises(DeviceMissingError, match="once it is there: `vmcryptctl unlock a`$"):
+        await run.engine.unlock("a")
+    run.host.volume("a", present=True)
+    await run.until(lambda: run.volumes() == {"a": "locked"})
+    assert run.host.done("open") == []
 
 
 @play(volume("a", A + "\npresent = false", timeout="10ms") + volume("b", B) + guest("g", "a"))
