@@ -35,7 +35,6 @@ Json = dict[str, Any]
 
 MALFORMED: list[list[Any]] = [
     [ROOT, MANAGER, "UnlockAllWithKey", "s", ["x"], 2],
-    [ROOT, MANAGER, "Lock", "s", ["cr_ask"], 1],
     [ROOT, MANAGER, "Nothing", "h", [0], 1],
     [ROOT, MANAGER, "Unlock", "u", [7], 1],
     ["/no/where", MANAGER, "Lock", "s", ["a"], 2],
@@ -46,9 +45,10 @@ MALFORMED: list[list[Any]] = [
 REFUSED: list[list[Any]] = [
     [ROOT, MANAGER, "UnlockWithKey", "sh", ["cr_ask", 0], 1],
     [ROOT, MANAGER, "UnlockAllWithKey", "h", [0], 1],
+    [ROOT, MANAGER, "Lock", "s", ["cr_ask"], 1],  # with a descriptor that it does not want
 ]
-# What `flood` may be given. Every 125th is one that polkit decides, which is what takes most of the time.
-BAD_CALLS = [*(MALFORMED * 31), *REFUSED]
+# What `flood` may be given: of 125 calls polkit decides three, which is what takes most of the time.
+BAD_CALLS = [*(MALFORMED * 35)[:244], *(REFUSED * 2)]
 
 
 def plain(value: Any) -> Any:
