@@ -7,6 +7,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -438,5 +439,89 @@ def test_a_thousand_domains(run: Any, outsider: Any) -> None:
                 outsider.lookupByName(f"many{number}").undefine()
             await observer.sees(lambda known: len(known.domains) == 1)
             assert observer.calls - calls < 1000  # coalesced
+
+    run(work())
+
+
+def test_what_is_watched_is_changed_in_the_loops_thread_only(run: Any) -> None:
+    """libvirt changes it around each call, in whatever thread makes that; two at once leave a connection unwatched."""
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        here = threading.current_thread()
+
+        def in_the_loop(method: Any) -> Any:
+            def checked(*arguments: Any) -> Any:
+                assert threading.current_thread() is here
+                return method(*arguments)
+
+            return checked
+
+        for name in ("add_reader", "remove_reader", "add_writer", "remove_writer"):
+            setattr(loop, name, in_the_loop(getattr(loop, name)))
+        implementation = module._implementation(loop)
+        freed: list[int] = []
+        implementation.schedule_ff_callback = lambda iden, opaque: freed.append(iden)
+        await asyncio.to_thread(int)  # what it needs is there from now on
+        before = len(os.listdir("/proc/self/fd"))
+        reader, writer = os.pipe()
+        os.write(writer, b"ready")
+        seen = asyncio.Event()
+
+        def watched() -> int:
+            watch = implementation._add_handle(reader, 1, lambda *_: seen.set(), None)
+            implementation._update_handle(watch, 0)
+            implementation._update_handle(watch, 1)
+            return int(watch)
+
+        watch = await asyncio.to_thread(watched)
+        await seen.wait()
+        # It closes the descriptor as soon as it wants it watched no more, and its number is used again.
+        await asyncio.to_thread(implementation._remove_handle, watch)
+        os.close(reader)
+        other, more = os.pipe()
+        assert other == reader
+        readable = asyncio.Event()
+        loop.add_reader(other, readable.set)
+        await asyncio.sleep(0)
+        os.write(more, b"x")
+        await readable.wait()
+        loop.remove_reader(other)
+        assert freed == [watch]
+        for fd in (other, more, writer):
+            os.close(fd)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    run(work())
+
+
+def test_what_is_not_watched_any_more_is_not_called(run: Any) -> None:
+    """Also when its turn had come already."""
+
+    async def work() -> None:
+        implementation = module._implementation(asyncio.get_running_loop())
+        implementation.schedule_ff_callback = lambda iden, opaque: None
+        called: list[str] = []
+        reader, writer = os.pipe()
+        os.write(writer, b"ready")
+        watch = implementation._add_handle(reader, 1, lambda *_: called.append("watch"), None)
+        timer = implementation._add_timeout(0, lambda *_: called.append("timer"), None)
+        while set(called) != {"watch", "timer"}:
+            await asyncio.sleep(0)
+        implementation._update_handle(watch, 0)
+        implementation._update_timeout(timer, -1)
+        called.clear()
+        await asyncio.sleep(0.01)
+        assert called == []
+        implementation._update_handle(watch, 1)
+        implementation._update_timeout(timer, 0)
+        await asyncio.sleep(0)
+        implementation._remove_handle(watch)
+        implementation._remove_timeout(timer)
+        called.clear()
+        await asyncio.sleep(0.01)
+        assert called == []
+        for fd in (reader, writer):
+            os.close(fd)
 
     run(work())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -237,12 +238,47 @@ def _attach(loop: asyncio.AbstractEventLoop) -> None:
 def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
     """libvirtaio, made fit for calls that are not made in the loop's thread.
 
-    libvirt sets timers in whatever thread calls it. libvirtaio starts and cancels tasks for them
-    right there, which asyncio does not allow: the loop does not wake up for them, so events come
-    late. Readers and writers of descriptors stay as they are: epoll takes them up at once, and they
-    have to go at once, before libvirt closes the descriptor and its number is used again.
+    libvirt sets timers, and changes what it watches at each call that it makes, in whatever thread
+    that is. libvirtaio does right there what asyncio allows in the loop's thread only: the loop does
+    not wake up for a timer, and of two threads that change a selector one fails, after which a
+    connection is watched no more. So all of it is done in the loop.
     """
     import libvirtaio
+    from libvirt import VIR_EVENT_HANDLE_READABLE, VIR_EVENT_HANDLE_WRITABLE
+
+    class Watch(libvirtaio.Callback):  # type: ignore[misc]
+        """Has a descriptor of its own: libvirt closes that which it wants watched before the loop gets to know."""
+
+        def __init__(self, fd: int, event: int, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.fd = fd
+            self.event = event  # what is wanted, from any thread
+            self._own = os.dup(fd)
+
+        def update(self) -> None:
+            """In the loop's thread."""
+            loop = self.impl.loop
+            for event, add, remove in (
+                (VIR_EVENT_HANDLE_READABLE, loop.add_reader, loop.remove_reader),
+                (VIR_EVENT_HANDLE_WRITABLE, loop.add_writer, loop.remove_writer),
+            ):
+                if self.event & event:
+                    add(self._own, self._is_ready, event)
+                else:
+                    remove(self._own)
+
+        def _is_ready(self, event: int) -> None:
+            if self.event & event:
+                self.cb(self.iden, self.fd, event, self.opaque)
+
+        def forget(self) -> None:
+            """From any thread: it is called no more."""
+            self.event = 0
+
+        def close(self) -> None:
+            self.update()
+            os.close(self._own)
+            super().close()
 
     class Timer(libvirtaio.Callback):  # type: ignore[misc]
         def __init__(self, timeout_ms: int, *arguments: Any) -> None:
@@ -259,11 +295,15 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
                 self._next = self.impl.loop.call_later(self.timeout_ms / 1000, self._fire)
 
         def _fire(self) -> None:
-            self.update()  # until libvirt says otherwise, which it often does in the call
-            self.cb(self.iden, self.opaque)
+            if self.timeout_ms >= 0:
+                self.update()  # until libvirt says otherwise, which it often does in the call
+                self.cb(self.iden, self.opaque)
+
+        def forget(self) -> None:
+            """From any thread: it is called no more."""
+            self.timeout_ms = -1
 
         def close(self) -> None:
-            self.timeout_ms = -1
             self.update()
             super().close()
 
@@ -272,8 +312,7 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
             """To another loop, the old one being closed; nobody but tests has two."""
             self.loop = loop
             for callback in list(self.callbacks.values()):
-                if isinstance(callback, Timer):
-                    callback.update()
+                callback.update()
 
         def _soon(self, function: Callable[..., object], *arguments: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -287,9 +326,19 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
         def schedule_ff_callback(self, iden: int, opaque: Any) -> None:
             self._soon(super().schedule_ff_callback, iden, opaque)
 
+        def _add_handle(self, fd: int, event: int, cb: Any, opaque: Any) -> int:
+            watch = Watch(fd, event, self, cb, opaque)
+            self.callbacks[watch.iden] = watch
+            self._soon(watch.update)
+            return int(watch.iden)
+
         def _update_handle(self, watch: int, event: int) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                super()._update_handle(watch, event)
+            if (callback := self.callbacks.get(watch)) is not None:
+                callback.event = event
+                self._soon(callback.update)
+
+        def _remove_handle(self, watch: int) -> int:
+            return self._remove(watch)
 
         def _add_timeout(self, timeout: int, cb: Any, opaque: Any) -> int:
             timer = Timer(timeout, self, cb, opaque)
@@ -303,9 +352,13 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
                 self._soon(callback.update)
 
         def _remove_timeout(self, timer: int) -> int:
-            callback = self.callbacks.pop(timer, None)
+            return self._remove(timer)
+
+        def _remove(self, iden: int) -> int:
+            callback = self.callbacks.pop(iden, None)
             if callback is None:
                 return -1
+            callback.forget()
             self._soon(callback.close)
             return 0
 
