@@ -8,13 +8,19 @@ from tests.vm.conftest import HostFactory
 SLOW_S = 600.0
 IMAGES = "/var/lib/libvirt/images"
 
+SAID = "/var/log/libvirt/qemu/agent-console.log"
+GO = "/run/agent-go"
+
 # The agent is all that runs, besides what it calls to stop the guest. Nothing there hears the power button.
+# It runs from when the test says so.
 INIT = """\
 #!/usr/bin/dash
 export PATH=/usr/bin:/usr/sbin
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
+echo up >/dev/ttyS0
+read go </dev/ttyS1
 exec qemu-ga --method=virtio-serial --path=/dev/vport0p1
 """
 SHUTDOWN = """\
@@ -45,7 +51,8 @@ def domain_xml(disk: str) -> str:
         "<cmdline>console=ttyS0 quiet panic=-1 mitigations=off nokaslr cryptomgr.notests</cmdline></os>"
     )
     devices = (
-        "<serial type='file'><source path='/var/log/libvirt/qemu/agent-console.log'/></serial>"
+        f"<serial type='file'><source path='{SAID}' append='on'/></serial>"
+        f"<serial type='unix'><source mode='bind' path='{GO}'/></serial>"
         "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices>"
     )
     larger = plain.replace("<memory unit='MiB'>32</memory>", "<memory unit='MiB'>160</memory>")
@@ -59,29 +66,34 @@ def test_a_guest_with_an_agent(host: HostFactory) -> None:
         vm.put("/root/shutdown", SHUTDOWN, 0o755)
         vm.run(BUILD)
         setup.luks(lab.disk(0))
+        mapping = setup.open(lab.disk(0), "cr_agent")
         setup.volume("cr_agent", lab.disk(0))
-        setup.domain("agent", xml=domain_xml("/dev/mapper/cr_agent"))
+        setup.domain("agent", xml=domain_xml(mapping))
+        # So that it boots within the time that guests have to be ready in.
+        vm.run("virsh -q start agent")
+        vm.wait_until(f"grep -q up {SAID}", SLOW_S)
+        vm.run("virsh -q managedsave agent", timeout_s=SLOW_S)
+        setup.close("cr_agent")
         setup.encrypted_guest("later", lab.disk(1))
-        setup.table("guest.agent", {"ready": "agent", "stop_timeout": "10min"})
+        setup.table("guest.agent", {"ready": "agent", "stop_timeout": "5min"})
         setup.table("guest.later", {"after": ["agent"]})
-        setup.write_config('[daemon]\nshutdown_timeout = "15min"\n', reload=True)
+        setup.write_config(reload=True)
         vm.run("vmcryptctl boot")
         lab.wait_state(vm, "waiting")
         assert lab.unlock(vm) == 0
 
-        # It runs long before its agent does; who comes after it waits for that.
-        vm.wait_until("virsh domstate agent | grep -q running")
+        # Who comes after it waits for its agent.
+        lab.wait_object(vm, "guest", "agent", "running")
         assert lab.guest_states(vm)["later"] == "off"
         assert lab.status(vm)["state"] == "unlocking"
-        lab.wait_object(vm, "guest", "later", "running", SLOW_S)
-        assert lab.guest_states(vm)["agent"] == "running"
+        vm.run(f"echo | nc -NU {GO}")
+        lab.wait_object(vm, "guest", "later", "running")
+        assert "not ready" not in vm.run("journalctl -b -o cat -u vmcryptd").out
         ping = ["virsh", "qemu-agent-command", "agent", '{"execute": "guest-ping"}']
         assert vm.run(ping).out.split() == ['{"return":{}}']
         lab.wait_state(vm, "ready")
 
         vm.run("vmcryptctl stop agent", timeout_s=SLOW_S)
-        said = vm.run("cat /var/log/libvirt/qemu/agent-console.log").out
-        assert "asked to stop by the agent: -h -P" in said
-        assert lab.guest_states(vm)["agent"] == "off"
+        assert "asked to stop by the agent: -h -P" in vm.run(["cat", SAID]).out
         assert vm.run("virsh domstate agent --reason").out.split() == ["shut", "off", "(shutdown)"]
         vm.run("vmcryptctl lock cr_agent")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The test host itself: what the other tests in this folder stand on."""
 
+import socket
+import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.vm import guest
-from tests.vm.host import CommandError, Host, Image, Vm, build_image
+from tests.vm.host import CommandError, Console, Host, Image, Vm, _Control, build_image
 
 MAPPING = "/dev/mapper/cr_guest"
 PASSPHRASE = b"correct horse"
@@ -27,6 +29,30 @@ def image() -> Image:
 def vm(module_host: Callable[..., Host]) -> Iterator[Vm]:
     with module_host(disks=["64M", "64M"], plugged=[0]).boot() as vm:
         yield vm
+
+
+@pytest.mark.parametrize(
+    ("console", "control", "comes_up"),
+    [
+        (b"[ 23.5] rcu: rcu_preempt kthread timer wakeup didn't happen for 5251 jiffies!\r\n", b"", False),
+        (b"[  1.0] Freeing unused kernel memory\r\n", b'{"boot_id": "one"}\n', True),
+    ],
+    ids=["a lost timer", "a boot"],
+)  # fmt: skip
+def test_a_machine_whose_emulation_has_failed_is_told(
+    console: bytes, control: bytes, comes_up: bool
+) -> None:
+    machine = Vm.__new__(Vm)
+    ends = [socket.socketpair() for _ in range(2)]
+    machine.console = Console(ends[0][0])
+    machine._control = _Control(ends[1][0])
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        machine._process = process
+        for (_, end), said in zip(ends, (console, control), strict=True):
+            end.sendall(said)
+        assert machine.comes_up() is comes_up
+    for _, end in ends:
+        end.close()
 
 
 def test_every_unit_of_the_image_starts(vm: Vm) -> None:
