@@ -512,7 +512,7 @@ class Engine:
         for job in self.jobs.values():
             if job.goal == goal and not job.is_stopped:
                 job.may_ask = job.may_ask or may_ask
-                job.forget_failures()  # asked for again: tried again
+                job.forget({step.id for step in self._plan_again(job).steps})  # asked for again
                 self._replan()
                 return job
         first = planner.plan(self.graph, goal)

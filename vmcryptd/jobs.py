@@ -43,12 +43,12 @@ class Job:
         """Whether nothing is under way for it, but for these steps."""
         return all(task.done() for step_id, task in self.tasks.items() if step_id not in needless)
 
-    def forget_failures(self) -> None:
-        """What failed may be tried again."""
+    def forget(self, to_be_done: Container[str]) -> None:
+        """What failed may be tried again, and what was done and has been undone since may be done again."""
         self.tasks = {
             step_id: task
             for step_id, task in self.tasks.items()
-            if not (task.done() and outcome(task))
+            if not (task.done() and (step_id in to_be_done or outcome(task)))
         }
 
     def failures(self) -> dict[str, VmcryptdError]:

@@ -638,6 +638,19 @@ async def test_callers_join(run: Running) -> None:
     assert run.host.done("open") == ["open a"]
 
 
+@play(volume("a") + volume("b", B))
+async def test_what_was_closed_meanwhile_is_opened_by_who_joins(run: Running) -> None:
+    """Boot still waits for another volume, and has opened this one once."""
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: len(run.host.questions) == 2)
+    await run.engine.lock("a")
+    assert run.volumes() == {"a": "locked", "b": "waiting"}
+    run.engine.boot()
+    await run.until(lambda: "a" in run.engine.waiting)
+    await run.engine.shutdown()
+
+
 @play(volume("a") + guest("g", "a", sim=""))
 async def test_a_guest_that_nobody_starts_at_boot(run: Running) -> None:
     run.host.answer("alpha")
