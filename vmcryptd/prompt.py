@@ -338,8 +338,8 @@ class Prompt:
             await self._on_waiting(sorted(self._waiting))
 
     async def _gather(self, first: bool) -> None:
-        """Wait until nobody tries a key, or is about to: then all that will wait, waits."""
-        await self._all_that_wait()
+        """Wait for who may join the question, or need none."""
+        await self._until_all_wait()
         while self._is_trying and not first:
             await (
                 self.move()
@@ -351,7 +351,8 @@ class Prompt:
         except TimeoutError:
             pass
 
-    async def _all_that_wait(self) -> None:
+    async def _until_all_wait(self) -> None:
+        """Until nobody tries a key, or is about to: then all that will wait, waits."""
         try:
             async with asyncio.timeout(GATHER_S):
                 while self._fetching or self._is_trying:
@@ -377,7 +378,7 @@ class Prompt:
             while not asking.done() and any(name in self._expected for name in names):
                 await _first(asking, self.move())
                 if not asking.done() and not announced.issuperset(self._waiting):
-                    await _first(asking, self._all_that_wait())
+                    await _first(asking, self._until_all_wait())
                     if not asking.done():
                         await self._announce(announced)
             return asking.result() if asking.done() else None

@@ -6,32 +6,27 @@ import json
 import sys
 import time
 
-from dbus_next import BusType, Message
+from dbus_next import BusType
 from dbus_next.aio import MessageBus
 
 from tests.vm import caller
 
 CALLS = 10_000
 ANSWERS = 100
-QUESTION = ("org.freedesktop.DBus.Properties", "Get", "ss", [caller.MANAGER, "State"])
+QUESTION = {
+    "interface": "org.freedesktop.DBus.Properties",
+    "member": "Get",
+    "signature": "ss",
+    "body": [caller.MANAGER, "State"],
+}
 
 
 async def answers() -> float:
     """How long so many take, one after the other."""
     bus = await MessageBus(bus_type=BusType.SYSTEM).connect()
-    interface, member, signature, body = QUESTION
     begun = time.perf_counter()
     for _ in range(ANSWERS):
-        await bus.call(
-            Message(
-                destination=caller.NAME,
-                path=caller.ROOT,
-                interface=interface,
-                member=member,
-                signature=signature,
-                body=body,
-            )
-        )
+        await caller.call(bus, QUESTION)
     taken = time.perf_counter() - begun
     bus.disconnect()
     return taken

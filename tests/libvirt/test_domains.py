@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -460,8 +461,8 @@ def test_what_is_watched_is_changed_in_the_loops_thread_only(run: Any) -> None:
         for name in ("add_reader", "remove_reader", "add_writer", "remove_writer"):
             setattr(loop, name, in_the_loop(getattr(loop, name)))
         implementation = module._implementation(loop)
-        freed: list[int] = []
-        implementation.schedule_ff_callback = lambda iden, opaque: freed.append(iden)
+        freed: asyncio.Future[int] = loop.create_future()
+        implementation.schedule_ff_callback = lambda iden, opaque: freed.set_result(iden)
         await asyncio.to_thread(int)  # what it needs is there from now on
         before = len(os.listdir("/proc/self/fd"))
         reader, writer = os.pipe()
@@ -477,17 +478,16 @@ def test_what_is_watched_is_changed_in_the_loops_thread_only(run: Any) -> None:
         watch = await asyncio.to_thread(watched)
         await seen.wait()
         # It closes the descriptor as soon as it wants it watched no more, and its number is used again.
-        await asyncio.to_thread(implementation._remove_handle, watch)
+        implementation._remove_handle(watch)
         os.close(reader)
         other, more = os.pipe()
         assert other == reader
         readable = asyncio.Event()
         loop.add_reader(other, readable.set)
-        await asyncio.sleep(0)
+        assert await freed == watch
         os.write(more, b"x")
         await readable.wait()
         loop.remove_reader(other)
-        assert freed == [watch]
         for fd in (other, more, writer):
             os.close(fd)
         assert len(os.listdir("/proc/self/fd")) == before
@@ -501,26 +501,44 @@ def test_what_is_not_watched_any_more_is_not_called(run: Any) -> None:
     async def work() -> None:
         implementation = module._implementation(asyncio.get_running_loop())
         implementation.schedule_ff_callback = lambda iden, opaque: None
-        called: list[str] = []
         reader, writer = os.pipe()
         os.write(writer, b"ready")
-        watch = implementation._add_handle(reader, 1, lambda *_: called.append("watch"), None)
-        timer = implementation._add_timeout(0, lambda *_: called.append("timer"), None)
+
+        def both(called: Callable[..., object]) -> tuple[int, int]:
+            watch = implementation._add_handle(reader, 1, lambda *_: called("watch"), None)
+            return watch, implementation._add_timeout(0, lambda *_: called("timer"), None)
+
+        called: list[str] = []
+        turns: asyncio.Queue[str] = asyncio.Queue()
+        watch, timer = both(called.append)
+        others = both(turns.put_nowait)
+
+        async def all_had_their_turn() -> None:
+            """Those that are called for ever were, twice from now on: the first time may have been under way."""
+            while not turns.empty():
+                turns.get_nowait()
+            seen = Counter({"watch": 0, "timer": 0})
+            while min(seen.values()) < 2:
+                seen[await turns.get()] += 1
+
         while set(called) != {"watch", "timer"}:
-            await asyncio.sleep(0)
+            await turns.get()
         implementation._update_handle(watch, 0)
         implementation._update_timeout(timer, -1)
         called.clear()
-        await asyncio.sleep(0.01)
+        await all_had_their_turn()
         assert called == []
         implementation._update_handle(watch, 1)
         implementation._update_timeout(timer, 0)
-        await asyncio.sleep(0)
+        while set(called) != {"watch", "timer"}:
+            await turns.get()
         implementation._remove_handle(watch)
         implementation._remove_timeout(timer)
         called.clear()
-        await asyncio.sleep(0.01)
+        await all_had_their_turn()
         assert called == []
+        implementation._remove_handle(others[0])
+        implementation._remove_timeout(others[1])
         for fd in (reader, writer):
             os.close(fd)
 

@@ -3,6 +3,7 @@
 
 import base64
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,9 +90,20 @@ class Lab:
         return volume
 
     def write_config(self, extra: str = "", *, reload: bool = False) -> None:
-        self.vm.put("/etc/vmcryptd/vmcryptd.toml", "\n".join([extra, *self.config]))
+        self.vm.put(CONFIG, "\n".join([extra, *self.config]))
         if reload:
             self.vm.run("vmcryptctl reload")
+
+
+CONFIG = "/etc/vmcryptd/vmcryptd.toml"
+
+
+def paste_keys(vm: Vm, shown: str, volume: str) -> None:
+    """Put the line that `vmcryptctl key add --keystore` printed into the volume's table."""
+    [line] = re.findall(r"^    keys = .*$", shown, re.MULTILINE)
+    text = vm.get(CONFIG).decode()
+    assert f"[volume.{volume}]\n" in text
+    vm.put(CONFIG, text.replace(f"[volume.{volume}]\n", f"[volume.{volume}]\n{line}\n"))
 
 
 def type_secret(vm: Vm, text: str) -> None:

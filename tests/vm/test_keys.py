@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Keys that fetch themselves: a TPM, a smart card, Tang, a vault; and what happens when these are taken away."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,9 +146,8 @@ def keystore(vm: Vm, setup: lab.Lab) -> None:
         ["vmcryptctl", "key", "add", "cr_data", "--keystore", "keys", *key],
         stdin=PASSPHRASE.encode(),
     )
-    [line] = re.findall(r"^ *(keys = .*)$", added.out, re.MULTILINE)
-    setup.config[-1] += line + "\n"
-    setup.write_config(reload=True)
+    lab.paste_keys(vm, added.out, "cr_data")
+    vm.run("vmcryptctl reload")
 
 
 def bind(vm: Vm, device: str, pin: str, config: str) -> None:

@@ -154,15 +154,6 @@ def prepared(host: Host) -> Site:
     return Site(host, vm, Caller(vm))
 
 
-def paste(site: Site, shown: str, volume: str) -> None:
-    """Put the line that was printed into the volume's table."""
-    [line] = re.findall(r"^    keys = .*$", shown, re.MULTILINE)
-    path = "/etc/vmcryptd/vmcryptd.toml"
-    text = site.vm.get(path).decode()
-    assert f"[volume.{volume}]\n" in text
-    site.vm.put(path, text.replace(f"[volume.{volume}]\n", f"[volume.{volume}]\n{line}\n"))
-
-
 def test_keystores_are_made_at_a_terminal(site: Site) -> None:
     vm = site.vm
     site.log_in()
@@ -181,7 +172,7 @@ def test_keystores_are_made_at_a_terminal(site: Site) -> None:
     site.put_keys(old=PASSPHRASE)
     for name in BEHIND:
         add = f"vmcryptctl key add {name} --keystore keys --key-file /run/keys/old"
-        paste(site, vm.run(add).out, name)
+        lab.paste_keys(vm, vm.run(add).out, name)
     assert "is there already; nothing is overwritten" in site.typed(
         "vmcryptctl keystore init more --file /etc/hostname", code=1
     )
@@ -198,7 +189,7 @@ def test_keystores_are_made_at_a_terminal(site: Site) -> None:
         ("Passphrase that opens cr_spare now:", PASSPHRASE),
     )
     assert "that did not fit; try again" in shown
-    paste(site, shown, "cr_spare")
+    lab.paste_keys(vm, shown, "cr_spare")
     site.typed("vmcryptctl reload && vmcryptctl lock keys vault")
     site.assert_keystore_is_closed()
     assert vm.run("vmcryptctl check --json").out

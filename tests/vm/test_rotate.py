@@ -21,6 +21,7 @@ FAST = 0  # as it comes
 LONG_S = 300.0
 MESSAGES = "/run/vmcryptd/reencrypt-cr_mail"
 UNIT = "vmcryptd-reencrypt-cr_mail.service"
+ROTATE = ["vmcryptctl", "key", "rotate", "cr_mail", "--key-file", "-"]
 # Behind what the guest writes.
 CONTENT = "dd if=/dev/mapper/cr_mail bs=1M skip=1 iflag=direct status=none | sha256sum"
 
@@ -48,7 +49,7 @@ class Site:
     def rotate(self, *options: str, rate: int = SLOW) -> Background:
         """In the middle of it, on a slow disk."""
         self.speed(rate)
-        command = ["vmcryptctl", "key", "rotate", "cr_mail", "--key-file", "-", *options]
+        command = [*ROTATE, *options]
         rotating = self.vm.background(command, stdin=PASSPHRASE.encode(), timeout_s=LONG_S)
         self.moves()
         return rotating
@@ -66,8 +67,7 @@ class Site:
     def finish(self) -> None:
         """Go on with it to its end."""
         self.speed(FAST)
-        command = ["vmcryptctl", "key", "rotate", "cr_mail", "--key-file", "-"]
-        self.vm.run(command, stdin=PASSPHRASE.encode(), timeout_s=LONG_S)
+        self.vm.run(ROTATE, stdin=PASSPHRASE.encode(), timeout_s=LONG_S)
         assert self.volume["rotation"] == ""
 
     def is_whole(self) -> bool:
@@ -151,9 +151,7 @@ def test_a_guest_and_daemons_come_and_go_meanwhile(prepared: Host) -> None:
         vm.run("systemctl restart vmcryptd")
         site.moves()
         assert vm.run(f"systemctl show -P MainPID '{UNIT}'").out.strip() == worker
-        again = vm.run(
-            "vmcryptctl key rotate cr_mail --key-file -", stdin=PASSPHRASE.encode(), check=False
-        )
+        again = vm.run(ROTATE, stdin=PASSPHRASE.encode(), check=False)
         assert (again.code, "is being rotated" in again.err) == (1, True), again.err
 
         # The guest writes to what is being written anew.
@@ -199,9 +197,7 @@ def test_it_is_stopped_locked_killed_and_goes_on(larger: Host) -> None:
                stdin=b'{"type":"note","keyslots":["1"]}')  # fmt: skip
         vm.run(f"cryptsetup token import --token-id 4 {device}",
                stdin=b'{"type":"note","keyslots":["0"]}')  # fmt: skip
-        refused = vm.run(
-            "vmcryptctl key rotate cr_mail --key-file -", stdin=PASSPHRASE.encode(), check=False
-        )
+        refused = vm.run(ROTATE, stdin=PASSPHRASE.encode(), check=False)
         assert (refused.code, "key slot 1 (note)" in refused.err) == (1, True)
 
         # On purpose.

@@ -246,68 +246,68 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
     import libvirtaio
     from libvirt import VIR_EVENT_HANDLE_READABLE, VIR_EVENT_HANDLE_WRITABLE
 
-    class Watch(libvirtaio.Callback):  # type: ignore[misc]
+    class Callback(libvirtaio.Callback):  # type: ignore[misc]  # libvirtaio has no types
+        """What libvirt wants is set in any thread and counts at once; the loop's thread sees to it."""
+
+        NOTHING = 0
+
+        def __init__(self, wanted: int, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.wanted = wanted
+
+        def close(self) -> None:
+            self.update()
+            super().close()
+
+    class Watch(Callback):
         """Has a descriptor of its own: libvirt closes that which it wants watched before the loop gets to know."""
 
-        def __init__(self, fd: int, event: int, *arguments: Any) -> None:
+        def __init__(self, fd: int, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.fd = fd
-            self.event = event  # what is wanted, from any thread
             self._own = os.dup(fd)
 
         def update(self) -> None:
-            """In the loop's thread."""
             loop = self.impl.loop
             for event, add, remove in (
                 (VIR_EVENT_HANDLE_READABLE, loop.add_reader, loop.remove_reader),
                 (VIR_EVENT_HANDLE_WRITABLE, loop.add_writer, loop.remove_writer),
             ):
-                if self.event & event:
+                if self.wanted & event:
                     add(self._own, self._is_ready, event)
                 else:
                     remove(self._own)
 
         def _is_ready(self, event: int) -> None:
-            if self.event & event:
+            if self.wanted & event:
                 self.cb(self.iden, self.fd, event, self.opaque)
 
-        def forget(self) -> None:
-            """From any thread: it is called no more."""
-            self.event = 0
-
         def close(self) -> None:
-            self.update()
-            os.close(self._own)
             super().close()
+            os.close(self._own)
 
-    class Timer(libvirtaio.Callback):  # type: ignore[misc]
-        def __init__(self, timeout_ms: int, *arguments: Any) -> None:
+    class Timer(Callback):
+        """What is wanted is its period in milliseconds."""
+
+        NOTHING = -1
+
+        def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            self.timeout_ms = timeout_ms
             self._next: asyncio.TimerHandle | None = None
 
         def update(self) -> None:
-            """In the loop's thread; the timeout is set in any."""
             if self._next is not None:
                 self._next.cancel()
                 self._next = None
-            if self.timeout_ms >= 0:
-                self._next = self.impl.loop.call_later(self.timeout_ms / 1000, self._fire)
+            if self.wanted >= 0:
+                self._next = self.impl.loop.call_later(self.wanted / 1000, self._fire)
 
         def _fire(self) -> None:
-            if self.timeout_ms >= 0:
+            if self.wanted >= 0:
                 self.update()  # until libvirt says otherwise, which it often does in the call
                 self.cb(self.iden, self.opaque)
 
-        def forget(self) -> None:
-            """From any thread: it is called no more."""
-            self.timeout_ms = -1
-
-        def close(self) -> None:
-            self.update()
-            super().close()
-
-    class AnyThread(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
+    class AnyThread(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]  # as above
         def move(self, loop: asyncio.AbstractEventLoop) -> None:
             """To another loop, the old one being closed; nobody but tests has two."""
             self.loop = loop
@@ -326,40 +326,31 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
         def schedule_ff_callback(self, iden: int, opaque: Any) -> None:
             self._soon(super().schedule_ff_callback, iden, opaque)
 
-        def _add_handle(self, fd: int, event: int, cb: Any, opaque: Any) -> int:
-            watch = Watch(fd, event, self, cb, opaque)
-            self.callbacks[watch.iden] = watch
-            self._soon(watch.update)
-            return int(watch.iden)
+        def _add(self, callback: Callback) -> int:
+            self.callbacks[callback.iden] = callback
+            self._soon(callback.update)
+            return int(callback.iden)
 
-        def _update_handle(self, watch: int, event: int) -> None:
-            if (callback := self.callbacks.get(watch)) is not None:
-                callback.event = event
+        def _update(self, iden: int, wanted: int) -> None:
+            if (callback := self.callbacks.get(iden)) is not None:
+                callback.wanted = wanted
                 self._soon(callback.update)
-
-        def _remove_handle(self, watch: int) -> int:
-            return self._remove(watch)
-
-        def _add_timeout(self, timeout: int, cb: Any, opaque: Any) -> int:
-            timer = Timer(timeout, self, cb, opaque)
-            self.callbacks[timer.iden] = timer
-            self._soon(timer.update)
-            return int(timer.iden)
-
-        def _update_timeout(self, timer: int, timeout: int) -> None:
-            if (callback := self.callbacks.get(timer)) is not None:
-                callback.timeout_ms = timeout
-                self._soon(callback.update)
-
-        def _remove_timeout(self, timer: int) -> int:
-            return self._remove(timer)
 
         def _remove(self, iden: int) -> int:
             callback = self.callbacks.pop(iden, None)
             if callback is None:
                 return -1
-            callback.forget()
+            callback.wanted = callback.NOTHING
             self._soon(callback.close)
             return 0
+
+        def _add_handle(self, fd: int, event: int, cb: Any, opaque: Any) -> int:
+            return self._add(Watch(fd, event, self, cb, opaque))
+
+        def _add_timeout(self, timeout: int, cb: Any, opaque: Any) -> int:
+            return self._add(Timer(timeout, self, cb, opaque))
+
+        _update_handle = _update_timeout = _update
+        _remove_handle = _remove_timeout = _remove
 
     return AnyThread(loop)
