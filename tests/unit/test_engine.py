@@ -1120,6 +1120,7 @@ async def test_a_restart_takes_up_what_was_begun(run: Running) -> None:
     run.engine.boot()
     run.host.answer("alpha")
     await run.until(lambda: run.engine.waiting == ["b"] and len(run.host.goals()) == 3)
+    await run.until(lambda: run.volumes()["a"] == "unlocked")
     await run.close()
     assert set(run.host.goals()) == {"boot", "up", "late:c"}
     assert run.host.done("close", "stop") == []
