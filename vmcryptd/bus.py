@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmcryptd.errors import DeadlineError, UnreachableError, VmcryptdError
 
@@ -148,8 +148,7 @@ class Typed:
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Signal:
+class Signal(NamedTuple):
     """A signal that arrived. Its sender is the one that the rule names, if it names one."""
 
     sender: str
@@ -159,8 +158,7 @@ class Signal:
     body: list[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A method call that arrived. It owns its descriptors until they are taken."""
 
     sender: str

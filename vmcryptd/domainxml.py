@@ -7,7 +7,8 @@ Formats: https://libvirt.org/formatdomain.html, https://libvirt.org/formatstorag
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from vmcryptd.model import DiskSource, SourceType
@@ -19,8 +20,7 @@ AGENT_CHANNEL = "org.qemu.guest_agent.0"
 BOOT_FILES = ("os/kernel", "os/initrd", "os/dtb", "os/shim", "os/acpi/table")
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(NamedTuple):
     """What one or more descriptions of the same domain say.
 
     `formats` holds the image format that the description names for a source. libvirt takes a source
@@ -29,12 +29,11 @@ class Contents:
     """
 
     sources: tuple[DiskSource, ...] = ()
-    formats: Mapping[DiskSource, str] = field(default_factory=dict)
+    formats: Mapping[DiskSource, str] = MappingProxyType({})
     agent_connected: bool = False
 
 
-@dataclass(frozen=True)
-class PoolPlace:
+class PoolPlace(NamedTuple):
     """Where a storage pool lies on this host; all empty for pools that come over the network."""
 
     path: str = ""
@@ -53,8 +52,7 @@ def domain(*texts: str) -> Contents:
             key = (source.type, source.path, source.pool, source.volume)
             known, known_format = merged.get(key, (source, image_format))
             merged[key] = (
-                replace(
-                    known,
+                known._replace(
                     writable=known.writable or source.writable,
                     shareable=known.shareable and source.shareable,
                 ),
@@ -157,7 +155,7 @@ def _located(
     elif (pool_name := source.get("pool", "")) and (volume := source.get("volume", "")):
         place = DiskSource(SourceType.POOL, pool=pool_name, volume=volume)
     if place is not None:
-        yield replace(place, writable=writable, shareable=shareable)
+        yield place._replace(writable=writable, shareable=shareable)
 
 
 def _by_path(path: str) -> DiskSource:

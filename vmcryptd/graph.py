@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import graphlib
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmcryptd import collector
 from vmcryptd.errors import GraphError
@@ -33,8 +34,7 @@ from vmcryptd.model import (
 _PIECE = "CRYPT-SUBDEV-"  # what cryptsetup puts beneath a volume while its key is rotated
 
 
-@dataclass(frozen=True)
-class VolumeNode:
+class VolumeNode(NamedTuple):
     """A configured volume, where it lies, and its mapping if there is one."""
 
     spec: VolumeSpec
@@ -74,16 +74,14 @@ class VolumeNode:
         return tuple(dict.fromkeys((*self.stands_on, *self.opens_after)))
 
 
-@dataclass(frozen=True)
-class PoolNode:
+class PoolNode(NamedTuple):
     """A libvirt storage pool that lies on volumes."""
 
     pool: Pool
     needs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class GuestNode:
+class GuestNode(NamedTuple):
     """A libvirt domain, or a configured guest that libvirt does not know (`domain` is None)."""
 
     spec: GuestSpec
@@ -337,7 +335,7 @@ def build(settings: Settings, observation: Observation) -> Graph:
         # What was true once may contradict what is true now; what is true now must not be refused for it.
         return _build(
             settings,
-            replace(observation, remembered=Remembered(uuids=observation.remembered.uuids)),
+            observation._replace(remembered=Remembered(uuids=observation.remembered.uuids)),
         )
 
 

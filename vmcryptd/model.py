@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
+from typing import NamedTuple
 
 Infinity = float("inf")
 
@@ -188,8 +190,7 @@ class Settings:
 # --- what was observed ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BlockDevice:
+class BlockDevice(NamedTuple):
     """One block device as sysfs shows it. Names are the kernel's: `sda1`, `dm-3`, `md127`, `loop0`."""
 
     name: str
@@ -226,8 +227,7 @@ class BlockDevice:
         return head.replace("\0", "-")
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """One line of mountinfo."""
 
     number: str  # "major:minor" of the mounted device
@@ -236,8 +236,7 @@ class Mount:
     fstype: str = ""
 
 
-@dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     """The host's block devices and mounts at one moment.
 
     `links` maps the paths that were asked for (configured devices, guests' disks) to kernel names; a path
@@ -246,10 +245,10 @@ class Storage:
     where that differs, as far as it can be followed now.
     """
 
-    devices: Mapping[str, BlockDevice] = field(default_factory=dict)
-    links: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-    real: Mapping[str, str] = field(default_factory=dict)
+    devices: Mapping[str, BlockDevice] = MappingProxyType({})
+    links: Mapping[str, str] = MappingProxyType({})
+    files: Mapping[str, str] = MappingProxyType({})
+    real: Mapping[str, str] = MappingProxyType({})
     mounts: tuple[Mount, ...] = ()
 
 
@@ -259,8 +258,7 @@ class SourceType(StrEnum):
     POOL = "pool"
 
 
-@dataclass(frozen=True)
-class DiskSource:
+class DiskSource(NamedTuple):
     """One thing that a guest reads or writes: a disk, cdrom, nvram, a member of a backing chain."""
 
     type: SourceType
@@ -271,8 +269,7 @@ class DiskSource:
     shareable: bool = False
 
 
-@dataclass(frozen=True)
-class Domain:
+class Domain(NamedTuple):
     """One libvirt domain as libvirt tells it."""
 
     name: str
@@ -283,8 +280,7 @@ class Domain:
     sources: tuple[DiskSource, ...] = ()
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """One libvirt storage pool: `path` for directories and file systems, `devices`/`vg` for the others."""
 
     name: str
@@ -293,20 +289,19 @@ class Pool:
     path: str = ""
     devices: tuple[str, ...] = ()
     vg: str = ""
-    volumes: Mapping[str, str] = field(default_factory=dict)  # volume name → path, when active
+    volumes: Mapping[str, str] = MappingProxyType({})  # volume name → path, when active
 
     def path_of(self, volume: str) -> str:
         """Where the volume is; while the pool is off, where pools with a path keep theirs. Else empty."""
         return self.volumes.get(volume) or (f"{self.path}/{volume}" if self.path else "")
 
 
-@dataclass(frozen=True)
-class Virtualisation:
+class Virtualisation(NamedTuple):
     """What libvirt knows; `reachable` is False until a connection gave an answer."""
 
     reachable: bool = False
-    domains: Mapping[str, Domain] = field(default_factory=dict)
-    pools: Mapping[str, Pool] = field(default_factory=dict)
+    domains: Mapping[str, Domain] = MappingProxyType({})
+    pools: Mapping[str, Pool] = MappingProxyType({})
 
     def path_of(self, source: DiskSource) -> str:
         """Where a guest's disk is, also one in a pool; empty when nobody can tell."""
@@ -314,27 +309,25 @@ class Virtualisation:
         return source.path or (pool.path_of(source.volume) if pool else "")
 
 
-@dataclass(frozen=True)
-class Remembered:
+class Remembered(NamedTuple):
     """What was seen while volumes were open, so that dependencies are known while they are locked.
 
     `paths`: a device or file path → the volumes it lies on. `uuids`: volume → its header's UUID.
     """
 
-    paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    uuids: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    uuids: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """Everything the graph is built from, at one moment."""
 
     storage: Storage = Storage()
     virtualisation: Virtualisation = Virtualisation()
     remembered: Remembered = Remembered()
-    uuids: Mapping[str, str] = field(default_factory=dict)  # volume → UUID read from its header
-    chains: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
+    uuids: Mapping[str, str] = MappingProxyType({})  # volume → UUID read from its header
+    chains: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        {}
     )  # disk file → files it is backed by
     activated: frozenset[str] = (
         frozenset()
@@ -357,8 +350,7 @@ class Action(StrEnum):
     LOCK = "lock"
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One thing to do to one object, once all steps named in `after` are done.
 
     `after` holds steps that must have succeeded; `order` holds steps that must have ended, however.
@@ -375,8 +367,7 @@ class Step:
         return f"{self.action}:{self.object}"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Ordered steps; each stands behind all that it names."""
 
     goal: str
@@ -406,8 +397,7 @@ class KeySlot:
         return self.iterations * (self.memory_kib or 1)
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """How something other than a passphrase opens key slots of a LUKS2 volume."""
 
     number: int
@@ -422,8 +412,7 @@ class Token:
         return f"the {words.get(self.kind, self.kind)} token {self.number}"
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The public part of a LUKS header."""
 
     version: int

@@ -12,7 +12,6 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 from __future__ import annotations
 
 import asyncio
-import html
 import inspect
 import logging
 from collections import Counter
@@ -21,7 +20,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NewType, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    NamedTuple,
+    NewType,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from vmcryptd import bus
 from vmcryptd.bus import Call, Connection, Signal, Typed
@@ -62,8 +71,7 @@ class _StandardError(VmcryptdError):
         return bus.STANDARD_ERROR + self.name
 
 
-@dataclass(frozen=True, slots=True)
-class _Method:
+class _Method(NamedTuple):
     function: Callable[..., Any]
     action: str | None
     arguments: Mapping[str, str]  # name → signature
@@ -458,7 +466,9 @@ class _ObjectManager(Interface, name="org.freedesktop.DBus.ObjectManager"):
 
 def _quoted(text: str) -> str:
     # xml.sax.saxutils would import urllib and with it a fifth of what a start takes.
-    return f'"{html.escape(text)}"'
+    from html import escape  # who is not introspected needs no list of all entities
+
+    return f'"{escape(text)}"'
 
 
 def _xml(interfaces: Mapping[str, Interface]) -> list[str]:

@@ -6,7 +6,6 @@ A plan holds only what is not so yet, so that planning again after a plan ran gi
 
 from __future__ import annotations
 
-import difflib
 import graphlib
 from collections.abc import Container, Iterable
 
@@ -95,6 +94,8 @@ def check_guest(graph: Graph, name: str) -> None:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    import difflib
+
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:

@@ -8,8 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vmcryptd.errors import CancelledError, VmcryptdError
 from vmcryptd.model import Infinity, VolumeSpec
@@ -48,8 +47,7 @@ class Answer:
 IsLeft = Callable[[Answer], bool]
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """A key that is in memory now, and why it still is."""
 
     source: str

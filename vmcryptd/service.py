@@ -10,7 +10,6 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmcryptd import __version__, keyed
@@ -237,8 +236,7 @@ def _held(key: Held) -> dict[str, str]:
     return {"source": key.source, "volumes": " ".join(key.volumes), "until": until}
 
 
-@dataclass(frozen=True)
-class JobView:
+class JobView(NamedTuple):
     """One running job as the bus shows it."""
 
     name: str
@@ -259,7 +257,7 @@ _INTERFACES: dict[type[View], type[Interface]] = {
 def _properties(view: View) -> dict[str, object]:
     named: dict[str, object] = {
         "".join(part.capitalize() for part in key.split("_")): value
-        for key, value in vars(view).items()
+        for key, value in view._asdict().items()
     }
     named["LastError"] = named.pop("Error")
     named["State"] = str(named["State"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmcryptd.errors import CancelledError, DependencyError, DeviceMissingError, VmcryptdError
 from vmcryptd.graph import Graph
@@ -41,8 +42,7 @@ class Activities:
         return (*self.volumes.items(), *self._guests.items())
 
 
-@dataclass(frozen=True)
-class VolumeView:
+class VolumeView(NamedTuple):
     """One volume as the bus and the command line show it."""
 
     name: str
@@ -57,8 +57,7 @@ class VolumeView:
     error: str
 
 
-@dataclass(frozen=True)
-class GuestView:
+class GuestView(NamedTuple):
     """One guest as the bus and the command line show it."""
 
     name: str

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from vmcryptd import graph as graphs
 from vmcryptd.errors import DeadlineError, VmcryptdError
@@ -185,8 +184,7 @@ class World:
     def _observe(self, settings: Settings) -> Observation:
         virtualisation = self._domains.current()
         paths = sorted(graphs.wanted_paths(settings, virtualisation, self._chains))
-        return replace(
-            self._observation,
+        return self._observation._replace(
             storage=self._blocks.observe(paths),
             virtualisation=virtualisation,
             uuids=dict(self.uuids),
@@ -207,7 +205,7 @@ class World:
         paths |= {path: on for path, on in self.graph.lies_on.items() if path in is_seen}
         paths = {path: volumes for path, volumes in paths.items() if volumes}
         if (paths, uuids) != (old.paths, old.uuids):
-            self._observation = replace(self._observation, remembered=Remembered(paths, uuids))
+            self._observation = self._observation._replace(remembered=Remembered(paths, uuids))
             self._memory.keep_seen(paths, uuids)
 
     def _read_chains(self) -> None:

@@ -80,7 +80,7 @@ def test_a_detached_header_on_a_locked_volume(is_open: bool) -> None:
     )
     subject = facts(text, headers={"a": DeviceMissingError("/srv/a.header cannot be read")})
     volumes = dict(subject.graph.volumes)
-    volumes["b"] = replace(volumes["b"], mapping="b" if is_open else "", mounts=("/srv",))
+    volumes["b"] = volumes["b"]._replace(mapping="b" if is_open else "", mounts=("/srv",))
     subject = replace(subject, graph=replace(subject.graph, volumes=volumes))
     told = [finding.severity for finding in check._volumes(subject) if finding.object == "volume a"]
     assert told == [ERROR] * is_open

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -343,7 +342,7 @@ def test_a_snapshot_with_the_same_uuid_is_another_volume() -> None:
     graph = build(configured, seen, uuids=uuids)
     assert (graph.volumes["a"].mapping, graph.volumes["copy"].mapping) == ("", "copy")
     # Nor when the original's device is away.
-    graph = build(configured, replace(seen, links={"/dev/sdb": "sdb"}), uuids=uuids)
+    graph = build(configured, seen._replace(links={"/dev/sdb": "sdb"}), uuids=uuids)
     assert (graph.volumes["a"].mapping, graph.volumes["copy"].mapping) == ("", "copy")
 
 

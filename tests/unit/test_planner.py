@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -153,7 +153,7 @@ class Host:
                     self.mounted.add(name)
                 case Action.START_POOL:
                     assert self.is_up(self.graph().pools[name].needs), step
-                    self.pools[name] = replace(self.pools[name], active=True)
+                    self.pools[name] = self.pools[name]._replace(active=True)
                 case Action.START:
                     assert self.is_up(self.graph().guests[name].needs), step
                     self.running.add(name)
@@ -161,7 +161,7 @@ class Host:
                     assert name in self.running
                     self.running.discard(name)
                 case Action.STOP_POOL:
-                    self.pools[name] = replace(self.pools[name], active=False)
+                    self.pools[name] = self.pools[name]._replace(active=False)
                 case Action.UNMOUNT:
                     self.unused(name)
                     self.mounted.discard(name)

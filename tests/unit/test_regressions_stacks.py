@@ -2,7 +2,6 @@
 """Faults that volumes stacked on a real host had shown."""
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,12 +61,12 @@ class Images(Host):
             for path in paths
             if any(path.startswith(f"{top}/") and mounted for top, mounted in mounts.items())
         }
-        return replace(storage, files={**storage.files, **files})
+        return storage._replace(files={**storage.files, **files})
 
     def current(self) -> Virtualisation:
         known = super().current()
-        domains = {name: replace(d, sources=(IN_POOL,)) for name, d in known.domains.items()}
-        return replace(known, domains=domains, pools={"vms": Pool("vms", True, path="/vm")})
+        domains = {name: d._replace(sources=(IN_POOL,)) for name, d in known.domains.items()}
+        return known._replace(domains=domains, pools={"vms": Pool("vms", True, path="/vm")})
 
     async def start_pool(self, name: str) -> None:
         self.calls.append(f"start pool {name}")

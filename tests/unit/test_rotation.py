@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -334,7 +333,7 @@ def test_tokens_go_with_their_key_slots(monkeypatch: pytest.MonkeyPatch) -> None
                 Token(2, "clevis", gone),
                 Token(3, "note", ()),  # somebody's own, never bound to anything
             )
-            return replace(await read(volume), tokens=tokens)
+            return (await read(volume))._replace(tokens=tokens)
 
         monkeypatch.setattr(run.host, "header", with_tokens)
         await rotating(run)
@@ -359,7 +358,7 @@ def test_which_keys_would_be_lost() -> None:
     header = Header(2, "", (*slots, KeySlot(4, "argon2id")), (Token(0, "systemd-tpm2", (4,)),))
     with pytest.raises(VmcryptdError, match=r"key slot 3 \(random key\), 4 \(tpm2\)\."):
         check_alone(header, "mail", slots[0])
-    check_alone(replace(header, slots=slots[:1]), "mail", slots[0])
+    check_alone(header._replace(slots=slots[:1]), "mail", slots[0])
 
 
 # --- cut off at its very end, when all that is missing is that the header says so ---

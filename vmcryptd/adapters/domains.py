@@ -8,7 +8,6 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -151,9 +150,9 @@ class Libvirt:
         domains = dict(self._link.known.domains)
         if domain := domains.pop(name, None):
             if domain.persistent:
-                domains[name] = replace(domain, state=GuestState.OFF)
+                domains[name] = domain._replace(state=GuestState.OFF)
             self._link.agents.discard(name)
-            self._link.learn(replace(self._link.known, domains=domains))
+            self._link.learn(self._link.known._replace(domains=domains))
         self._link.mark(Event.DOMAIN, name)
 
     # --- pools ---

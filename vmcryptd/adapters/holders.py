@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmcryptd.adapters.sysfs import Roots, parse_mounts, read_file
 from vmcryptd.model import BlockDevice, Mount, Storage
@@ -16,8 +16,7 @@ from vmcryptd.model import BlockDevice, Mount, Storage
 GUEST_NAME = re.compile(r"(?:^|,)guest=((?:[^,]|,,)+)")  # QEMU doubles commas in option values
 
 
-@dataclass(frozen=True)
-class Reach:
+class Reach(NamedTuple):
     """All that stands on one device, directly or further up."""
 
     devices: tuple[BlockDevice, ...]  # without the device itself

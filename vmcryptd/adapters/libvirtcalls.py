@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from xml.etree import ElementTree
 
 from vmcryptd import domainxml
@@ -46,8 +46,7 @@ class Refused(Exception):
         self.forever = forever  # the same question will get the same answer
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     domain: Domain
     contents: domainxml.Contents
 

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -133,7 +132,7 @@ class Link:
                 self._failure = str(error)
             if not connected:
                 self._failed += 1
-            self.learn(replace(self.known, reachable=False))
+            self.learn(self.known._replace(reachable=False))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._hurry.wait()

@@ -12,6 +12,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from vmcryptd.adapters import sysfs
 from vmcryptd.adapters.run import run
@@ -25,8 +26,7 @@ REMOVE_S = 30.0
 _LEFT_BEHIND = ("-overlay", "-hotzone-forward")
 
 
-@dataclass(frozen=True)
-class Mapping:
+class Mapping(NamedTuple):
     """A device-mapper device, as sysfs shows it."""
 
     name: str

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmcryptd.errors import DeadlineError, VmcryptdError
 
@@ -27,8 +27,7 @@ class CommandError(VmcryptdError):
     """A program that is needed cannot be started; the text names it."""
 
 
-@dataclass(frozen=True)
-class Completed:
+class Completed(NamedTuple):
     """How a process ended; a negative code is the signal that killed it."""
 
     code: int

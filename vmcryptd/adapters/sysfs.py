@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vmcryptd.model import BlockDevice, Mount, Storage
 
@@ -21,8 +21,7 @@ NETWORK = {
 LINKS_LIMIT = 40  # as in the kernel's own path walk
 
 
-@dataclass(frozen=True)
-class Roots:
+class Roots(NamedTuple):
     """Where the kernel's files are; tests have a tree of their own."""
 
     sys_block: str = "/sys/class/block"
@@ -112,7 +111,7 @@ def _lasts(device: BlockDevice, path: str) -> bool:
 def _suspended_or_not(device: BlockDevice, path: str) -> BlockDevice:
     """The one thing that changes without an event."""
     suspended = attribute(f"{path}/dm/suspended") == "1"
-    return device if suspended == device.suspended else replace(device, suspended=suspended)
+    return device if suspended == device.suspended else device._replace(suspended=suspended)
 
 
 def _block_device(name: str, path: str) -> BlockDevice | None:
