@@ -82,6 +82,8 @@ class Engine:
         self._running: dict[str, tuple[asyncio.Task[None], Job]] = {}
         # Volumes of the boot set that are opened when their device appears.
         self._late: set[str] = set()
+        # What boot brings up and has been up since it was asked for, as steps: whoever took it down again meant it.
+        self._came_up: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._libvirt_error: VmcryptdError | None = None
         self._was_running: dict[str, tuple[str, ...]] = {}  # guest → what it needs
@@ -211,6 +213,7 @@ class Engine:
                 self._late.discard(name)
             elif activity.doing is None:
                 activity.key_source = ""
+        self._note_up()
         self._after_guests()
         self._after_opening()
         self.prompt.look_again()  # what waits may have been opened by hand
@@ -219,6 +222,13 @@ class Engine:
             self._libvirt_error = None
             if self.booted:
                 self._begin_quietly("boot")
+
+    def _note_up(self) -> None:
+        if not self.booted:
+            return
+        volumes, guests = self.graph.volumes.items(), self.graph.guests.items()
+        self._came_up.update(f"{Action.UNLOCK}:{name}" for name, node in volumes if node.is_open)
+        self._came_up.update(f"{Action.START}:{name}" for name, node in guests if node.is_running)
 
     def _open_late(self) -> None:
         if self.booted and any(self.graph.volumes[name].device for name in self._late):
@@ -384,6 +394,8 @@ class Engine:
         except VmcryptdError:
             self.booted = before
             raise
+        self._came_up.clear()
+        self._note_up()
         self.prompt.declined = False
         return job
 
@@ -496,14 +508,17 @@ class Engine:
         """Nothing is to come up by itself any more, and no key is held."""
         self.booted = False
         self._late.clear()
+        self._came_up.clear()
         self._libvirt_error = None
         self.prompt.wipe()
 
     def begin(
-        self, goal: str, *, may_ask: bool = True, deadline: float = Infinity, look: bool = True
-    ) -> Job:
+        self, goal: str, *, may_ask: bool = True, deadline: float = Infinity, look: bool = True,
+        is_asked: bool = True,
+    ) -> Job:  # fmt: skip
         """Pursue a goal, or join who pursues it; `look` first, unless that was just done.
 
+        Boot that nobody asked for goes on where the last one ended: what was up since then stays as it is.
         Raises VmcryptdError.
         """
         self._check_may_begin(is_rising(goal))
@@ -512,11 +527,15 @@ class Engine:
         for job in self.jobs.values():
             if job.goal == goal and not job.is_stopped:
                 job.may_ask = job.may_ask or may_ask
-                job.forget({step.id for step in self._plan_again(job).steps})  # asked for again
+                if is_asked and job.without:
+                    job.without, job.planned = frozenset(), None
+                plan = self._plan_again(job) if is_asked else Plan(goal)
+                job.forget({step.id for step in plan.steps})
                 self._replan()
                 return job
-        first = planner.plan(self.graph, goal)
-        job = self._register(Job(next(self._numbers), goal, may_ask, deadline))
+        without = frozenset() if is_asked else frozenset(self._came_up)
+        first = planner.plan(self.graph, goal, without)
+        job = self._register(Job(next(self._numbers), goal, may_ask, without, deadline))
         self._add_steps(job, first)
         job.task = asyncio.create_task(self._pursue(job))
         self._touch()
@@ -541,7 +560,7 @@ class Engine:
 
     def _begin_quietly(self, goal: str) -> None:
         try:
-            self.begin(goal)
+            self.begin(goal, is_asked=False)
         except VmcryptdError as error:
             log.warning("%s: %s", goal, error)
 
@@ -676,7 +695,7 @@ class Engine:
         if job.planned is not None and job.planned[0] is self.graph:
             return job.planned[1]
         try:
-            job.planned = self.graph, planner.plan(self.graph, job.goal)
+            job.planned = self.graph, planner.plan(self.graph, job.goal, job.without)
             return job.planned[1]
         except VmcryptdError:
             return Plan(job.goal)  # what it was about is gone, or in use by now: no new steps

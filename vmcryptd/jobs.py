@@ -26,6 +26,7 @@ class Job:
     id: int
     goal: str
     may_ask: bool = True  # a person may be asked for what it opens
+    without: frozenset[str] = frozenset()  # steps of boot that nobody asked for again
     deadline: float = Infinity  # event loop time, for stopping guests
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # step → what carries it out
     state: JobState = JobState.RUNNING

@@ -18,13 +18,16 @@ GOALS = ("boot", "shutdown", "lock-all", "unlock:NAME", "lock:NAME", "start:NAME
 
 
 @collector.paused
-def plan(graph: Graph, goal: str) -> Plan:
-    """The steps that reach the goal. Raises GoalError, NoSuchVolumeError, NoSuchGuestError, BusyError."""
+def plan(graph: Graph, goal: str, without: Container[str] = ()) -> Plan:
+    """The steps that reach the goal. Raises GoalError, NoSuchVolumeError, NoSuchGuestError, BusyError.
+
+    `without`: these steps of boot are not begun for their own sake, but only where another step needs them.
+    """
     verb, _, name = goal.partition(":")
     steps = _Steps(graph)
     match verb:
         case "boot" if not name:
-            _boot(graph, steps)
+            _boot(graph, steps, without)
         case "shutdown" if not name:
             _shutdown(graph, steps)
         case "lock-all" if not name:
@@ -273,16 +276,16 @@ class _Steps:
         ]
 
 
-def _boot(graph: Graph, steps: _Steps) -> None:
+def _boot(graph: Graph, steps: _Steps, without: Container[str]) -> None:
     volumes, guests = boot_set(graph)
     for name in volumes:
-        if graph.volumes[name].spec.unlock is Unlock.BOOT:
+        unlock = f"{Action.UNLOCK}:{name}"
+        if graph.volumes[name].spec.unlock is Unlock.BOOT and unlock not in without:
             steps.up(name, "in the boot set")
     for name in guests:
-        steps.start(
-            name,
-            "always started" if graph.guests[name].spec.start == "always" else "autostart is set",
-        )
+        if f"{Action.START}:{name}" not in without:
+            is_always = graph.guests[name].spec.start == "always"
+            steps.start(name, "always started" if is_always else "autostart is set")
     _close_keystores(graph, steps, volumes)
 
 

@@ -473,6 +473,67 @@ async def test_a_device_appears_after_boot_ended(run: Running) -> None:
     assert run.host.goals() == ("up",)
 
 
+PUT_DOWN = (
+    volume("a", A + "\npresent = false", timeout="10ms")
+    + volume("b")
+    + volume("c")
+    + guest("on-a", "a")
+    + guest("on-b", "b")
+)
+
+
+@play(PUT_DOWN)
+async def test_what_was_put_down_stays_so_when_a_device_appears(run: Running) -> None:
+    """Whoever stopped a guest and closed a volume meant it, and did not ask for boot again."""
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    await run.engine.pursue("stop:on-b")
+    await run.engine.lock("c")
+    run.host.volume("a", present=True)
+    await run.until(lambda: len(run.host.questions) == 2)
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"a": "unlocked", "b": "unlocked", "c": "locked"}
+    assert run.guests() == {"on-a": "running", "on-b": "off"}
+    run.host.answer("alpha")
+    run.engine.boot()
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(PUT_DOWN + volume("d", B))
+async def test_what_was_put_down_stays_so_while_boot_waits(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.guests()["on-b"] == "running" and run.engine.waiting == ["d"])
+    await run.until(lambda: run.volume("a").error and run.volumes()["c"] == "unlocked")
+    await run.engine.lock("c")
+    run.host.volume("a", present=True)
+    await run.until(lambda: run.engine.waiting == ["a", "d"])
+    run.host.answer("alpha")
+    await run.until(lambda: run.guests()["on-a"] == "running")
+    run.host.answer("beta")
+    await run.idle()
+    assert run.volumes() == {"a": "unlocked", "b": "unlocked", "c": "locked", "d": "unlocked"}
+
+
+@play(PUT_DOWN)
+async def test_boot_that_is_asked_for_again_is_the_whole_boot(run: Running) -> None:
+    """Also when it joins the one that a device has begun."""
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    await run.engine.lock("c")
+    run.host.volume("a", present=True)
+    await run.until(lambda: run.engine.waiting == ["a"])
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a", "c"])
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.state == "ready"
+
+
 @play(volume("a", A + "\npresent = false", timeout="10ms", unlock="manual"))
 async def test_who_is_to_open_what_comes_late_by_hand_is_told_so(run: Running) -> None:
     with pytest.raises(DeviceMissingError, match="once it is there: `vmcryptctl unlock a`$"):
