@@ -84,6 +84,11 @@ SICK_GUESTS = {
     "badnet": "'gone'",
     "baddisk": "/srv/gone.img",
 }
+# Succeeds while boot is a job.
+BOOTING = (
+    "busctl tree --list org.vmcryptd1 | grep /job/ |"
+    " xargs -I{} busctl get-property org.vmcryptd1 {} org.vmcryptd1.Job Goal | grep -q boot"
+)
 
 
 @dataclass
@@ -280,10 +285,15 @@ def test_a_guest_that_does_not_start(site: Site, name: str) -> None:
 
 
 def test_a_device_that_appears_later_is_opened_by_itself(site: Site) -> None:
+    """And what was closed by hand stays closed, though its key would fetch itself."""
     assert site.volume("cr_late")["State"] == "missing"
+    site.root.call("Lock", "cr_stored")
     site.vm.plug_disk(DISKS["cr_late"])
     site.root.wait("volume", "cr_late", "unlocked")
     assert site.volume("cr_late")["LastError"] == ""
+    site.vm.wait_until(f"! {BOOTING}")
+    assert site.volume("cr_stored")["State"] == "locked"
+    site.root.call("Unlock", "cr_stored")
 
 
 def test_a_key_file_is_taken_once_it_is_private(site: Site) -> None:
