@@ -7,7 +7,6 @@ descriptions here (`packaging/docs.py`).
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 import tomllib
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from vmcryptd.errors import ConfigError
+from vmcryptd.errors import ConfigError, nearest
 from vmcryptd.model import (
     Content,
     DaemonSpec,
@@ -152,8 +151,8 @@ def _ready(value: str) -> str:
 
 
 def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f' (did you mean "{close[0]}"?)' if close else ""
+    close = nearest(word, known)
+    return f' (did you mean "{close}"?)' if close else ""
 
 
 def _before(function: Any) -> Any:

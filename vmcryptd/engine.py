@@ -529,8 +529,8 @@ class Engine:
                 job.may_ask = job.may_ask or may_ask
                 if is_asked and job.without:
                     job.without, job.planned = frozenset(), None
-                plan = self._plan_again(job) if is_asked else Plan(goal)
-                job.forget({step.id for step in plan.steps})
+                again = self._plan_again(job).steps if is_asked else ()
+                job.forget({step.id for step in again})
                 self._replan()
                 return job
         without = frozenset() if is_asked else frozenset(self._came_up)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 PREFIX = "org.vmcryptd1.Error."
 
 EXIT_OK = 0
@@ -201,3 +203,10 @@ def subclasses(base: type[VmcryptdError] = VmcryptdError) -> dict[str, type[Vmcr
         for name, cls in subclasses(child).items():
             found.setdefault(name, cls)
     return found
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What was probably meant by a word that is not known, or an empty string."""
+    import difflib  # only for who has mistyped
+
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")

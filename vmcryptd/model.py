@@ -325,13 +325,12 @@ class Observation(NamedTuple):
     storage: Storage = Storage()
     virtualisation: Virtualisation = Virtualisation()
     remembered: Remembered = Remembered()
-    uuids: Mapping[str, str] = MappingProxyType({})  # volume → UUID read from its header
-    chains: Mapping[str, tuple[str, ...]] = MappingProxyType(
-        {}
-    )  # disk file → files it is backed by
-    activated: frozenset[str] = (
-        frozenset()
-    )  # volumes whose group was activated since they were opened
+    # Volume → UUID read from its header.
+    uuids: Mapping[str, str] = MappingProxyType({})
+    # Disk file → files it is backed by.
+    chains: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    # Volumes whose group was activated since they were opened.
+    activated: frozenset[str] = frozenset()
 
 
 # --- what is to be done --------------------------------------------------------------------

@@ -10,7 +10,13 @@ import graphlib
 from collections.abc import Container, Iterable
 
 from vmcryptd import collector
-from vmcryptd.errors import BusyError, GoalError, NoSuchGuestError, NoSuchVolumeError
+from vmcryptd.errors import (
+    BusyError,
+    GoalError,
+    NoSuchGuestError,
+    NoSuchVolumeError,
+    nearest,
+)
 from vmcryptd.graph import Graph, VolumeNode
 from vmcryptd.model import Action, Content, Lock, Plan, Step, Unlock
 
@@ -97,12 +103,9 @@ def check_guest(graph: Graph, name: str) -> None:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    import difflib
-
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f'; did you mean "{close[0]}"?'
+    if close := nearest(name, names):
+        return f'; did you mean "{close}"?'
     return "" if names else "; none is configured"
 
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
+from vmcryptd.errors import nearest
+
 
 class Argument(NamedTuple):
     """One argument of a verb; an option if its name begins with "-"."""
@@ -430,10 +432,8 @@ def parser(verb: Verb) -> argparse.ArgumentParser:
 
 def near(word: str, known: list[str]) -> str:
     """ "; did you mean …?", or nothing."""
-    import difflib
-
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f'; did you mean "{close[0]}"?' if close else ""
+    close = nearest(word, known)
+    return f'; did you mean "{close}"?' if close else ""
 
 
 def _filled(text: str) -> str:

@@ -48,6 +48,13 @@ LOST_TIMER = "rcu_preempt kthread timer wakeup didn't happen"
 Accel = Literal["kvm", "tcg"]
 Json = dict[str, Any]
 
+# Emulated, a CPU with all that QEMU knows is slower: libraries choose wide vectors, page tables have a fifth level.
+# What ciphers use stays.
+CPU: dict[Accel, str] = {
+    "kvm": "max",
+    "tcg": "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+rdrand,+rdseed",
+}
+
 
 class VmError(Exception):
     """The virtual machine did not do what a test needs of it."""
@@ -101,14 +108,6 @@ def build_image(deb: Path | None = None) -> Image:
         command += ["--deb", deb]
     built = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return Image(Path(built.stdout.strip()))
-
-
-# Emulated, a CPU with all that QEMU knows is slower: libraries choose wide vectors, page tables have a fifth level.
-# What ciphers use stays.
-CPU: dict[Accel, str] = {
-    "kvm": "max",
-    "tcg": "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+rdrand,+rdseed",
-}
 
 
 @functools.cache

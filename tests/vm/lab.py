@@ -21,6 +21,7 @@ WRONG = "canary-Zw7pQ4-wrong"
 
 # Cheap to derive, because the machine is emulated; what derivation costs is the benchmark's matter.
 CHEAP = "--pbkdf argon2id --pbkdf-memory 1024 --pbkdf-parallel 1 --pbkdf-force-iterations 4"
+CONFIG = "/etc/vmcryptd/vmcryptd.toml"
 MANAGER = "org.vmcryptd1 /org/vmcryptd1 org.vmcryptd1.Manager"
 
 
@@ -93,9 +94,6 @@ class Lab:
         self.vm.put(CONFIG, "\n".join([extra, *self.config]))
         if reload:
             self.vm.run("vmcryptctl reload")
-
-
-CONFIG = "/etc/vmcryptd/vmcryptd.toml"
 
 
 def paste_keys(vm: Vm, shown: str, volume: str) -> None:

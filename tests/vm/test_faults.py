@@ -382,10 +382,10 @@ def test_one_answer_for_all_that_wait_and_a_question_for_the_rest(site: Site) ->
 
 
 def test_an_answer_is_kept_for_late_comers_as_long_as_configured(site: Site) -> None:
-    config = site.vm.get("/etc/vmcryptd/vmcryptd.toml").decode()
+    config = site.vm.get(lab.CONFIG).decode()
     held = "ls -l /proc/$(systemctl show -P MainPID vmcryptd)/fd | grep -q memfd:vmcryptd-key"
     cached = config.replace("[daemon]", '[daemon]\nkey_cache = "infinity"')
-    site.vm.put("/etc/vmcryptd/vmcryptd.toml", cached)
+    site.vm.put(lab.CONFIG, cached)
     site.root.call("Reload")
     call = site.root.begin("Unlock", "cr_ask")
     site.root.question("cr_ask", PASSPHRASE)
@@ -393,7 +393,7 @@ def test_an_answer_is_kept_for_late_comers_as_long_as_configured(site: Site) -> 
     site.vm.run(held)
     site.root.call("Unlock", "cr_hand")
     assert site.volume("cr_hand")["KeySource"] == "prompt"
-    site.vm.put("/etc/vmcryptd/vmcryptd.toml", config)
+    site.vm.put(lab.CONFIG, config)
     site.root.call("Reload")
     site.vm.wait_until(f"! {held}")
     site.lock("cr_ask", "cr_hand")
