@@ -123,7 +123,7 @@ build/man/%: docs/%.rst
 install: man
 	for file in $(MODULES); do $(INSTALL) -Dm 644 "$$file" "$(DESTDIR)$(PYDIR)/$$file"; done
 	$(INSTALL) -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SBINDIR)
-	sed 's|@PYDIR@|$(PYDIR)|; s|@MODULE@|cli|' packaging/launcher.in >$(DESTDIR)$(BINDIR)/vmcryptctl
+	sed 's|@PYDIR@|$(PYDIR)|; s|@MODULE@|cli.main|' packaging/launcher.in >$(DESTDIR)$(BINDIR)/vmcryptctl
 	sed 's|@PYDIR@|$(PYDIR)|; s|@MODULE@|daemon|' packaging/launcher.in >$(DESTDIR)$(SBINDIR)/vmcryptd
 	chmod 755 $(DESTDIR)$(BINDIR)/vmcryptctl $(DESTDIR)$(SBINDIR)/vmcryptd
 	$(INSTALL) -d $(DESTDIR)$(UNITDIR)

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from vmcryptd.verbs import GOALS, GROUPS, VISIBLE, Argument, Verb
+from vmcryptd.cli.verbs import GOALS, GROUPS, VISIBLE, Argument, Verb
 
 HEAD = """\
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Written by packaging/docs.py from vmcryptd/verbs.py: change it there.
+# Written by packaging/docs.py from vmcryptd/cli/verbs.py: change it there.
 """
 NAMED = {"volumes": "volumes", "guests": "guests", "names": "all"}
 

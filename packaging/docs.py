@@ -2,7 +2,7 @@
 """Writes the files that are generated from the code; with --check tells which are not up to date.
 
 Run as `python packaging/docs.py`. The default configuration and the option pages come from
-vmcryptd/config.py, the shells' completion from vmcryptd/verbs.py.
+vmcryptd/config/schema.py, the shells' completion from vmcryptd/cli/verbs.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import completion  # noqa: E402
 from pydantic import TypeAdapter  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
-from vmcryptd.config import TABLES  # noqa: E402
+from vmcryptd.config.schema import TABLES  # noqa: E402
 
 EXAMPLES = {"daemon": "daemon", "volume": "volume.cr_imap_encr", "guest": "guest.imap"}
-BEGIN, END = ".. generated from vmcryptd/config.py: begin", ".. generated: end"
+BEGIN, END = ".. generated from vmcryptd/config/schema.py: begin", ".. generated: end"
 PAGE = "docs/vmcryptd.toml.5.rst"
 
 

@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from vmcryptd.adapters.memfd import MemfdKey
-from vmcryptd.adapters.sim import Simulation
-from vmcryptd.engine import Engine
-from vmcryptd.model import GuestState, Token, VolumeSpec
-from vmcryptd.ports import Key
-from vmcryptd.state import GuestView, VolumeView
+from vmcryptd.adapters.sim.host import Simulation
+from vmcryptd.core.model import GuestState, Token, VolumeSpec
+from vmcryptd.core.ports import Key
+from vmcryptd.core.states import GuestView, VolumeView
+from vmcryptd.engine.engine import Engine
+from vmcryptd.posix.memfd import MemfdKey
 
 PATIENCE_S = 30.0
 

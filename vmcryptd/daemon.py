@@ -14,14 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmcryptd import __version__, bus, service
-from vmcryptd import settings as configuration
-from vmcryptd.adapters import authority, host
-from vmcryptd.engine import Engine
-from vmcryptd.errors import VmcryptdError
-from vmcryptd.model import Settings
-from vmcryptd.objects import Objects
-from vmcryptd.ports import Ports
+from vmcryptd import __version__, service
+from vmcryptd.adapters.systemd import host, polkit
+from vmcryptd.bus import transport
+from vmcryptd.bus.objects import Objects
+from vmcryptd.config import files as configuration
+from vmcryptd.core.errors import VmcryptdError
+from vmcryptd.core.model import Settings
+from vmcryptd.core.ports import Ports
+from vmcryptd.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,12 @@ def keep_out_of_core_dumps() -> None:
 
 def real_ports(settings: Settings) -> Ports:
     """The adapters that work on this host."""
-    from vmcryptd.adapters.blocks import SysfsBlocks
-    from vmcryptd.adapters.crypt import Cryptsetup
-    from vmcryptd.adapters.domains import Libvirt
-    from vmcryptd.adapters.keys import SystemKeys
-    from vmcryptd.adapters.reencrypt import CryptsetupReencryption
-    from vmcryptd.adapters.slots import CryptsetupSlots
+    from vmcryptd.adapters.keysources.sources import SystemKeys
+    from vmcryptd.adapters.libvirt.domains import Libvirt
+    from vmcryptd.adapters.luks.key_slots import CryptsetupSlots
+    from vmcryptd.adapters.luks.mappings import Cryptsetup
+    from vmcryptd.adapters.luks.reencrypt import CryptsetupReencryption
+    from vmcryptd.adapters.storage.blocks import SysfsBlocks
 
     return Ports(
         blocks=SysfsBlocks(),
@@ -111,7 +112,7 @@ def real_ports(settings: Settings) -> Ports:
 
 def _composition(arguments: Arguments) -> tuple[Settings, Ports, Callable[[], Settings]]:
     if arguments.sim is not None:
-        from vmcryptd.adapters.sim import Simulation
+        from vmcryptd.adapters.sim.host import Simulation
 
         simulation = Simulation.load(arguments.sim)
         return simulation.settings, simulation.ports(), simulation.reload
@@ -129,7 +130,7 @@ async def _serve(arguments: Arguments) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     # The bus answers while the configuration is parsed, which is most of what a start takes.
-    connecting = asyncio.create_task(bus.connect(arguments.bus))
+    connecting = asyncio.create_task(transport.connect(arguments.bus))
     await asyncio.sleep(0)
     try:
         settings, ports, load = _composition(arguments)
@@ -138,9 +139,9 @@ async def _serve(arguments: Arguments) -> int:
         raise
     connection = await connecting
     # A simulated host belongs to who runs it.
-    trusted = {authority.ROOT} if arguments.sim is None else {authority.ROOT, os.getuid()}
-    polkit = authority.Polkit(connection, trusted=frozenset(trusted))
-    objects = Objects(connection, service.ROOT, polkit)
+    trusted = {polkit.ROOT} if arguments.sim is None else {polkit.ROOT, os.getuid()}
+    authority = polkit.Polkit(connection, trusted=frozenset(trusted))
+    objects = Objects(connection, service.ROOT, authority)
     engine = Engine(settings, ports)
     engine.start()
 

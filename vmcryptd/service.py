@@ -12,14 +12,15 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from vmcryptd import __version__, keyed
-from vmcryptd.bus import object_path
-from vmcryptd.engine import Engine
-from vmcryptd.jobs import Job
-from vmcryptd.model import Infinity, Plan
-from vmcryptd.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
-from vmcryptd.prompt import Held
-from vmcryptd.state import GuestView, VolumeView
+from vmcryptd import __version__
+from vmcryptd.bus.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
+from vmcryptd.bus.transport import object_path
+from vmcryptd.core.model import Infinity, Plan
+from vmcryptd.core.states import GuestView, VolumeView
+from vmcryptd.engine import unlock_with_key
+from vmcryptd.engine.engine import Engine
+from vmcryptd.engine.jobs import Job
+from vmcryptd.engine.prompt import Held
 
 NAME = "org.vmcryptd1"
 ROOT = "/org/vmcryptd1"
@@ -60,7 +61,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     @exported(action=UNLOCK)
     async def UnlockWithKey(self, volume: str, key: Handle) -> None:
         """The same with a key, read to its end from the descriptor."""
-        await keyed.unlock(self._engine, volume, take_fd(key))
+        await unlock_with_key.unlock(self._engine, volume, take_fd(key))
 
     @exported(action=UNLOCK)
     async def UnlockAll(self) -> None:
@@ -70,7 +71,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     @exported(action=UNLOCK)
     async def UnlockAllWithKey(self, key: Handle) -> None:
         """The same; the key is tried on all that wait."""
-        await keyed.unlock_all(self._engine, take_fd(key))
+        await unlock_with_key.unlock_all(self._engine, take_fd(key))
 
     @exported(action=LOCK)
     async def Lock(self, volume: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Written by packaging/docs.py from vmcryptd/verbs.py: change it there.
+# Written by packaging/docs.py from vmcryptd/cli/verbs.py: change it there.
 # shellcheck shell=bash
 
 _vmcryptctl() {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Written by packaging/docs.py from vmcryptd/verbs.py: change it there.
+# Written by packaging/docs.py from vmcryptd/cli/verbs.py: change it there.
 
 complete -c vmcryptctl -f
 complete -c vmcryptctl -n __fish_use_subcommand -l help -d 'show all verbs'

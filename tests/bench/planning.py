@@ -5,8 +5,8 @@ import gc
 import time
 from statistics import median
 
-from vmcryptd import graph, planner
-from vmcryptd.model import (
+from vmcryptd.core import graph, planner
+from vmcryptd.core.model import (
     BlockDevice,
     DiskSource,
     Domain,

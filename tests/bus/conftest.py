@@ -17,7 +17,7 @@ import pytest
 with warnings.catch_warnings():
     # dbus_next imports gi where there is one, and what Python 3.13 deprecates.
     warnings.simplefilter("ignore")
-    from vmcryptd import bus
+    from vmcryptd.bus import transport
 
 CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -97,16 +97,16 @@ def polkitd(bus_address: str) -> Iterator[None]:
 
 
 async def _owned(name: str, address: str) -> None:
-    connection = await bus.connect(address)
+    connection = await transport.connect(address)
     appeared = asyncio.Event()
 
-    def changed(signal: bus.Signal) -> None:
+    def changed(signal: transport.Signal) -> None:
         if signal.body[2]:
             appeared.set()
 
-    await connection.match(changed, sender=bus.DRIVER, member="NameOwnerChanged", arg0=name)
+    await connection.match(changed, sender=transport.DRIVER, member="NameOwnerChanged", arg0=name)
     body = [name]
-    driver = bus.DRIVER, bus.DRIVER_PATH, bus.DRIVER
+    driver = transport.DRIVER, transport.DRIVER_PATH, transport.DRIVER
     if not (await connection.call(*driver, "NameHasOwner", "s", body, timeout_s=60))[0]:
         async with asyncio.timeout(120):
             await appeared.wait()

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import bus
-from vmcryptd.adapters.authority import Polkit
-from vmcryptd.errors import NotAuthorizedError
+from vmcryptd.adapters.systemd.polkit import Polkit
+from vmcryptd.bus import transport
+from vmcryptd.core.errors import NotAuthorizedError
 
 ACTION = "org.vmcryptd1.unlock"
 POLKIT = "org.freedesktop.PolicyKit1"
@@ -25,10 +25,10 @@ AUTHORITY = "/org/freedesktop/PolicyKit1/Authority"
 # A peer with a user id of its own: prints its bus name and stays until its stdin ends.
 PEER = """
 import asyncio, os
-from vmcryptd import bus
+from vmcryptd.bus import transport
 os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
 async def main():
-    connection = await bus.connect()
+    connection = await transport.connect()
     print(connection._transport.unique_name, flush=True)
     gone = asyncio.Event()
     asyncio.get_running_loop().add_reader(0, gone.set)
@@ -47,7 +47,7 @@ def nobody() -> Iterator[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(bus.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(transport.__file__).parents[2])},
     ) as peer:
         assert peer.stdin is not None
         assert peer.stdout is not None
@@ -58,14 +58,14 @@ def nobody() -> Iterator[str]:
 
 
 @asynccontextmanager
-async def connected() -> AsyncIterator[bus.Connection]:
-    connection = await bus.connect()
+async def connected() -> AsyncIterator[transport.Connection]:
+    connection = await transport.connect()
     yield connection
     await connection.disconnect()
 
 
 async def tell_mock(
-    connection: bus.Connection, member: str, signature: str, *body: Any
+    connection: transport.Connection, member: str, signature: str, *body: Any
 ) -> list[Any]:
     mock = "org.freedesktop.DBus.Mock"
     return await connection.call(POLKIT, AUTHORITY, mock, member, signature, body, timeout_s=10)
@@ -135,9 +135,9 @@ def test_an_answer_that_makes_no_sense_is_a_refusal(run: Any, nobody: str, answe
     async def test() -> None:
         async with connected() as connection, connected() as polkit:
             signature, value = answer
-            asked: list[bus.Call] = []
+            asked: list[transport.Call] = []
 
-            def reply(call: bus.Call) -> None:
+            def reply(call: transport.Call) -> None:
                 asked.append(call)
                 polkit.reply(call, signature, [value] if signature else [])
 
@@ -156,8 +156,8 @@ def test_an_answer_that_makes_no_sense_is_a_refusal(run: Any, nobody: str, answe
 class Silent:
     """A polkit that never answers, and notes what it is told."""
 
-    def __init__(self, connection: bus.Connection) -> None:
-        self.calls: asyncio.Queue[bus.Call] = asyncio.Queue()
+    def __init__(self, connection: transport.Connection) -> None:
+        self.calls: asyncio.Queue[transport.Call] = asyncio.Queue()
         connection.on_call = self.calls.put_nowait
 
 
@@ -217,7 +217,7 @@ def test_polkit_that_is_slow(run: Any, polkitd: None, nobody: str) -> None:
 def test_polkit_that_dies_while_it_is_asked(run: Any, nobody: str) -> None:
     async def test() -> None:
         async with connected() as connection:
-            polkit = await bus.connect()
+            polkit = await transport.connect()
             silent = Silent(polkit)
             await polkit.request_name(POLKIT)
             asking = asyncio.create_task(Polkit(connection).check(nobody, ACTION, interactive=True))

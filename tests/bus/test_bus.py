@@ -20,15 +20,8 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import bus
-from vmcryptd.bus import Connection, RemoteError, Typed, object_path
-from vmcryptd.errors import (
-    DeadlineError,
-    NoSuchVolumeError,
-    NotAuthorizedError,
-    UnreachableError,
-)
-from vmcryptd.objects import (
+from vmcryptd.bus import transport
+from vmcryptd.bus.objects import (
     CALL,
     MAX_PENDING,
     Handle,
@@ -37,6 +30,13 @@ from vmcryptd.objects import (
     Objects,
     exported,
     take_fd,
+)
+from vmcryptd.bus.transport import Connection, RemoteError, Typed, object_path
+from vmcryptd.core.errors import (
+    DeadlineError,
+    NoSuchVolumeError,
+    NotAuthorizedError,
+    UnreachableError,
 )
 
 NAME = "org.vmcryptd1.Test"
@@ -152,7 +152,7 @@ class Fixture:
 
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[Fixture]:
-    service, client = await bus.connect(), await bus.connect()
+    service, client = await transport.connect(), await transport.connect()
     gate, manager = Gate(), Manager()
     objects = Objects(service, ROOT, gate)
     objects.export(ROOT, manager)
@@ -221,7 +221,7 @@ def test_errors_carry_their_name_and_nothing_else(run: Any, caplog: Any) -> None
             assert [record.exc_info is not None for record in caplog.records] == [True, True]
             with pytest.raises(RemoteError) as caught:
                 await it.ask("Lock", "s", "x" * 50_000)
-            assert len(caught.value.text) <= bus.MAX_TEXT
+            assert len(caught.value.text) <= transport.MAX_TEXT
 
     with caplog.at_level(logging.ERROR):
         run(test())
@@ -260,7 +260,7 @@ def test_standard_errors(run: Any) -> None:
 def test_the_sender_is_right_under_interleaved_calls(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
-            clients = [it.client, await bus.connect(), await bus.connect()]
+            clients = [it.client, await transport.connect(), await transport.connect()]
             calls = [
                 asyncio.create_task(it.ask("Unlock", "s", str(n), client=one))
                 for n, one in enumerate(clients)
@@ -325,7 +325,7 @@ def test_hostile_calls_leave_nothing_behind(run: Any) -> None:
                             timeout_s=60, fds=[key] * count,
                         )  # fmt: skip
                 it.client._post(  # a signal to one connection, with a descriptor
-                    message_type=bus.MessageType.SIGNAL, destination=NAME, path=ROOT,
+                    message_type=transport.MessageType.SIGNAL, destination=NAME, path=ROOT,
                     interface="a.b", member="C", signature="h", body=[0], fds=[key],
                 )  # fmt: skip
                 it.client.tell(NAME, ROOT, MANAGER, "Bug")
@@ -389,7 +389,7 @@ def test_thousands_of_refusals_cost_no_memory(run: Any) -> None:
     run(test())
 
 
-if bus._LIBRARY == "dbus_next":  # dbus_fast parses fast enough
+if transport._LIBRARY == "dbus_next":  # dbus_fast parses fast enough
 
     def test_a_huge_message_is_not_parsed(run: Any) -> None:
         async def test() -> None:
@@ -423,7 +423,7 @@ def test_one_sender_cannot_pile_up_calls(run: Any) -> None:
             assert len(it.gate.asked) == MAX_PENDING
             names = {call.exception().name for call in done}  # type: ignore[union-attr]
             assert names == {"org.freedesktop.DBus.Error.LimitsExceeded"}
-            other = await bus.connect()
+            other = await transport.connect()
             another = asyncio.create_task(it.ask("Unlock", "s", "y", client=other))
             it.gate.open.set()
             it.manager.go.set()
@@ -438,7 +438,7 @@ def test_one_sender_cannot_pile_up_calls(run: Any) -> None:
 def test_who_leaves_is_not_asked_any_more_but_what_runs_goes_on(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
-            runner, asker = await bus.connect(), await bus.connect()
+            runner, asker = await transport.connect(), await transport.connect()
             running = asyncio.create_task(it.ask("Unlock", "s", "runs", client=runner))
             assert await it.manager.started.get() == "runs"
             it.gate.hangs = True
@@ -564,7 +564,7 @@ def test_following_the_signals_gives_what_get_managed_objects_gives(run: Any) ->
         async with serving() as it:
             mirror: dict[str, Any] = {}
 
-            def follow(signal: bus.Signal) -> None:
+            def follow(signal: transport.Signal) -> None:
                 if signal.member == "InterfacesAdded":
                     assert signal.path == ROOT
                     mirror.setdefault(signal.body[0], {}).update(signal.body[1])
@@ -729,13 +729,13 @@ def test_busctl_finds_its_way(run: Any, bus_address: str) -> None:
 def test_a_signal_of_somebody_else_is_not_believed(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
-            listener, liar = await bus.connect(), await bus.connect()
-            seen: list[bus.Signal] = []
+            listener, liar = await transport.connect(), await transport.connect()
+            seen: list[transport.Signal] = []
             end = await listener.match(seen.append, sender=NAME, member="PrepareForSleep")
             target = listener._transport.unique_name
             for sender in (liar, it.service):
                 sender._post(
-                    message_type=bus.MessageType.SIGNAL, destination=target, path=ROOT,
+                    message_type=transport.MessageType.SIGNAL, destination=target, path=ROOT,
                     interface="org.freedesktop.login1.Manager", member="PrepareForSleep",
                     signature="b", body=[sender is it.service],
                 )  # fmt: skip
@@ -752,11 +752,11 @@ def test_a_signal_of_somebody_else_is_not_believed(run: Any) -> None:
 
 def test_the_owner_of_a_name_is_followed(run: Any) -> None:
     async def test() -> None:
-        listener = await bus.connect()
+        listener = await transport.connect()
         seen: list[list[Any]] = []
         await listener.match(lambda signal: seen.append(signal.body), sender="a.b.c", member="Hi")
         for turn in ("first", "second"):
-            service = await bus.connect()
+            service = await transport.connect()
             service.emit("/", "a.b", "Hi", "s", ["too early"])
             await service.request_name("a.b.c")
             service.emit("/", "a.b", "Hi", "s", [turn])
@@ -783,7 +783,7 @@ def test_calls_end(run: Any) -> None:
             for path, signature, body in bad:
                 with pytest.raises(ValueError, match="cannot be sent"):
                     await it.client.call(NAME, path, "a.b", "C", signature, body, timeout_s=60)
-            client = await bus.connect()
+            client = await transport.connect()
             call = asyncio.create_task(it.ask("Unlock", "s", "x", client=client, timeout_s=None))
             await it.manager.started.get()
             await client.disconnect()
@@ -800,7 +800,7 @@ def test_an_error_without_a_text_is_an_error(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
             it.service.on_call = lambda call: it.service._post(
-                message_type=bus.MessageType.ERROR, reply_serial=call.serial,
+                message_type=transport.MessageType.ERROR, reply_serial=call.serial,
                 destination=call.sender, error_name="a.b.Empty",
             )  # fmt: skip
             with pytest.raises(RemoteError) as caught:
@@ -815,7 +815,7 @@ def test_descriptors_in_answers(run: Any) -> None:
         async with serving() as it:
             with pipe("lock") as held:
                 it.service.on_call = lambda call: it.service._post(
-                    message_type=bus.MessageType.METHOD_RETURN, reply_serial=call.serial,
+                    message_type=transport.MessageType.METHOD_RETURN, reply_serial=call.serial,
                     destination=call.sender, signature="h", body=[0], fds=[held],
                 )  # fmt: skip
                 await it.ask("Inhibit")
@@ -833,7 +833,7 @@ def test_descriptors_in_answers(run: Any) -> None:
 def test_a_name_is_owned_once(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
-            with pytest.raises(bus.NameTakenError, match=NAME):
+            with pytest.raises(transport.NameTakenError, match=NAME):
                 await it.client.request_name(NAME)
             await it.service.request_name(NAME)
 
@@ -858,13 +858,13 @@ def test_a_bus_that_hangs_up_or_says_nothing_is_unreachable(
         path = str(tmp_path / "bus")
         server = await asyncio.start_unix_server(answer, path)
         with pytest.raises(UnreachableError, match="cannot be reached"):
-            await bus.connect(f"unix:path={path}", timeout_s=0.2)
+            await transport.connect(f"unix:path={path}", timeout_s=0.2)
         await done.wait()
         server.close()
         await server.wait_closed()
         for wrong in ("unix:path=/nonexistent", "rubbish", "x:y=z"):
             with pytest.raises(UnreachableError):
-                await bus.connect(wrong)
+                await transport.connect(wrong)
 
     run(test())
 
@@ -872,7 +872,7 @@ def test_a_bus_that_hangs_up_or_says_nothing_is_unreachable(
 def test_a_lost_bus_is_told(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
-            service = await bus.connect()
+            service = await transport.connect()
             service._transport._sock.shutdown(socket.SHUT_RDWR)
             await service.closed()
             service.emit("/", "a.b", "C", "", [])
@@ -903,9 +903,9 @@ def test_what_cannot_be_declared() -> None:
 
 
 def test_a_client_is_cheap_to_import() -> None:
-    code = "import sys, vmcryptd.bus; print(*sys.modules)"
+    code = "import sys, vmcryptd.bus.client; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
-    for heavy in ("pydantic", "libvirt", "logging.config", "unittest", "vmcryptd.objects"):
+    for heavy in ("pydantic", "libvirt", "logging.config", "unittest", "vmcryptd.bus.objects"):
         assert heavy not in loaded
-    assert bus._LIBRARY in loaded
-    assert {"dbus_next", "dbus_fast"} - {bus._LIBRARY} - set(loaded)
+    assert transport._LIBRARY in loaded
+    assert {"dbus_next", "dbus_fast"} - {transport._LIBRARY} - set(loaded)

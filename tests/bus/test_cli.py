@@ -23,11 +23,13 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import bus, cli, keycli, render, verbs
 from vmcryptd import daemon as daemon_module
-from vmcryptd.bus import RemoteError, object_path
-from vmcryptd.client import translated
-from vmcryptd.errors import (
+from vmcryptd.bus import transport
+from vmcryptd.bus.client import translated
+from vmcryptd.bus.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
+from vmcryptd.bus.transport import RemoteError, object_path
+from vmcryptd.cli import keys, main, render, verbs
+from vmcryptd.core.errors import (
     BusyError,
     ConfigError,
     GoalError,
@@ -40,7 +42,6 @@ from vmcryptd.errors import (
     WrongKeyError,
     subclasses,
 )
-from vmcryptd.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
 
 PROJECT = Path(__file__).resolve().parents[2]
 NAME = "org.vmcryptd1"
@@ -199,7 +200,7 @@ class Fake:
         self.wait_for(inside())
 
     async def start(self) -> None:
-        self.connection = await bus.connect()
+        self.connection = await transport.connect()
         self.objects = Objects(self.connection, ROOT, Nobody())
         self.manager = Manager(self)
         self.objects.export(ROOT, self.manager)
@@ -357,7 +358,7 @@ class Terminal:
     """vmcryptctl on a terminal of its own."""
 
     def __init__(self, *argv: str) -> None:
-        code = "import sys; from vmcryptd.cli import main; sys.exit(main())"
+        code = "import sys; from vmcryptd.cli.main import main; sys.exit(main())"
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(PROJECT)
@@ -411,7 +412,7 @@ needs_ask_password = pytest.mark.skipif(
 
 
 def test_status_says_first_what_to_do(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status"]) == 0
+    assert main.main(["status"]) == 0
     assert capsys.readouterr().out == (
         "waiting: 2 volumes wait for a passphrase -- run: vmcryptctl unlock\n"
         "\n"
@@ -422,19 +423,19 @@ def test_status_says_first_what_to_do(mail: Fake, capsys: pytest.CaptureFixture[
         "GUEST  STATE  STARTS   NEEDS\n"
         "imap   off    at boot  cr_a, cr_b\n"
     )
-    assert cli.main(["status", "--all"]) == 0
+    assert main.main(["status", "--all"]) == 0
     assert "\ndns    running  -" in capsys.readouterr().out
 
 
 def test_status_of_names(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "cr_b"]) == 0
+    assert main.main(["status", "cr_b"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["cr_b    waiting  /dev/vg/b  -    imap"]
-    assert cli.main(["status", "cr_bb"]) == 2
+    assert main.main(["status", "cr_bb"]) == 2
     assert 'no guest "cr_bb"; did you mean "cr_b"?' in capsys.readouterr().err
 
 
 def test_status_as_json(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--json"]) == 0
+    assert main.main(["status", "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status == {
         "state": "waiting",
@@ -469,35 +470,35 @@ def test_status_as_json(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "boot"]) == 0
+    assert main.main(["plan", "boot"]) == 0
     assert capsys.readouterr().out == (
         "boot: 2 steps\n  1. unlock cr_a  boot set\n  2. start imap   autostart (after 1)\n"
     )
-    assert cli.main(["plan", "boot", "--json"]) == 0
+    assert main.main(["plan", "boot", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == PLAN
-    assert cli.main(["plan", "tea"]) == 2
+    assert main.main(["plan", "tea"]) == 2
 
 
 def test_names_for_completion(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     for what, names in (("volumes", "cr_a\ncr_b\n"), ("guests", "imap\ndns\n")):
-        assert cli.main(["_names", what]) == 0
+        assert main.main(["_names", what]) == 0
         assert capsys.readouterr() == (names, "")
 
 
 def test_away(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli.main(["status"]) == 5
+    assert main.main(["status"]) == 5
     text = "vmcryptctl: vmcryptd is not running; `systemctl status vmcryptd` tells why\n"
     assert capsys.readouterr() == ("", text)
-    assert cli.main(["_names", "volumes"]) == 0
+    assert main.main(["_names", "volumes"]) == 0
     assert capsys.readouterr() == ("", "")
-    assert cli.main(["console"]) == 0
+    assert main.main(["console"]) == 0
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent/bus")
-    assert cli.main(["status"]) == 5
+    assert main.main(["status"]) == 5
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_wait(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["wait", "--timeout", "50ms"]) == 6
+    assert main.main(["wait", "--timeout", "50ms"]) == 6
     assert "a passphrase is missing for cr_a, cr_b" in capsys.readouterr().err
 
     def all_open() -> None:
@@ -505,14 +506,14 @@ def test_wait(mail: Fake, capsys: pytest.CaptureFixture[str]) -> None:
             mail.set_state(name, "unlocked")
 
     mail.loop.call_soon_threadsafe(mail.loop.call_later, 0.2, all_open)
-    assert cli.main(["wait"]) == 0
+    assert main.main(["wait"]) == 0
 
     def degraded() -> None:
         mail.volumes["cr_a"].changed(State="failed", LastError="the disk is gone")
         mail.manager.changed(State="degraded")
 
     mail.do(degraded)
-    assert cli.main(["wait", "--json"]) == 1
+    assert main.main(["wait", "--json"]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["reasons"] == ["cr_a: the disk is gone"]
     assert "cr_a: the disk is gone" in shown.err
@@ -529,11 +530,11 @@ def test_wait_survives_a_restart_of_the_daemon(mail: Fake) -> None:
         mail.show()
 
     asyncio.run_coroutine_threadsafe(restart(), mail.loop)
-    assert cli.main(["wait", "--timeout", "20s"]) == 0
+    assert main.main(["wait", "--timeout", "20s"]) == 0
 
 
 def test_monitor(mail: Fake) -> None:
-    code = "import sys; from vmcryptd.cli import main; sys.exit(main(['monitor', '--json']))"
+    code = "import sys; from vmcryptd.cli.main import main; sys.exit(main(['monitor', '--json']))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True
     ) as monitor:
@@ -563,7 +564,7 @@ def test_monitor(mail: Fake) -> None:
 
 def test_console(fake: Fake) -> None:
     started = time.monotonic()
-    assert cli.main(["console"]) == 0  # "0": not at all
+    assert main.main(["console"]) == 0  # "0": not at all
 
     def boot() -> None:
         fake.objects.export(f"{ROOT}/job/1", Job(Goal="boot", State="running", LastError=""))
@@ -576,12 +577,12 @@ def test_console(fake: Fake) -> None:
         fake.objects.unexport(f"{ROOT}/job/1")
 
     fake.loop.call_soon_threadsafe(fake.loop.call_later, 0.3, answered)
-    assert cli.main(["console"]) == 0
+    assert main.main(["console"]) == 0
     assert time.monotonic() - started > 0.3
     fake.do(lambda: fake.manager.changed(ConsolePromptUSec=200_000, ConsoleNeeded=True))
     fake.do(boot)
     fake.do(lambda: fake.manager.changed(ConsolePromptUSec=200_000))
-    assert cli.main(["console"]) == 0
+    assert main.main(["console"]) == 0
     assert time.monotonic() - started < 10
 
 
@@ -591,25 +592,25 @@ def test_console(fake: Fake) -> None:
 def test_several_names_are_all_tried(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     fake.errors["Lock", "a"] = BusyError("a is in use by guest imap")
     fake.errors["Lock", "b"] = NotAuthorizedError("no")
-    assert cli.main(["lock", "a", "b", "c"]) == 4
+    assert main.main(["lock", "a", "b", "c"]) == 4
     # What is in use is tried again: it may have been by one of the others.
     assert fake.calls == [("Lock", "a"), ("Lock", "b"), ("Lock", "c"), ("Lock", "a")]
     assert "a is in use by guest imap" in capsys.readouterr().err
     fake.errors["StartGuest", "x"] = NoSuchGuestError('there is no guest "x"')
-    assert cli.main(["start", "x"]) == 2
-    assert cli.main(["lock"]) == 0
+    assert main.main(["start", "x"]) == 2
+    assert main.main(["lock"]) == 0
     assert fake.calls[-1] == ("LockAll",)
 
 
 @pytest.mark.parametrize("verb", ["boot", "panic", "reload", "shutdown"])
 def test_verbs_without_arguments(verb: str, fake: Fake) -> None:
-    assert cli.main([verb]) == 0
+    assert main.main([verb]) == 0
     assert fake.calls == [(verb.capitalize(),)]
 
 
 def test_a_refused_configuration(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     fake.errors["Reload",] = ConfigError("vmcryptd.toml: [daemon] x: unknown key")
-    assert cli.main(["reload"]) == 2
+    assert main.main(["reload"]) == 2
     assert capsys.readouterr().err == "vmcryptctl: vmcryptd.toml: [daemon] x: unknown key\n"
 
 
@@ -617,13 +618,13 @@ def test_shutdown_without_a_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(daemon_module, "shutdown_here", lambda: done.append("here"))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert cli.main(["shutdown"]) == 0
+    assert main.main(["shutdown"]) == 0
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent/bus")
-    assert cli.main(["shutdown"]) == 0
+    assert main.main(["shutdown"]) == 0
     assert done == ["here", "here"]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr("vmcryptd.terminal.is_interactive", lambda: False)
-    assert cli.main(["shutdown"]) == 5
+    monkeypatch.setattr("vmcryptd.cli.terminal.is_interactive", lambda: False)
+    assert main.main(["shutdown"]) == 5
 
 
 @pytest.mark.parametrize("how", ["dies", "stops"])
@@ -644,7 +645,7 @@ def test_shutdown_with_a_daemon_that_leaves(
             await fake.vanish()
 
         asyncio.run_coroutine_threadsafe(die(), fake.loop)
-    assert cli.main(["shutdown"]) == 0
+    assert main.main(["shutdown"]) == 0
     assert done == ["here"]
 
 
@@ -653,7 +654,7 @@ def test_what_went_wrong_in_a_shutdown_is_not_tried_twice(
 ) -> None:
     monkeypatch.setattr(daemon_module, "shutdown_here", lambda: pytest.fail("twice"))
     fake.errors["Shutdown",] = BusyError("cr_a is in use")
-    assert cli.main(["shutdown"]) == 1
+    assert main.main(["shutdown"]) == 1
 
 
 def test_a_dead_bus_does_not_hang(
@@ -665,8 +666,8 @@ def test_a_dead_bus_does_not_hang(
         listener.bind(str(tmp_path / "bus"))
         listener.listen()
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/bus")
-        monkeypatch.setattr("vmcryptd.client.CONNECT_S", 0.2)
-        assert cli.main(["status"]) == 5
+        monkeypatch.setattr("vmcryptd.bus.client.CONNECT_S", 0.2)
+        assert main.main(["status"]) == 5
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -678,11 +679,11 @@ def test_lock_goes_from_the_top_down(mail: Fake, capsys: pytest.CaptureFixture[s
     mail.errors[low] = BusyError("cr_low is in use by volume cr_high")
     mail.errors[used] = BusyError("cr_used is in use by tail")
     mail.frees[high] = low
-    assert cli.main(["lock", "cr_low", "cr_high", "cr_used"]) == 1
+    assert main.main(["lock", "cr_low", "cr_high", "cr_used"]) == 1
     assert mail.calls[-6:] == [low, high, used, low, used, used]
     assert capsys.readouterr().err == "vmcryptctl: cr_used is in use by tail\n"
-    assert cli.main(["lock", "cr_low"]) == 0
-    assert cli.main(["lock"]) == 0
+    assert main.main(["lock", "cr_low"]) == 0
+    assert main.main(["lock"]) == 0
     assert mail.calls[-1] == ("LockAll",)
 
 
@@ -692,21 +693,21 @@ def test_lock_goes_from_the_top_down(mail: Fake, capsys: pytest.CaptureFixture[s
 def test_unlock_with_key_file(mail: Fake, tmp_path: Path, capsys: Any) -> None:
     key = tmp_path / "key"
     key.write_bytes(b"aaa")
-    assert cli.main(["unlock", "--key-file", str(key)]) == 6  # cr_b is left
-    assert cli.main(["unlock", "cr_b", "--key-file", str(key)]) == 3
+    assert main.main(["unlock", "--key-file", str(key)]) == 6  # cr_b is left
+    assert main.main(["unlock", "cr_b", "--key-file", str(key)]) == 3
     key.write_bytes(b"bbb")
-    assert cli.main(["unlock", "cr_a", "--key-file", str(key), "cr_b"]) == 0
+    assert main.main(["unlock", "cr_a", "--key-file", str(key), "cr_b"]) == 0
     assert mail.received[-2:] == [b"bbb", b"bbb"]
-    assert cli.main(["unlock", "--key-file", str(tmp_path / "none")]) == 2
+    assert main.main(["unlock", "--key-file", str(tmp_path / "none")]) == 2
     capsys.readouterr()
-    assert cli.main(["unlock", "cr_x", "--key-file", str(key)]) == 2
+    assert main.main(["unlock", "cr_x", "--key-file", str(key)]) == 2
     assert "did you mean" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [[], ["cr_a"], ["cr_a", "cr_b"]])
 def test_unlock_with_a_key_on_standard_input(mail: Fake, names: list[str]) -> None:
     mail.keys["cr_b"] = b"aaa"
-    code = "import sys; from vmcryptd.cli import main; sys.exit(main())"
+    code = "import sys; from vmcryptd.cli.main import main; sys.exit(main())"
     argv = [sys.executable, "-c", code, "unlock", "--key-file", "-", *names]
     done = subprocess.run(argv, cwd=PROJECT, input=b"aaa", check=False)
     assert done.returncode == 0
@@ -714,7 +715,7 @@ def test_unlock_with_a_key_on_standard_input(mail: Fake, names: list[str]) -> No
 
 
 def test_unlock_without_a_terminal_leaves_asking_to_agents(mail: Fake) -> None:
-    code = "import sys; from vmcryptd.cli import main; sys.exit(main(['unlock', 'cr_a']))"
+    code = "import sys; from vmcryptd.cli.main import main; sys.exit(main(['unlock', 'cr_a']))"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=PROJECT,
@@ -873,28 +874,28 @@ def test_errors_of_others(name: str, code: int) -> None:
     ],
 )
 def test_usage_errors(argv: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(argv) == 2
+    assert main.main(argv) == 2
     shown = capsys.readouterr()
     assert hint in shown.err
     assert (shown.out, shown.err.count("\n")) == ("", 1)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--help"]) == 0
     shown = capsys.readouterr().out
     for verb in verbs.VISIBLE:
         assert f"  {verb.name} " in shown
-        assert cli.main([*verb.name.split(), "--help"]) == 0
+        assert main.main([*verb.name.split(), "--help"]) == 0
         text = capsys.readouterr().out
         assert all(command in text for command, _ in verb.examples)
     assert all(len(line) <= 100 for line in shown.splitlines())
-    assert cli.main([]) == 2
-    assert cli.main(["--version"]) == 0
+    assert main.main([]) == 2
+    assert main.main(["--version"]) == 0
 
 
 def test_every_verb_is_carried_out() -> None:
-    assert cli.RUN.keys() == {verb.name for verb in verbs.VERBS}
-    assert set(keycli.RUN) == {verb.name for verb in verbs.VERBS if " " in verb.name}
+    assert main.RUN.keys() == {verb.name for verb in verbs.VERBS}
+    assert set(keys.RUN) == {verb.name for verb in verbs.VERBS if " " in verb.name}
     assert {
         verb.name for verb in verbs.VERBS if any("--json" in a.name for a in verb.arguments)
     } == {
@@ -1010,10 +1011,15 @@ def test_it_starts_fast() -> None:
         "shutil",
         "ctypes",
     }
-    heavy |= {"vmcryptd.objects", "vmcryptd.config", "vmcryptd.model", "vmcryptd.adapters.run"}
+    heavy |= {
+        "vmcryptd.bus.objects",
+        "vmcryptd.config.schema",
+        "vmcryptd.core.model",
+        "vmcryptd.posix.run",
+    }
     code = (
         "import sys; import dbus_next.aio; before = set(sys.modules); "
-        "from vmcryptd import verbs; import vmcryptd.cli; verbs.parse(['status']); "
+        "from vmcryptd.cli import verbs; import vmcryptd.cli.main; verbs.parse(['status']); "
         "print(*(set(sys.modules) - before))"
     )
     loaded = subprocess.run(

@@ -16,8 +16,8 @@ import pytest
 from tests.bus.test_cli import Terminal, needs_ask_password
 from tests.bus.test_service import PROJECT, Daemon, handed_in, opened_by, start, with_daemon
 from tests.scan_memory import found_in
-from vmcryptd import cli, keycli
-from vmcryptd.errors import UnreachableError
+from vmcryptd.cli import main
+from vmcryptd.core.errors import UnreachableError
 
 __all__ = ["start"]  # a fixture
 
@@ -107,7 +107,7 @@ class Ctl(NamedTuple):
 
 
 async def ctl(*argv: str, typed: str | None = None) -> Ctl:
-    code = "import sys; from vmcryptd.cli import main; sys.exit(main())"
+    code = "import sys; from vmcryptd.cli.main import main; sys.exit(main())"
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", code, *argv],
@@ -540,9 +540,9 @@ def test_a_daemon_that_goes_away_while_it_changes_keys(
         async with start(HOST):
             argv = [*verb.split(), *([str(keys)] if "--new" in verb else [])]
             argv += ["--key-file", str(keys)]
-            assert await asyncio.to_thread(cli.main, argv) == 5
+            assert await asyncio.to_thread(main.main, argv) == 5
 
-    monkeypatch.setattr(keycli, "call", call)
+    monkeypatch.setattr("vmcryptd.cli.keys.call", call)
     run(test())
     said = capfd.readouterr().err
     assert "vmcryptd is not running; if it broke off in between" in said

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from tests.bus.test_service import Daemon, start
-from vmcryptd import cli, config, keystore, settings
-from vmcryptd.adapters import run as runner
+from vmcryptd.cli import keystore, main
+from vmcryptd.config import files, schema
+from vmcryptd.posix import run as runner
 
 __all__ = ["start"]  # a fixture
 
@@ -79,7 +80,7 @@ class Place:
 
     async def init(self, *arguments: str) -> int:
         argv = ["keystore", "init", "keys", *arguments, "--key-file", str(self.key)]
-        return await asyncio.to_thread(cli.main, argv)
+        return await asyncio.to_thread(main.main, argv)
 
     def is_untouched(self) -> bool:
         """Nothing is left of an attempt."""
@@ -92,7 +93,7 @@ class Place:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     place = Place(tmp_path)
     monkeypatch.setattr(runner, "DIRECTORIES", (str(tmp_path / "bin"), *runner.DIRECTORIES))
-    monkeypatch.setattr(settings, "DIRECTORY", place.configuration)
+    monkeypatch.setattr(files, "DIRECTORY", place.configuration)
     monkeypatch.setattr(keystore, "MAPPINGS", tmp_path / "mapper")
     yield place
     assert "canary" not in place.log
@@ -117,7 +118,7 @@ def test_in_a_file(start: Any, run: Any, place: Place, capfd: Any) -> None:
     played(start, run, scene)
     assert (place.file.stat().st_size, place.file.stat().st_mode & 0o777) == (24 << 20, 0o600)
     assert place.file.stat().st_blocks * 512 >= 24 << 20  # no disk that is full can take them
-    [spec] = config.parse(settings.read(place.configuration)).volumes.values()
+    [spec] = schema.parse(files.read(place.configuration)).volumes.values()
     assert (spec.name, spec.device, spec.mount) == (
         "keys",
         str(place.file),

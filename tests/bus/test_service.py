@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 
 from tests.scan_memory import found_in
-from vmcryptd import __version__, bus
-from vmcryptd.bus import Connection, RemoteError, object_path
+from vmcryptd import __version__
+from vmcryptd.bus import transport
+from vmcryptd.bus.transport import Connection, RemoteError, object_path
 
 PROJECT = Path(__file__).resolve().parents[2]
 NAME, ROOT = "org.vmcryptd1", "/org/vmcryptd1"
@@ -189,11 +190,11 @@ def start(bus_address: str, tmp_path: Path) -> Iterator[Start]:
 
     @asynccontextmanager
     async def started(text: str = HOST) -> AsyncIterator[Daemon]:
-        connection = await bus.connect(bus_address)
+        connection = await transport.connect(bus_address)
         owned = asyncio.Event()
         end = await connection.match(
             lambda signal: owned.set() if signal.body[2] else None,
-            sender=bus.DRIVER, member="NameOwnerChanged", arg0=NAME,
+            sender=transport.DRIVER, member="NameOwnerChanged", arg0=NAME,
         )  # fmt: skip
         sim = spawn(text)
         async with asyncio.timeout(120):
@@ -491,7 +492,7 @@ async def test_arguments_that_do_not_fit(daemon: Daemon) -> None:
     assert await daemon.refused("Unlock", "s", "x", path="/nowhere") == standard + "UnknownObject"
     assert (
         await daemon.refused(
-            "Set", "ssv", MANAGER, "State", bus.Typed("s", "x"), interface=PROPERTIES
+            "Set", "ssv", MANAGER, "State", transport.Typed("s", "x"), interface=PROPERTIES
         )
         == standard + "PropertyReadOnly"
     )
@@ -530,13 +531,13 @@ async def follow(daemon: Daemon) -> dict[str, dict[str, dict[str, Any]]]:
     """What a client knows that listens to signals only; from an empty beginning on."""
     known: dict[str, dict[str, dict[str, Any]]] = {}
 
-    def added(signal: bus.Signal) -> None:
+    def added(signal: transport.Signal) -> None:
         known[signal.body[0]] = signal.body[1]
 
-    def removed(signal: bus.Signal) -> None:
+    def removed(signal: transport.Signal) -> None:
         del known[signal.body[0]]
 
-    def changed(signal: bus.Signal) -> None:
+    def changed(signal: transport.Signal) -> None:
         if signal.path in known:
             known[signal.path][signal.body[0]].update(signal.body[1])
 
@@ -622,7 +623,7 @@ def as_nobody(address: str) -> dict[str, Any]:
     """Become an unprivileged caller; what it gets to see: the answer or error to each call."""
 
     async def ask() -> dict[str, Any]:
-        connection = await bus.connect(address)
+        connection = await transport.connect(address)
         found: dict[str, Any] = {}
 
         async def one(
@@ -679,7 +680,7 @@ def test_who_is_not_authorised_may_look_but_not_touch(
     async def test() -> None:
         async with start(HOST) as daemon:
             before = await daemon.call("GetManagedObjects", interface=OBJECT_MANAGER)
-            changes: list[bus.Signal] = []
+            changes: list[transport.Signal] = []
             await daemon.connection.match(changes.append, sender=NAME)
             descriptors = daemon.descriptors()
             found = await stranger(bus_address)
@@ -700,9 +701,9 @@ def test_who_is_not_authorised_may_look_but_not_touch(
 def test_polkit_decides_by_action(start: Start, run: Any, bus_address: str) -> None:
     async def test() -> None:
         asked: list[tuple[str, int]] = []
-        polkit = await bus.connect(bus_address)
+        polkit = await transport.connect(bus_address)
 
-        def decide(call: bus.Call) -> None:
+        def decide(call: transport.Call) -> None:
             asked.append((call.body[1], call.body[3]))
             polkit.reply(call, "(bba{ss})", [[call.body[1] == f"{NAME}.lock", False, {}]])
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from vmcryptd.adapters.domains import Libvirt
-from vmcryptd.model import Virtualisation
+from vmcryptd.adapters.libvirt.domains import Libvirt
+from vmcryptd.core.model import Virtualisation
 
 DEFAULT = "test:///default"
 TIMEOUT_S = 60.0

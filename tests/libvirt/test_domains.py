@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from tests.libvirt.conftest import DEFAULT, domain_xml, observing
-from vmcryptd.adapters import domains as module
-from vmcryptd.adapters import libvirtlink
-from vmcryptd.adapters.domains import Libvirt
-from vmcryptd.adapters.libvirtcalls import Event, Session
-from vmcryptd.errors import DeadlineError, GuestError, LibvirtError
-from vmcryptd.model import DiskSource, GuestSpec, GuestState, SourceType
+from vmcryptd.adapters.libvirt import connection
+from vmcryptd.adapters.libvirt import domains as module
+from vmcryptd.adapters.libvirt.domains import Libvirt
+from vmcryptd.adapters.libvirt.session import Event, Session
+from vmcryptd.core.errors import DeadlineError, GuestError, LibvirtError
+from vmcryptd.core.model import DiskSource, GuestSpec, GuestState, SourceType
 
 libvirt = pytest.importorskip("libvirt")
 
@@ -122,7 +122,7 @@ def test_autostart_shows_at_the_next_refresh(run: Any, outsider: Any) -> None:
 def test_what_no_event_tells_shows_after_a_while(
     run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libvirtlink, "LOOK_S", 0.05)
+    monkeypatch.setattr(connection, "LOOK_S", 0.05)
 
     async def work() -> None:
         async with observing() as observer:
@@ -242,7 +242,7 @@ def test_refused_shutdown(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPat
 def test_lost_connection_comes_back(
     run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libvirtlink, "BACK_OFF_S", (0.01, 0.05))
+    monkeypatch.setattr(connection, "BACK_OFF_S", (0.01, 0.05))
 
     async def work() -> None:
         async with observing() as observer:
@@ -274,7 +274,7 @@ def test_lost_connection_comes_back(
 def test_stop_survives_a_lost_connection(
     run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libvirtlink, "BACK_OFF_S", (0.01, 0.05))
+    monkeypatch.setattr(connection, "BACK_OFF_S", (0.01, 0.05))
     pressed = asyncio.Event()
     monkeypatch.setattr(Session, "press", lambda *_: GuestState.RUNNING)
 
@@ -394,9 +394,9 @@ def test_hanging_call_does_not_keep_the_process() -> None:
 import asyncio, sys, threading
 import libvirt
 libvirt.open = lambda uri: threading.Event().wait()
-from vmcryptd.adapters import libvirtlink
-from vmcryptd.adapters.domains import Libvirt
-from vmcryptd.errors import LibvirtError
+from vmcryptd.adapters.libvirt import connection
+from vmcryptd.adapters.libvirt.domains import Libvirt
+from vmcryptd.core.errors import LibvirtError
 async def main():
     domains = Libvirt("test:///default")
     domains.watch(lambda: None)
@@ -419,8 +419,8 @@ asyncio.run(main())
 
 def test_libvirt_is_not_imported_before_it_is_used() -> None:
     script = """
-import sys, vmcryptd.adapters.domains
-vmcryptd.adapters.domains.Libvirt("test:///default")
+import sys, vmcryptd.adapters.libvirt.domains
+vmcryptd.adapters.libvirt.domains.Libvirt("test:///default")
 print("libvirt" in sys.modules)
 """
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}

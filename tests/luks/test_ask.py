@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.keys import ASKER_TRIES, SystemKeys
-from vmcryptd.errors import CancelledError, KeyUnavailableError
-from vmcryptd.ports import Key
+from vmcryptd.adapters.keysources.sources import ASKER_TRIES, SystemKeys
+from vmcryptd.core.errors import CancelledError, KeyUnavailableError
+from vmcryptd.core.ports import Key
 
 REQUESTS = Path("/run/systemd/ask-password")
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.crypt import Cryptsetup, _slot, open_failure, token_failure
-from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.adapters.run import Completed
-from vmcryptd.errors import (
+from vmcryptd.adapters.keysources.sources import SystemKeys
+from vmcryptd.adapters.luks.mappings import Cryptsetup, _slot, open_failure, token_failure
+from vmcryptd.core.errors import (
     BusyError,
     DamagedHeaderError,
     DeviceMissingError,
@@ -29,8 +28,9 @@ from vmcryptd.errors import (
     WrongKeyError,
     WrongPinError,
 )
-from vmcryptd.model import Header, KeySource, SourceKind, Token, VolumeSpec
-from vmcryptd.ports import Key
+from vmcryptd.core.model import Header, KeySource, SourceKind, Token, VolumeSpec
+from vmcryptd.core.ports import Key
+from vmcryptd.posix.run import Completed
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("cryptsetup"), reason="cryptsetup is not installed"

@@ -16,10 +16,10 @@ CANARY = b"canary-" + os.urandom(12).hex().encode()
 
 USER = """
 import asyncio, os, subprocess, sys
-from vmcryptd.adapters.crypt import Cryptsetup
-from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.errors import VmcryptdError
-from vmcryptd.model import KeySource, SourceKind, Token, VolumeSpec
+from vmcryptd.adapters.luks.mappings import Cryptsetup
+from vmcryptd.adapters.keysources.sources import SystemKeys
+from vmcryptd.core.errors import VmcryptdError
+from vmcryptd.core.model import KeySource, SourceKind, Token, VolumeSpec
 
 path = sys.argv[1]
 volume = VolumeSpec("cr_test", path)

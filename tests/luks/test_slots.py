@@ -17,13 +17,12 @@ from typing import Any
 import pytest
 
 from tests import lib
-from vmcryptd.adapters import slots as adapter
-from vmcryptd.adapters.crypt import Cryptsetup, read_header
-from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.adapters.sim import Simulation
-from vmcryptd.adapters.slots import CryptsetupSlots
-from vmcryptd.engine import Engine
-from vmcryptd.errors import (
+from vmcryptd.adapters.keysources.sources import SystemKeys
+from vmcryptd.adapters.luks import key_slots as adapter
+from vmcryptd.adapters.luks.key_slots import CryptsetupSlots
+from vmcryptd.adapters.luks.mappings import Cryptsetup, read_header
+from vmcryptd.adapters.sim.host import Simulation
+from vmcryptd.core.errors import (
     BusyError,
     KeyUnusableError,
     LastKeyError,
@@ -32,7 +31,8 @@ from vmcryptd.errors import (
     StorageError,
     WrongKeyError,
 )
-from vmcryptd.keyslots import KeySlots
+from vmcryptd.engine.engine import Engine
+from vmcryptd.engine.key_management import KeySlots
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("cryptsetup"), reason="cryptsetup is not installed"

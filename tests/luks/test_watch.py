@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.blocks import SysfsBlocks
+from vmcryptd.adapters.storage.blocks import SysfsBlocks
 
 
 def test_mounts_are_noticed(tmp_path: Path) -> None:

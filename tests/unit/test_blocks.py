@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters import blocks, holders
-from vmcryptd.adapters.blocks import SysfsBlocks, device_of, mount_unit
-from vmcryptd.adapters.run import Completed
-from vmcryptd.adapters.sysfs import (
+from vmcryptd.adapters.storage import blocks, holders
+from vmcryptd.adapters.storage.blocks import SysfsBlocks, device_of, mount_unit
+from vmcryptd.adapters.storage.sysfs import (
     Lasting,
     MountTable,
     Roots,
@@ -21,8 +20,9 @@ from vmcryptd.adapters.sysfs import (
     parse_mounts,
     unescape,
 )
-from vmcryptd.errors import StorageError
-from vmcryptd.model import BlockDevice, Lock, Mount, VolumeSpec
+from vmcryptd.core.errors import StorageError
+from vmcryptd.core.model import BlockDevice, Lock, Mount, VolumeSpec
+from vmcryptd.posix.run import Completed
 
 UUID = "CRYPT-LUKS2-0b7d6a2e94a54c1ea5a76b7c3b3a1f00-cr_imap"
 LV = "LVM-" + "v" * 32 + "l" * 32

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import check, config, graph, survey
-from vmcryptd import settings as configuration_files
-from vmcryptd.check import ERROR, WARNING, Finding
-from vmcryptd.errors import DeviceMissingError, NotLuksError
-from vmcryptd.model import (
+from vmcryptd.audit import check, probe
+from vmcryptd.audit.check import ERROR, WARNING, Finding
+from vmcryptd.audit.probe import Facts, File
+from vmcryptd.config import files as configuration_files
+from vmcryptd.config import schema
+from vmcryptd.core import graph
+from vmcryptd.core.errors import DeviceMissingError, NotLuksError
+from vmcryptd.core.model import (
     BlockDevice,
     DiskSource,
     Domain,
@@ -29,17 +32,16 @@ from vmcryptd.model import (
     Token,
     Virtualisation,
 )
-from vmcryptd.survey import Facts, File
 
 UUID = "3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"
-ENABLED = dict.fromkeys(survey.UNITS[:3], "enabled")
+ENABLED = dict.fromkeys(probe.UNITS[:3], "enabled")
 PLUGINS = frozenset({"systemd-tpm2"})
 TPM2 = Header(2, UUID, tokens=(Token(0, "systemd-tpm2", (0,)),))
 KEY = File(is_regular=True, mode=0o600)
 
 
 def facts(text: str, *domains: Domain, **more: Any) -> Facts:
-    settings = config.parse({"vmcryptd.toml": text})
+    settings = schema.parse({"vmcryptd.toml": text})
     storage = Storage({"vda": BlockDevice("vda", "254:0")}, {"/dev/vda": "vda"})
     virtualisation = Virtualisation(True, {domain.name: domain for domain in domains})
     built = graph.build(settings, Observation(storage, virtualisation))
@@ -277,8 +279,8 @@ def test_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f'[daemon]\nlibvirt_uri = "test:///default"\n[volume.a]\ndevice = "{tmp_path}/none"\nkeys = ["file:{key}"]\n'
     )
     settings = configuration_files.load(tmp_path)
-    monkeypatch.setattr(survey, "LIBVIRT_S", 5.0)
-    looked = asyncio.run(survey.look(settings))
+    monkeypatch.setattr(probe, "LIBVIRT_S", 5.0)
+    looked = asyncio.run(probe.look(settings))
     assert looked.files[str(key)].mode == 0o644
     assert looked.memory_kib > 0
     assert looked.is_root == (os.geteuid() == 0)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.lib import Running, descriptors, handed_in, opened_by, play
-from vmcryptd import keyed, opening
-from vmcryptd.adapters import run as processes
-from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.errors import KeyUnavailableError, NotYetError, StillWaitingError, WrongKeyError
-from vmcryptd.model import Header, KeySlot, Token, VolumeSpec
-from vmcryptd.ports import Key
+from vmcryptd.adapters.keysources.sources import SystemKeys
+from vmcryptd.core.errors import KeyUnavailableError, NotYetError, StillWaitingError, WrongKeyError
+from vmcryptd.core.model import Header, KeySlot, Token, VolumeSpec
+from vmcryptd.core.ports import Key
+from vmcryptd.engine import opening, unlock_with_key
+from vmcryptd.posix import run as processes
 
 A, B = opened_by("alpha"), opened_by("beta")
 BOUND = 'slots = [{sources = ["clevis"], memory_kib = 0}]'
@@ -88,8 +88,8 @@ async def test_a_key_that_is_handed_in_while_the_server_is_away(run: Running) ->
     run.engine.boot()
     await run.until(lambda: run.volume("a").error)
     with pytest.raises(WrongKeyError):
-        await keyed.unlock(run.engine, "a", handed_in("x"))
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+        await unlock_with_key.unlock(run.engine, "a", handed_in("x"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     await run.idle()
     assert run.state == "ready"
 
@@ -100,7 +100,7 @@ async def test_a_key_for_all_that_wait_for_a_person(run: Running) -> None:
     run.engine.boot()
     await run.until(lambda: run.volume("a").error and run.host.questions)
     with pytest.raises(StillWaitingError, match="opened: b; still locked: a"):
-        await keyed.unlock_all(run.engine, handed_in("alpha"))
+        await unlock_with_key.unlock_all(run.engine, handed_in("alpha"))
     assert run.volumes() == {"a": "unlocking", "b": "unlocked"}
 
 
@@ -117,7 +117,7 @@ async def test_not_for_ever_where_nobody_can_be_asked(run: Running) -> None:
 @play(volume("a", AWAY, '"clevis"'))
 async def test_who_hands_in_a_key_does_not_wait_for_a_server(run: Running) -> None:
     with pytest.raises(KeyUnavailableError):
-        await keyed.unlock_all(run.engine, handed_in("x"))
+        await unlock_with_key.unlock_all(run.engine, handed_in("x"))
 
 
 @play(volume("a", A, '"clevis"'))

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmcryptd import config, graph
-from vmcryptd import settings as configuration_files
-from vmcryptd.errors import EXIT_USAGE, ConfigError, GraphError
-from vmcryptd.model import (
+from vmcryptd.config import files as configuration_files
+from vmcryptd.config import schema
+from vmcryptd.core import graph
+from vmcryptd.core.errors import EXIT_USAGE, ConfigError, GraphError
+from vmcryptd.core.model import (
     Content,
     DaemonSpec,
     GuestSpec,
@@ -71,7 +72,7 @@ on_stop_timeout = "leave"
 
 
 def test_every_key_arrives() -> None:
-    settings = config.parse({MAIN: EVERYTHING})
+    settings = schema.parse({MAIN: EVERYTHING})
     assert settings.daemon == DaemonSpec(
         libvirt_uri="qemu+unix:///system",
         console_prompt_s=120,
@@ -123,7 +124,7 @@ def test_every_key_arrives() -> None:
 
 @pytest.mark.parametrize("texts", [{}, {MAIN: ""}, {MAIN: "# nothing\n", "conf.d/a.toml": ""}])
 def test_nothing_is_a_valid_configuration(texts: dict[str, str]) -> None:
-    assert config.parse(texts) == Settings()
+    assert schema.parse(texts) == Settings()
 
 
 VOLUME = '[volume.a]\ndevice = "/dev/a"\n'
@@ -232,7 +233,7 @@ def test_refusals_name_file_table_key_and_what_was_meant(text: str, sentence: st
     )
     sentence = sentence.replace("TAGS", "UUID=…, PARTUUID=…, LABEL=…, PARTLABEL=…")
     with pytest.raises(ConfigError) as caught:
-        config.parse({"/etc/x.toml": text})
+        schema.parse({"/etc/x.toml": text})
     assert str(caught.value) == f"/etc/x.toml: {sentence}"
     assert caught.value.exit_code == EXIT_USAGE
     assert caught.value.dbus_name == "org.vmcryptd1.Error.Config"
@@ -240,7 +241,7 @@ def test_refusals_name_file_table_key_and_what_was_meant(text: str, sentence: st
 
 def test_all_mistakes_of_a_file_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        config.parse({MAIN: "[daemon]\nx = 1\n[volume.a]\ny = 1\n[guest.b]\nz = 1\n"})
+        schema.parse({MAIN: "[daemon]\nx = 1\n[volume.a]\ny = 1\n[guest.b]\nz = 1\n"})
     assert str(caught.value).split("; ") == [
         f"{MAIN}: [daemon] x: unknown key",
         f"{MAIN}: [volume.a]: device is missing",
@@ -251,7 +252,7 @@ def test_all_mistakes_of_a_file_are_told_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["cr_imap", "a", "A.b+c-d_9", "x" * 127, "..."])
 def test_mapping_names(name: str) -> None:
-    assert name in config.parse({MAIN: f'[volume."{name}"]\ndevice = "/dev/a"\n'}).volumes
+    assert name in schema.parse({MAIN: f'[volume."{name}"]\ndevice = "/dev/a"\n'}).volumes
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_mapping_names(name: str) -> None:
 )
 def test_refused_mapping_names(name: str) -> None:
     with pytest.raises(ConfigError, match="is not a valid mapping name"):
-        config.parse({MAIN: f'[volume."{name}"]\ndevice = "/dev/a"\n'})
+        schema.parse({MAIN: f'[volume."{name}"]\ndevice = "/dev/a"\n'})
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_refused_mapping_names(name: str) -> None:
     ],
 )  # fmt: skip
 def test_durations(text: object, seconds: float) -> None:
-    assert config.duration(text) == pytest.approx(seconds)
+    assert schema.duration(text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -279,29 +280,29 @@ def test_durations(text: object, seconds: float) -> None:
 )
 def test_refused_durations(text: object) -> None:
     with pytest.raises(ValueError, match="expected a duration"):
-        config.duration(text)
+        schema.duration(text)
 
 
 @given(st.text())
 def test_a_duration_is_a_number_or_refused(text: str) -> None:
     seconds = 0.0
     with contextlib.suppress(ValueError):
-        seconds = config.duration(text)
+        seconds = schema.duration(text)
     assert seconds >= 0
 
 
 def test_a_volume_is_defined_in_one_file_only() -> None:
     with pytest.raises(ConfigError) as caught:
-        config.parse({MAIN: VOLUME, "conf.d/b.toml": VOLUME})
+        schema.parse({MAIN: VOLUME, "conf.d/b.toml": VOLUME})
     assert str(caught.value) == (
         f"conf.d/b.toml: [volume.a] is defined in {MAIN} already; define it in one file only"
     )
     with pytest.raises(ConfigError, match=r"conf.d/b.toml: \[guest.g\] is defined in"):
-        config.parse({MAIN: "[guest.g]\n", "conf.d/b.toml": "[guest.g]\n"})
+        schema.parse({MAIN: "[guest.g]\n", "conf.d/b.toml": "[guest.g]\n"})
 
 
 def test_drop_ins_change_single_keys_of_the_daemon() -> None:
-    settings = config.parse(
+    settings = schema.parse(
         {
             MAIN: '[daemon]\nkey_cache = "5s"\nconsole_prompt = "1s"\n',
             "conf.d/10.toml": '[daemon]\nkey_cache = "6s"\n',
@@ -313,7 +314,7 @@ def test_drop_ins_change_single_keys_of_the_daemon() -> None:
 
 def test_references_reach_over_files() -> None:
     other = '[volume.b]\ndevice = "/dev/b"\nafter = ["a"]\n[guest.g]\nneeds = ["a", "b"]\n'
-    assert set(config.parse({"1.toml": other, "2.toml": VOLUME}).volumes) == {"a", "b"}
+    assert set(schema.parse({"1.toml": other, "2.toml": VOLUME}).volumes) == {"a", "b"}
 
 
 def test_a_circle_is_refused_with_its_path() -> None:
@@ -322,7 +323,7 @@ def test_a_circle_is_refused_with_its_path() -> None:
         for name, lower in (("a", "b"), ("b", "c"), ("c", "a"))
     )
     with pytest.raises(GraphError, match=r"the volumes need each other in a circle: ") as caught:
-        graph.build(config.parse({MAIN: text}), Observation())
+        graph.build(schema.parse({MAIN: text}), Observation())
     path = str(caught.value).split(": ")[1].split(";")[0].split(" → ")
     assert path[0] == path[-1]
     assert all((upper, lower) in {("a", "b"), ("b", "c"), ("c", "a")}
@@ -332,13 +333,13 @@ def test_a_circle_is_refused_with_its_path() -> None:
 
 def test_a_volume_after_itself_is_a_circle() -> None:
     with pytest.raises(GraphError, match="a → a"):
-        graph.build(config.parse({MAIN: VOLUME + 'after = ["a"]\n'}), Observation())
+        graph.build(schema.parse({MAIN: VOLUME + 'after = ["a"]\n'}), Observation())
 
 
 def test_guests_in_a_circle() -> None:
     text = '[guest.x]\nafter = ["y"]\n[guest.y]\nafter = ["x"]\n'
     with pytest.raises(GraphError, match="the guests need each other in a circle"):
-        graph.build(config.parse({MAIN: text}), Observation())
+        graph.build(schema.parse({MAIN: text}), Observation())
 
 
 # --- files ---
@@ -378,5 +379,5 @@ def test_unreadable_files_are_refused(folder: Path) -> None:
 
 
 def test_a_label_is_looked_up_as_udev_links_it() -> None:
-    settings = config.parse({"f": '[volume.a]\ndevice = "LABEL=my disk (é)"\n'})
+    settings = schema.parse({"f": '[volume.a]\ndevice = "LABEL=my disk (é)"\n'})
     assert settings.volumes["a"].device_path == r"/dev/disk/by-label/my\x20disk\x20\x28é\x29"

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import config, graph
-from vmcryptd.config import TABLES
-from vmcryptd.errors import subclasses
-from vmcryptd.model import Observation
-from vmcryptd.verbs import GOALS, VISIBLE
+from vmcryptd.cli.verbs import GOALS, VISIBLE
+from vmcryptd.config import schema
+from vmcryptd.config.schema import TABLES
+from vmcryptd.core import graph
+from vmcryptd.core.errors import subclasses
+from vmcryptd.core.model import Observation
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCS = PROJECT / "docs"
@@ -52,7 +53,7 @@ def test_generated_files_are_up_to_date(docs: ModuleType) -> None:
 
 def test_the_default_file_configures_nothing() -> None:
     text = (PROJECT / "config/vmcryptd.toml").read_text()
-    assert config.parse({"vmcryptd.toml": text}) == config.parse({})
+    assert schema.parse({"vmcryptd.toml": text}) == schema.parse({})
 
 
 def test_what_the_default_file_shows_is_right() -> None:
@@ -71,17 +72,17 @@ def test_what_the_default_file_shows_is_right() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_load(path: Path) -> None:
-    settings = config.parse({path.name: path.read_text()})
+    settings = schema.parse({path.name: path.read_text()})
     assert settings.volumes
     graph.build(settings, Observation())
     # What is commented out is an example, too.
     optional = re.sub(r'^#(?=\w+ = ["\[])', "", path.read_text(), flags=re.MULTILINE)
-    config.parse({path.name: optional})
+    schema.parse({path.name: optional})
 
 
 def test_examples_find_their_layers() -> None:
     text = (PROJECT / "config/examples/two-layers.toml").read_text()
-    built = graph.build(config.parse({"x": text}), Observation())
+    built = graph.build(schema.parse({"x": text}), Observation())
     assert built.beneath(["cr_customer"]) == ["cr_outer", "cr_customer"]
     assert built.beneath(["cr_other"]) == ["cr_outer", "keystore", "cr_other"]
 
@@ -92,7 +93,7 @@ def test_examples_in_the_pages_load() -> None:
     tables = [block for block in blocks if "[" in block]
     assert len(tables) == 3
     for block in tables:
-        config.parse({"page": re.sub(r"^    ", "", block, flags=re.MULTILINE)})
+        schema.parse({"page": re.sub(r"^    ", "", block, flags=re.MULTILINE)})
 
 
 # --- man pages ---
@@ -175,7 +176,7 @@ def test_the_page_of_the_bus_has_every_error() -> None:
     ours = {
         cls.name: str(cls.exit_code)
         for cls in subclasses().values()
-        if cls.__module__ == "vmcryptd.errors"
+        if cls.__module__ == "vmcryptd.core.errors"
     }
     assert documented == ours
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from vmcryptd import domainxml
-from vmcryptd.domainxml import PoolPlace
-from vmcryptd.model import DiskSource, SourceType
+from vmcryptd.adapters.libvirt import definitions
+from vmcryptd.adapters.libvirt.definitions import PoolPlace
+from vmcryptd.core.model import DiskSource, SourceType
 
 
 def block(path: str, writable: bool = True, shareable: bool = False) -> DiskSource:
@@ -92,7 +92,7 @@ DEVICES = [
 
 @pytest.mark.parametrize(("devices", "expected"), DEVICES)
 def test_devices(devices: str, expected: list[DiskSource]) -> None:
-    assert list(domainxml.domain(described(devices)).sources) == expected
+    assert list(definitions.domain(described(devices)).sources) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_devices(devices: str, expected: list[DiskSource]) -> None:
     ],
 )
 def test_firmware_and_kernel(os: str, expected: list[DiskSource]) -> None:
-    assert list(domainxml.domain(described(os=os)).sources) == expected
+    assert list(definitions.domain(described(os=os)).sources) == expected
 
 
 def test_inactive_and_live_are_merged_in_order() -> None:
@@ -122,21 +122,21 @@ def test_inactive_and_live_are_merged_in_order() -> None:
         "<disk type='block'><source dev='/dev/a'/><readonly/></disk>"
         "<disk type='file'><driver type='qcow2'/><source file='/hotplugged'/></disk>"
     )
-    contents = domainxml.domain(inactive, live)
+    contents = definitions.domain(inactive, live)
     assert contents.sources == (block("/dev/b"), block("/dev/a"), file("/hotplugged"))
     assert contents.formats == {file("/hotplugged"): "qcow2"}
 
 
 def test_twice_the_same_disk_is_writable_if_one_is() -> None:
     devices = "<disk><source dev='/dev/a'/><readonly/></disk><disk><source dev='/dev/a'/></disk>"
-    assert domainxml.domain(described(devices)).sources == (block("/dev/a"),)
+    assert definitions.domain(described(devices)).sources == (block("/dev/a"),)
 
 
 def test_formats_are_those_that_are_named() -> None:
     devices = """<disk><driver name='qemu' type='raw'/><source file='/r'/></disk>
         <disk><driver name='qemu'/><source file='/n'/></disk>
         <disk><driver type='qcow2'/><source pool='p' volume='v'/></disk>"""
-    assert domainxml.domain(described(devices)).formats == {
+    assert definitions.domain(described(devices)).formats == {
         file("/r"): "raw",
         DiskSource(SourceType.POOL, pool="p", volume="v"): "qcow2",
     }
@@ -152,11 +152,11 @@ def test_formats_are_those_that_are_named() -> None:
 )
 def test_agent(target: str, connected: bool) -> None:
     xml = described(f"<channel type='unix'>{target}</channel>")
-    assert domainxml.domain(described(), xml).agent_connected is connected
+    assert definitions.domain(described(), xml).agent_connected is connected
 
 
 def test_no_description_at_all() -> None:
-    assert domainxml.domain() == domainxml.Contents()
+    assert definitions.domain() == definitions.Contents()
 
 
 @pytest.mark.parametrize(
@@ -189,4 +189,4 @@ def test_no_description_at_all() -> None:
     ],
 )
 def test_pools(kind: str, inside: str, expected: PoolPlace) -> None:
-    assert domainxml.pool(f"<pool type='{kind}'><name>named</name>{inside}</pool>") == expected
+    assert definitions.pool(f"<pool type='{kind}'><name>named</name>{inside}</pool>") == expected

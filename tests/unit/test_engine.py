@@ -9,8 +9,7 @@ import time
 import pytest
 
 from tests.lib import PATIENCE_S, Host, Running, descriptors, handed_in, opened_by, play
-from vmcryptd import keyed, panic, prompt
-from vmcryptd.errors import (
+from vmcryptd.core.errors import (
     BusyError,
     CancelledError,
     ConfigError,
@@ -25,8 +24,9 @@ from vmcryptd.errors import (
     VmcryptdError,
     WrongKeyError,
 )
-from vmcryptd.model import GuestState, Settings
-from vmcryptd.prompt import Held
+from vmcryptd.core.model import GuestState, Settings
+from vmcryptd.engine import panic, prompt, unlock_with_key
+from vmcryptd.engine.prompt import Held
 
 A, B = opened_by("alpha"), opened_by("beta")
 
@@ -230,7 +230,7 @@ async def test_sources_in_order_then_a_person_and_without_one_failed(run: Runnin
     assert run.guests() == {"g": "off", "h": "running"}
     assert "was not tried, because unlock c failed" in run.guest("g").error
     # Somebody opens it: the guest that should run starts.
-    await keyed.unlock(run.engine, "c", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "c", handed_in("alpha"))
     await run.until(lambda: run.guests()["g"] == "running")
     await run.idle()
     assert run.state == "ready"
@@ -387,15 +387,19 @@ def test_who_mistyped_is_asked_again_while_the_volumes_try(monkeypatch: pytest.M
 async def test_a_key_that_is_handed_in_needs_no_keystore(run: Running) -> None:
     run.engine.boot()
     await run.until(lambda: run.host.open_questions)
-    await keyed.unlock(run.engine, "a", handed_in("beta"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("beta"))
     await run.idle()
     assert run.volumes() == {"store": "locked", "a": "unlocked", "b": "locked"}
     unlocking = asyncio.ensure_future(run.engine.unlock("b"))
     await run.until(lambda: run.engine.waiting == ["store"])
-    assert isinstance(await failure(keyed.unlock(run.engine, "b", handed_in("x"))), WrongKeyError)
-    assert isinstance(await failure(keyed.unlock_all(run.engine, handed_in("x"))), WrongKeyError)
+    assert isinstance(
+        await failure(unlock_with_key.unlock(run.engine, "b", handed_in("x"))), WrongKeyError
+    )
+    assert isinstance(
+        await failure(unlock_with_key.unlock_all(run.engine, handed_in("x"))), WrongKeyError
+    )
     assert run.engine.waiting == ["store"]
-    await keyed.unlock_all(run.engine, handed_in("beta"))
+    await unlock_with_key.unlock_all(run.engine, handed_in("beta"))
     await unlocking
     assert run.volumes() == {"store": "locked", "a": "unlocked", "b": "unlocked"}
 
@@ -407,7 +411,7 @@ async def test_a_keystores_key_handed_in_for_what_stands_behind_it(run: Running)
         if is_asked:
             asking = asyncio.ensure_future(run.engine.unlock("a"))
             await run.until(lambda: run.engine.waiting == ["store"])
-        await keyed.unlock(run.engine, "a", handed_in("alpha"))
+        await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
         assert run.volume("a").key_source == "file:/run/keys/k"
         if is_asked:
             await asking
@@ -421,7 +425,7 @@ async def test_nobody_waits_for_a_keystore_that_is_not_there_to_give_another_key
 ) -> None:
     run.engine.boot()
     await run.until(lambda: run.engine.is_absent("store"))
-    await keyed.unlock(run.engine, "a", handed_in("beta"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("beta"))
     await run.idle()
     assert run.volumes() == {"store": "missing", "a": "unlocked"}
     assert run.state == "ready"
@@ -561,13 +565,14 @@ async def test_a_device_never_appears(run: Running) -> None:
     assert isinstance(await failure(run.engine.unlock("a")), DeviceMissingError)
     assert run.volumes() == {"a": "missing"}
     assert isinstance(
-        await failure(keyed.unlock(run.engine, "a", handed_in("alpha"))), DeviceMissingError
+        await failure(unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))),
+        DeviceMissingError,
     )
 
 
 @play(volume("a", A + "\npresent = false", timeout="infinity"))
 async def test_a_key_waits_for_the_device_of_its_volume(run: Running) -> None:
-    unlocking = asyncio.ensure_future(keyed.unlock(run.engine, "a", handed_in("alpha")))
+    unlocking = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("alpha")))
     await run.until(lambda: run.engine.is_absent("a"))
     run.host.volume("a", present=True)
     await unlocking
@@ -596,31 +601,35 @@ async def test_what_somebody_opened_by_hand_is_adopted(run: Running) -> None:
 async def test_a_wrong_key_is_told_and_boot_goes_on_waiting(run: Running) -> None:
     run.engine.boot()
     await run.until(lambda: run.engine.waiting == ["a", "b"])
-    error = await failure(keyed.unlock(run.engine, "a", handed_in("wrong")))
+    error = await failure(unlock_with_key.unlock(run.engine, "a", handed_in("wrong")))
     assert isinstance(error, WrongKeyError)
     await run.until(lambda: run.engine.waiting == ["a", "b"])
     assert run.state == "waiting"
-    await keyed.unlock(run.engine, "b", handed_in("beta"))
+    await unlock_with_key.unlock(run.engine, "b", handed_in("beta"))
     assert run.volumes() == {"a": "waiting", "b": "unlocked"}
     assert run.volume("b").key_source == "key"
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     await run.idle()
     assert (run.state, len(run.host.questions)) == ("ready", 1)
 
 
 @play(volume("a"))
 async def test_a_wrong_key_without_boot(run: Running) -> None:
-    assert isinstance(await failure(keyed.unlock(run.engine, "a", handed_in("x"))), WrongKeyError)
+    assert isinstance(
+        await failure(unlock_with_key.unlock(run.engine, "a", handed_in("x"))), WrongKeyError
+    )
     assert run.volumes() == {"a": "failed"}
     assert run.host.questions == []
     assert run.state == "locked"
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     assert run.state == "ready"
 
 
 @play(volume("a", FILES, keys=["file:/etc/k"]) + volume("b", FILES, keys=["file:/etc/k"]))
 async def test_a_wrong_key_is_wrong_although_a_source_would_fit(run: Running) -> None:
-    assert isinstance(await failure(keyed.unlock(run.engine, "a", handed_in("x"))), WrongKeyError)
+    assert isinstance(
+        await failure(unlock_with_key.unlock(run.engine, "a", handed_in("x"))), WrongKeyError
+    )
     assert run.volumes() == {"a": "failed", "b": "locked"}
 
 
@@ -630,44 +639,46 @@ async def test_a_wrong_key_is_wrong_although_a_source_would_fit(run: Running) ->
     + volume("odd", B + '\non = ["low"]')
 )
 async def test_a_key_opens_the_whole_stack(run: Running) -> None:
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     assert run.volumes() == {"low": "unlocked", "a": "unlocked", "odd": "locked"}
-    assert isinstance(await failure(keyed.unlock(run.engine, "odd", handed_in("x"))), WrongKeyError)
-    await keyed.unlock(run.engine, "a", handed_in("whatever"))  # it is open already
+    assert isinstance(
+        await failure(unlock_with_key.unlock(run.engine, "odd", handed_in("x"))), WrongKeyError
+    )
+    await unlock_with_key.unlock(run.engine, "a", handed_in("whatever"))  # it is open already
 
 
 @play(volume("low", B) + volume("a", A + '\non = ["low"]', after=["low"]))
 async def test_a_key_that_opens_only_half_of_the_stack(run: Running) -> None:
     assert isinstance(
-        await failure(keyed.unlock(run.engine, "a", handed_in("beta"))), WrongKeyError
+        await failure(unlock_with_key.unlock(run.engine, "a", handed_in("beta"))), WrongKeyError
     )
     assert run.volumes() == {"low": "unlocked", "a": "failed"}
 
 
 @play(volume("a") + volume("b", B) + volume("c", A + "\npresent = false"))
 async def test_one_key_for_all(run: Running) -> None:
-    error = await failure(keyed.unlock_all(run.engine, handed_in("x")))
+    error = await failure(unlock_with_key.unlock_all(run.engine, handed_in("x")))
     assert isinstance(error, WrongKeyError)
-    error = await failure(keyed.unlock_all(run.engine, handed_in("alpha")))
+    error = await failure(unlock_with_key.unlock_all(run.engine, handed_in("alpha")))
     assert isinstance(error, StillWaitingError)
     assert str(error).startswith("opened: a; still locked: b, c;")
     run.host.volume("c", present=True)
     run.host.volume("b", slots=run.host._volumes["a"].slots)
-    await keyed.unlock_all(run.engine, handed_in("alpha"))
+    await unlock_with_key.unlock_all(run.engine, handed_in("alpha"))
     await run.idle()
     assert run.state == "ready"
-    await keyed.unlock_all(run.engine, handed_in("whatever"))
+    await unlock_with_key.unlock_all(run.engine, handed_in("whatever"))
 
 
 @play(volume("a"))
 async def test_keys_that_cannot_be_used(run: Running) -> None:
     for work in (
-        keyed.unlock(run.engine, "a", handed_in("")),
-        keyed.unlock_all(run.engine, handed_in("")),
+        unlock_with_key.unlock(run.engine, "a", handed_in("")),
+        unlock_with_key.unlock_all(run.engine, handed_in("")),
     ):
         assert isinstance(await failure(work), KeyUnusableError)
     assert isinstance(
-        await failure(keyed.unlock(run.engine, "b", handed_in("x"))), NoSuchVolumeError
+        await failure(unlock_with_key.unlock(run.engine, "b", handed_in("x"))), NoSuchVolumeError
     )
     assert run.host.done("try") == []
 
@@ -675,7 +686,7 @@ async def test_keys_that_cannot_be_used(run: Running) -> None:
 @play(volume("a") + volume("b"))
 async def test_a_caller_that_goes_away_takes_its_key_along(run: Running) -> None:
     run.host.hold("try a")
-    unlocking = asyncio.ensure_future(keyed.unlock(run.engine, "a", handed_in("alpha")))
+    unlocking = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("alpha")))
     await run.until(lambda: run.host.deriving)
     unlocking.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -1116,7 +1127,7 @@ async def test_panic_does_not_wait_for_what_hangs(run: Running) -> None:
     run.engine.boot()
     await run.until(lambda: run.guests()["g"] == "starting")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vmcryptd.engine.PANIC_CANCEL_S", 0.01)
+        patch.setattr("vmcryptd.engine.engine.PANIC_CANCEL_S", 0.01)
         await run.engine.panic()
     assert run.volumes() == {"a": "locked", "b": "locked"}
     run.host.release("starting g")
@@ -1263,7 +1274,7 @@ async def test_libvirt_is_followed_once_there_is_something_to_follow_it_for(run:
 @play(volume("a"))
 async def test_a_volume_is_taken_away_while_its_key_is_tried(run: Running) -> None:
     run.host.hold("try a")
-    unlocking = asyncio.ensure_future(keyed.unlock(run.engine, "a", handed_in("alpha")))
+    unlocking = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("alpha")))
     await run.until(lambda: run.host.deriving)
     run.engine.configure(reconfigured(""))
     assert isinstance(await failure(unlocking), NoSuchVolumeError)

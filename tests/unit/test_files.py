@@ -248,7 +248,7 @@ def test_units_use_verbs_that_exist() -> None:
         )
     }
     assert verbs == {"boot", "shutdown", "console", "wait", "reload"}
-    main = "import sys; from vmcryptd.cli import main; sys.exit(main())"
+    main = "import sys; from vmcryptd.cli.main import main; sys.exit(main())"
     for verb in verbs:
         result = subprocess.run(
             [sys.executable, "-c", main, verb, "--help"],

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import graph as graphs
-from vmcryptd.errors import GraphError
-from vmcryptd.graph import Graph
-from vmcryptd.model import (
+from vmcryptd.core import graph as graphs
+from vmcryptd.core.errors import GraphError
+from vmcryptd.core.graph import Graph
+from vmcryptd.core.model import (
     BlockDevice,
     Content,
     DiskSource,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from vmcryptd.adapters import images
-from vmcryptd.adapters.run import CommandError, Completed
-from vmcryptd.errors import DeadlineError
-from vmcryptd.model import DiskSource, SourceType
+from vmcryptd.adapters.libvirt import images
+from vmcryptd.core.errors import DeadlineError
+from vmcryptd.core.model import DiskSource, SourceType
+from vmcryptd.posix.run import CommandError, Completed
 
 
 def told(monkeypatch: pytest.MonkeyPatch, answers: dict[str, dict[str, Any]]) -> list[list[str]]:

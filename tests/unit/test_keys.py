@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.adapters.memfd import F_GET_SEALS, LIMIT, SEALS, LockedKey
-from vmcryptd.errors import KeyUnavailableError, KeyUnusableError
-from vmcryptd.model import KeySource, SourceKind, VolumeSpec
-from vmcryptd.ports import Key
+from vmcryptd.adapters.keysources.sources import SystemKeys
+from vmcryptd.core.errors import KeyUnavailableError, KeyUnusableError
+from vmcryptd.core.model import KeySource, SourceKind, VolumeSpec
+from vmcryptd.core.ports import Key
+from vmcryptd.posix.memfd import F_GET_SEALS, LIMIT, SEALS, LockedKey
 
 VOLUME = VolumeSpec("cr_imap", "/dev/nowhere", uuid="u-u")
 CONTENT = b"correct horse\nbattery\0staple\n"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.lib import Running, descriptors, handed_in, opened_by, play
-from vmcryptd.adapters.host import StateFiles
-from vmcryptd.adapters.simslots import SimSlot, SimSlots
-from vmcryptd.errors import (
+from vmcryptd.adapters.sim.luks import SimSlot, SimSlots
+from vmcryptd.adapters.systemd.host import StateFiles
+from vmcryptd.core.errors import (
     LastKeyError,
     NoSuchVolumeError,
     OutOfMemoryError,
@@ -20,9 +20,9 @@ from vmcryptd.errors import (
     VmcryptdError,
     WrongKeyError,
 )
-from vmcryptd.keyslots import KeySlots, check_removable
-from vmcryptd.keyslots import opened_by as kind
-from vmcryptd.model import Header, KeySlot, Token
+from vmcryptd.core.model import Header, KeySlot, Token
+from vmcryptd.engine.key_management import KeySlots, check_removable
+from vmcryptd.engine.key_management import opened_by as kind
 
 HOST = f"""
 [volume.mail]

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmcryptd import luksheader
-from vmcryptd.errors import DamagedHeaderError, NotLuksError
-from vmcryptd.model import KeySlot, Token
+from vmcryptd.core import luks_header
+from vmcryptd.core.errors import DamagedHeaderError, NotLuksError
+from vmcryptd.core.model import KeySlot, Token
 
 UUID = "0b7d6a2e-94a5-4c1e-a5a7-6b7c3b3a1f00"
 ARGON = {"type": "argon2id", "time": 4, "memory": 65536, "cpus": 2, "salt": ""}
@@ -35,8 +35,8 @@ def copy(
     metadata: object = None,
     algorithm: bytes = b"sha256",
 ) -> bytes:
-    magic = luksheader.SECOND_MAGIC if offset else luksheader.MAGIC
-    head = luksheader.BINARY.pack(
+    magic = luks_header.SECOND_MAGIC if offset else luks_header.MAGIC
+    head = luks_header.BINARY.pack(
         magic, 2, size, sequence, b"", algorithm, b"salt", uuid.encode(), b"", offset
     )
     text = json.dumps({"keyslots": SLOTS} if metadata is None else metadata).encode()
@@ -46,25 +46,35 @@ def copy(
 
 
 def luks1() -> bytearray:
-    head = luksheader.LUKS1.pack(
-        luksheader.MAGIC, 1, b"aes", b"xts-plain64", b"sha512", 4096, 64, b"", b"", 9, UUID.encode()
+    head = luks_header.LUKS1.pack(
+        luks_header.MAGIC,
+        1,
+        b"aes",
+        b"xts-plain64",
+        b"sha512",
+        4096,
+        64,
+        b"",
+        b"",
+        9,
+        UUID.encode(),
     )
-    slot = luksheader.LUKS1_SLOT
-    on = slot.pack(luksheader.LUKS1_ACTIVE, 1234, b"", 8, 4000)
-    off = slot.pack(luksheader.LUKS1_INACTIVE, 0, b"", 8, 4000)
+    slot = luks_header.LUKS1_SLOT
+    on = slot.pack(luks_header.LUKS1_ACTIVE, 1234, b"", 8, 4000)
+    off = slot.pack(luks_header.LUKS1_INACTIVE, 0, b"", 8, 4000)
     return bytearray(head + off + on + off * 6)
 
 
 def test_a_slot_that_is_made_anew_is_another_one() -> None:
     kdf = {**PBKDF, "salt": "c2FsdA=="}
     slots = {"0": {"type": "luks2", "kdf": PBKDF}, "1": {"type": "luks2", "kdf": kdf}}
-    header = luksheader.parse(copy(metadata={"keyslots": slots}))
+    header = luks_header.parse(copy(metadata={"keyslots": slots}))
     assert [slot.salt for slot in header.slots] == ["", "c2FsdA=="]
     assert not header.is_reencrypting
 
 
 def test_luks2() -> None:
-    header = luksheader.parse(copy() + copy(0x4000))
+    header = luks_header.parse(copy() + copy(0x4000))
     assert (header.version, header.uuid, header.is_reencrypting) == (2, UUID, True)
     assert header.slots == (
         KeySlot(0, "argon2id", memory_kib=65536, threads=2, iterations=4),
@@ -88,7 +98,7 @@ def test_tokens() -> None:
             "8": None,
         },
     }
-    header = luksheader.parse(copy(metadata=metadata))
+    header = luks_header.parse(copy(metadata=metadata))
     assert header.tokens == (
         Token(0, "systemd-tpm2", (1,), needs_pin=True),
         Token(1, "systemd-fido2", (0,)),
@@ -96,42 +106,44 @@ def test_tokens() -> None:
         Token(3, "clevis", (2,)),
     )
     assert [slot.priority for slot in header.slots] == [2]
-    assert luksheader.parse(copy(metadata={"keyslots": SLOTS, "tokens": []})).tokens == ()
+    assert luks_header.parse(copy(metadata={"keyslots": SLOTS, "tokens": []})).tokens == ()
 
 
 def test_what_a_slot_costs() -> None:
-    cheap, dear = luksheader.parse(copy()).slots[::-1]
+    cheap, dear = luks_header.parse(copy()).slots[::-1]
     assert cheap.cost < dear.cost
     assert KeySlot(0, "pbkdf2", iterations=2_000_000).cost > dear.cost
 
 
 def test_luks1() -> None:
-    header = luksheader.parse(bytes(luks1()))
+    header = luks_header.parse(bytes(luks1()))
     assert (header.version, header.uuid) == (1, UUID)
     assert header.slots == (KeySlot(1, "pbkdf2", iterations=1234),)
 
 
-@pytest.mark.parametrize("size", [luksheader.SIZES[0], luksheader.SIZES[3], luksheader.SIZES[-1]])
+@pytest.mark.parametrize(
+    "size", [luks_header.SIZES[0], luks_header.SIZES[3], luks_header.SIZES[-1]]
+)
 def test_second_copy_stands_in(size: int) -> None:
     both = bytearray(copy(size=size) + copy(size, size=size))
     both[5000] ^= 1
-    assert luksheader.parse(bytes(both)).uuid == UUID
+    assert luks_header.parse(bytes(both)).uuid == UUID
     both[:4096] = bytes(4096)
-    assert luksheader.parse(bytes(both)).uuid == UUID
+    assert luks_header.parse(bytes(both)).uuid == UUID
 
 
 def test_the_copy_written_last_counts() -> None:
     other = UUID.replace("0b", "1c")
-    assert luksheader.parse(copy(sequence=4) + copy(0x4000, uuid=other)).uuid == UUID
-    assert luksheader.parse(copy() + copy(0x4000, sequence=4, uuid=other)).uuid == other
+    assert luks_header.parse(copy(sequence=4) + copy(0x4000, uuid=other)).uuid == UUID
+    assert luks_header.parse(copy() + copy(0x4000, sequence=4, uuid=other)).uuid == other
 
 
 @pytest.mark.parametrize(
     "data",
     [
         pytest.param(copy()[:5000], id="cut short"),
-        pytest.param(luksheader.MAGIC, id="magic only"),
-        pytest.param(luksheader.MAGIC + b"\0\1", id="LUKS1 magic only"),
+        pytest.param(luks_header.MAGIC, id="magic only"),
+        pytest.param(luks_header.MAGIC + b"\0\1", id="LUKS1 magic only"),
         pytest.param(bytes(luks1()[:300]), id="LUKS1 cut short"),
         pytest.param(copy(algorithm=b"crc32"), id="unknown checksum"),
         pytest.param(copy(uuid="not a uuid"), id="malformed UUID"),
@@ -156,14 +168,14 @@ def test_the_copy_written_last_counts() -> None:
 )
 def test_damaged(data: bytes) -> None:
     with pytest.raises(DamagedHeaderError):
-        luksheader.parse(data)
+        luks_header.parse(data)
 
 
 def test_damaged_luks1_slot() -> None:
     data = luks1()
-    struct.pack_into(">I", data, luksheader.LUKS1.size, 7)
+    struct.pack_into(">I", data, luks_header.LUKS1.size, 7)
     with pytest.raises(DamagedHeaderError):
-        luksheader.parse(bytes(data))
+        luks_header.parse(bytes(data))
 
 
 def test_deep_json() -> None:
@@ -172,13 +184,13 @@ def test_deep_json() -> None:
     data[448:512] = bytes(64)
     data[448:480] = hashlib.sha256(data).digest()
     with pytest.raises(DamagedHeaderError):
-        luksheader.parse(bytes(data))
+        luks_header.parse(bytes(data))
 
 
 @pytest.mark.parametrize("data", [b"", bytes(65536), b"\x53\xef" * 20000])
 def test_not_luks(data: bytes) -> None:
     with pytest.raises(NotLuksError) as caught:
-        luksheader.parse(data)
+        luks_header.parse(data)
     assert not isinstance(caught.value, DamagedHeaderError)
 
 
@@ -196,9 +208,9 @@ def test_whatever_is_on_the_disk(data: st.DataObject) -> None:
         raw[448:512] = bytes(64)
         raw[448:480] = hashlib.sha256(raw[:0x4000]).digest()
     with contextlib.suppress(NotLuksError):
-        luksheader.parse(bytes(raw))
+        luks_header.parse(bytes(raw))
     with contextlib.suppress(DamagedHeaderError):
-        luksheader.settled(bytes(raw))
+        luks_header.settled(bytes(raw))
 
 
 @settings(max_examples=60, deadline=None)
@@ -206,7 +218,7 @@ def test_whatever_is_on_the_disk(data: st.DataObject) -> None:
     st.sampled_from(["keyslots", "0", "kdf", "type", "memory", "x"]), x)))  # fmt: skip
 def test_whatever_the_metadata_says(metadata: object) -> None:
     with contextlib.suppress(DamagedHeaderError):
-        luksheader.header("0", metadata)
+        luks_header.header("0", metadata)
 
 
 # --- a reencryption of which only the end is missing; what becomes of a whole one cryptsetup says (tests/luks) ---
@@ -244,20 +256,20 @@ def moved(path: str = "", value: object = None) -> dict[str, Any]:
 
 
 def test_what_only_lacks_its_end() -> None:
-    assert luksheader.header(UUID, moved()).is_moved
+    assert luks_header.header(UUID, moved()).is_moved
     for size in (0x4000, 0x8000):
         both = [copy(at, size, metadata=moved()) for at in (0, size)]
         # One of the copies is enough.
         for sound in (both, [bytes(size), both[1]], [both[0], bytes(size)]):
-            written, areas = luksheader.settled(b"".join(sound))
+            written, areas = luks_header.settled(b"".join(sound))
             assert (len(written), areas) == (2 * size, [(32768, 4096)])
-            found = [luksheader.parse(written), luksheader.parse(bytes(size) + written[size:])]
+            found = [luks_header.parse(written), luks_header.parse(bytes(size) + written[size:])]
             assert [[slot.number for slot in header.slots] for header in found] == [[1], [1]]
             assert not any(header.is_reencrypting for header in found)
             metadata = json.loads(written[4096:size].split(b"\0", 1)[0])
             assert metadata["config"] == {"requirements": {"mandatory": ["another"]}}
             assert metadata["digests"] == {"1": {"keyslots": ["1"], "segments": ["0"]}}
-            assert luksheader.BINARY.unpack_from(written)[3] == 4
+            assert luks_header.BINARY.unpack_from(written)[3] == 4
 
 
 @pytest.mark.parametrize(
@@ -278,10 +290,10 @@ def test_what_only_lacks_its_end() -> None:
 )
 def test_what_lacks_more_than_its_end(path: str, value: object) -> None:
     metadata = moved(path, value)
-    found = luksheader.header(UUID, metadata)
+    found = luks_header.header(UUID, metadata)
     assert (found.is_reencrypting, found.is_moved) == (True, False)
     with pytest.raises(DamagedHeaderError, match="is not all under the new volume key"):
-        luksheader.settled(copy(metadata=metadata))
+        luks_header.settled(copy(metadata=metadata))
 
 
 @pytest.mark.parametrize(
@@ -290,6 +302,6 @@ def test_what_lacks_more_than_its_end(path: str, value: object) -> None:
 def test_what_only_lacks_its_end_and_is_malformed(path: str, value: object) -> None:
     metadata = moved(path, value)
     with pytest.raises(DamagedHeaderError, match="malformed"):
-        luksheader.settled(copy(metadata=metadata))
+        luks_header.settled(copy(metadata=metadata))
     with pytest.raises(DamagedHeaderError, match="intact"):
-        luksheader.settled(bytes(0x8000))
+        luks_header.settled(bytes(0x8000))

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmcryptd import collector, planner
-from vmcryptd import graph as graphs
-from vmcryptd.errors import BusyError, GoalError, NoSuchGuestError, NoSuchVolumeError
-from vmcryptd.graph import Graph
-from vmcryptd.model import (
+from vmcryptd.core import gcpause, planner
+from vmcryptd.core import graph as graphs
+from vmcryptd.core.errors import BusyError, GoalError, NoSuchGuestError, NoSuchVolumeError
+from vmcryptd.core.graph import Graph
+from vmcryptd.core.model import (
     Action,
     BlockDevice,
     Content,
@@ -674,13 +674,13 @@ def test_a_tower_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_collector_waits_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    @collector.paused
+    @gcpause.paused
     def inner(fails: bool) -> None:
         seen.append(gc.isenabled())
         if fails:
             raise GoalError("no")
 
-    @collector.paused
+    @gcpause.paused
     def outer() -> None:
         inner(False)
         seen.append(gc.isenabled())

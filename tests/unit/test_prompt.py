@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import prompt
-from vmcryptd.errors import VmcryptdError, WrongKeyError
-from vmcryptd.model import Infinity, VolumeSpec
-from vmcryptd.prompt import Answer, Prompt, question
+from vmcryptd.core.errors import VmcryptdError, WrongKeyError
+from vmcryptd.core.model import Infinity, VolumeSpec
+from vmcryptd.engine import prompt
+from vmcryptd.engine.prompt import Answer, Prompt, question
 
 WAITERS: set[asyncio.Task[Answer | None]] = set()  # the volumes' side, which ends with its steps
 WRONG = WrongKeyError("no")

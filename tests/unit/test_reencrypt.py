@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from tests import lib
-from vmcryptd.adapters import crypt, reencrypt
-from vmcryptd.adapters.reencrypt import CryptsetupReencryption, complaints, progress, unit
-from vmcryptd.adapters.removal import Removal
-from vmcryptd.adapters.run import Completed
-from vmcryptd.errors import BusyError, StorageError, WrongKeyError
-from vmcryptd.model import Infinity, VolumeSpec
+from vmcryptd.adapters.luks import mappings, reencrypt
+from vmcryptd.adapters.luks.reencrypt import CryptsetupReencryption, complaints, progress, unit
+from vmcryptd.adapters.luks.removal import Removal
+from vmcryptd.core.errors import BusyError, StorageError, WrongKeyError
+from vmcryptd.core.model import Infinity, VolumeSpec
+from vmcryptd.posix.run import Completed
 
 MAIL = VolumeSpec("ma+il", "/dev/vg/mail")
 LINE = '{"device":"/dev/vdb","device_bytes":"%s","device_size":"200","speed":"5","eta_ms":"5","time_ms":"5"}\n'
@@ -227,7 +227,7 @@ def test_what_it_says_for_days_takes_no_room(site: Site) -> None:
     assert site.messages.stat().st_size == 0
 
 
-def mappings(place: Path, *names: str) -> None:
+def show_mappings(place: Path, *names: str) -> None:
     """As sysfs shows them; what has a further word in its name is cryptsetup's own."""
     for number, name in enumerate(names):
         directory = place / f"dm-{number}/dm"
@@ -240,7 +240,7 @@ def mappings(place: Path, *names: str) -> None:
 def test_what_a_killed_rotation_left_is_removed_with_its_mapping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mappings(
+    show_mappings(
         tmp_path, "mapped", "mapped-hotzone-forward", "mapped-overlay",
         "other-overlay", "mine", "mine-overlay",
     )  # fmt: skip
@@ -253,19 +253,19 @@ def test_what_a_killed_rotation_left_is_removed_with_its_mapping(
         commands.append(" ".join(argv))
         return Completed(0 if argv[0] == "cryptsetup" else code)
 
-    monkeypatch.setattr(crypt, "run", run)
-    asyncio.run(crypt.Cryptsetup(Removal(tmp_path)).close("mapped"))
+    monkeypatch.setattr(mappings, "run", run)
+    asyncio.run(mappings.Cryptsetup(Removal(tmp_path)).close("mapped"))
     assert commands == [
         "cryptsetup close --batch-mode -- mapped",
         "dmsetup remove --retry -- mapped-overlay",
         "dmsetup remove --retry -- mapped-hotzone-forward",
     ]
     commands.clear()
-    asyncio.run(crypt.Cryptsetup(Removal(tmp_path)).close("mine"))
+    asyncio.run(mappings.Cryptsetup(Removal(tmp_path)).close("mine"))
     assert commands == ["cryptsetup close --batch-mode -- mine"]
     code = 1
     with pytest.raises(BusyError, match="mapped-overlay, left by a rotation"):
-        asyncio.run(crypt.Cryptsetup(Removal(tmp_path)).close("mapped"))
+        asyncio.run(mappings.Cryptsetup(Removal(tmp_path)).close("mapped"))
 
 
 def test_every_key_of_a_half_rotated_mapping_is_wiped(
@@ -278,15 +278,15 @@ def test_every_key_of_a_half_rotated_mapping_is_wiped(
         "60 140 crypt aes :64:logon:x-d1 60 8:0 124\n",
     }
     messages: list[list[str]] = []
-    mappings(tmp_path, *tables, "other-overlay")
+    show_mappings(tmp_path, *tables, "other-overlay")
 
     async def run(argv: list[str], timeout_s: float) -> Completed:
         if argv[1] == "message":
             messages.append(argv[3:])
         return Completed(0, tables[argv[-1]] if argv[1] == "table" else "")
 
-    monkeypatch.setattr(crypt, "run", run)
-    asyncio.run(crypt.Cryptsetup(Removal(tmp_path)).wipe("mapped"))
+    monkeypatch.setattr(mappings, "run", run)
+    asyncio.run(mappings.Cryptsetup(Removal(tmp_path)).wipe("mapped"))
     assert messages == [
         ["mapped-overlay", start, "key", "wipe"] for start in ("0", "50", "60")
     ]  # fmt: skip
@@ -294,6 +294,6 @@ def test_every_key_of_a_half_rotated_mapping_is_wiped(
     async def fail(argv: list[str], timeout_s: float) -> Completed:
         return Completed(1, err="there is no memory")
 
-    monkeypatch.setattr(crypt, "run", fail)
+    monkeypatch.setattr(mappings, "run", fail)
     with pytest.raises(StorageError, match="mapped could not be wiped: there is no memory"):
-        asyncio.run(crypt.Cryptsetup(Removal(tmp_path)).wipe("mapped"))
+        asyncio.run(mappings.Cryptsetup(Removal(tmp_path)).wipe("mapped"))

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_prompt import Person, Token
-from vmcryptd import graph, luksheader, planner
-from vmcryptd.adapters.crypt import Cryptsetup
-from vmcryptd.adapters.run import run
-from vmcryptd.errors import BusyError, NotLuksError
-from vmcryptd.model import (
+from vmcryptd.adapters.luks.mappings import Cryptsetup
+from vmcryptd.core import graph, luks_header, planner
+from vmcryptd.core.errors import BusyError, NotLuksError
+from vmcryptd.core.model import (
     BlockDevice,
     Content,
     Infinity,
@@ -25,7 +24,8 @@ from vmcryptd.model import (
     Storage,
     VolumeSpec,
 )
-from vmcryptd.prompt import Prompt
+from vmcryptd.engine.prompt import Prompt
+from vmcryptd.posix.run import run
 
 
 def test_a_shorter_key_cache_holds_for_keys_that_are_held_already() -> None:
@@ -80,7 +80,7 @@ def test_a_child_that_may_need_much_memory_is_the_first_to_die() -> None:
 def test_a_device_without_a_header_leaves_nothing_in_memory(tmp_path: Path) -> None:
     """Errors are kept, for as long as the volume has failed; what was read of the device is not."""
     device = tmp_path / "device"
-    device.write_bytes(bytes(luksheader.WHOLE_SIZE))
+    device.write_bytes(bytes(luks_header.WHOLE_SIZE))
     crypt, errors = Cryptsetup(), []
 
     async def scene() -> None:
@@ -99,4 +99,4 @@ def test_a_device_without_a_header_leaves_nothing_in_memory(tmp_path: Path) -> N
         tracemalloc.stop()
         gc.enable()
     assert len(errors) == 3
-    assert held < luksheader.WHOLE_SIZE / 4
+    assert held < luks_header.WHOLE_SIZE / 4

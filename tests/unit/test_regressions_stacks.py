@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.lib import Host, Running, opened_by
-from vmcryptd.errors import DeadlineError
-from vmcryptd.graph import build, wanted_paths
-from vmcryptd.model import (
+from vmcryptd.core.errors import DeadlineError
+from vmcryptd.core.graph import build, wanted_paths
+from vmcryptd.core.model import (
     Content,
     DiskSource,
     Domain,

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from vmcryptd.adapters import removal
-from vmcryptd.adapters.removal import Removal
-from vmcryptd.adapters.run import Completed
-from vmcryptd.errors import DeadlineError
+from vmcryptd.adapters.luks import removal
+from vmcryptd.adapters.luks.removal import Removal
+from vmcryptd.core.errors import DeadlineError
+from vmcryptd.posix.run import Completed
 
 LUKS = "CRYPT-LUKS2-0123456789abcdef0123456789abcdef"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.lib import Running, descriptors, handed_in, opened_by, play
-from vmcryptd.adapters.simslots import SimReencryption, SimSlots
-from vmcryptd.errors import (
+from vmcryptd.adapters.sim.luks import SimReencryption, SimSlots
+from vmcryptd.core.errors import (
     BusyError,
     CancelledError,
     NoSuchVolumeError,
@@ -21,10 +21,10 @@ from vmcryptd.errors import (
     VmcryptdError,
     WrongKeyError,
 )
-from vmcryptd.jobs import JobState
-from vmcryptd.model import Header, KeySlot, Token
-from vmcryptd.ports import Told
-from vmcryptd.rotation import check_alone
+from vmcryptd.core.model import Header, KeySlot, Token
+from vmcryptd.core.ports import Told
+from vmcryptd.engine.jobs import JobState
+from vmcryptd.engine.rotation import check_alone
 
 HOST = f"""
 [volume.mail]

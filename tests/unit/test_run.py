@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.run import OUTPUT_LIMIT, CommandError, Completed, run
-from vmcryptd.errors import DeadlineError
+from vmcryptd.core.errors import DeadlineError
+from vmcryptd.posix.run import OUTPUT_LIMIT, CommandError, Completed, run
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def gone(pid_file: Path) -> bool:
 def test_deadline_kills_the_whole_group(
     tmp_path: Path, trap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmcryptd.adapters.run.GRACE_S", 0.3)
+    monkeypatch.setattr("vmcryptd.posix.run.GRACE_S", 0.3)
     script = f"{trap} sleep 60 & echo $! > {tmp_path}/child; while :; do wait; sleep 1; done"
     with pytest.raises(DeadlineError, match="sh did not end within 0.2 s"):
         sh(script, 0.2)

@@ -7,10 +7,11 @@ import asyncio
 from dataclasses import replace
 
 from tests.lib import Host, Running, handed_in, key, opened_by, play
-from vmcryptd import keyed, slots
-from vmcryptd.errors import OutOfMemoryError, VmcryptdError, WrongKeyError
-from vmcryptd.kdf import heights
-from vmcryptd.model import Header, KeySlot, Token
+from vmcryptd.core import slot_order
+from vmcryptd.core.errors import OutOfMemoryError, VmcryptdError, WrongKeyError
+from vmcryptd.core.model import Header, KeySlot, Token
+from vmcryptd.engine import unlock_with_key
+from vmcryptd.engine.kdf import heights
 
 COSTLY = KeySlot(0, "argon2id", 1048576, iterations=4)
 CHEAP = KeySlot(1, "pbkdf2", iterations=1000)
@@ -18,7 +19,7 @@ CHEAPER = KeySlot(2, "pbkdf2", iterations=500)
 
 
 def order(*active: KeySlot, tokens: tuple[Token, ...] = (), fitted: int | None = None) -> list[int]:
-    found = slots.order(Header(2, "u", active, tokens), fitted)
+    found = slot_order.order(Header(2, "u", active, tokens), fitted)
     return [slot.number for slot in found]
 
 
@@ -49,7 +50,7 @@ def test_what_only_a_machine_knows_is_not_tried() -> None:
 
 
 def test_while_it_is_encrypted_anew_cryptsetup_alone_knows() -> None:
-    assert slots.order(Header(2, "u", (COSTLY,), is_reencrypting=True), 0) == ()
+    assert slot_order.order(Header(2, "u", (COSTLY,), is_reencrypting=True), 0) == ()
 
 
 # --- the same with an engine ---
@@ -62,19 +63,19 @@ LIKE_BETA = "{" + opened_by("beta") + ", memory_kib = 1048576}"
 
 @play(SLOTS % CHEAP_BETA)
 async def test_a_cheap_slot_behind_a_costly_one_costs_itself_only(run: Running) -> None:
-    await keyed.unlock(run.engine, "a", handed_in("beta"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("beta"))
     assert run.host.done("try") == ["try a 1"]
     await run.engine.lock("a")
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     assert run.host.done("try") == ["try a 1", "try a 1", "try a 0"]
 
 
 @play(SLOTS % CHEAP_BETA)
 async def test_what_fitted_is_remembered_for_each_source(run: Running) -> None:
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     assert run.host.fitted() == {"a": {"key": 0}}
     await run.engine.lock("a")
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     assert run.host.done("try") == ["try a 1", "try a 0", "try a 0"]
     await run.engine.lock("a")
     run.engine.boot()
@@ -89,7 +90,7 @@ def test_what_fitted_is_known_to_the_next_daemon() -> None:
         host = Host.parse(SLOTS % CHEAP_BETA)
         for _ in range(2):
             run = Running(host)
-            await keyed.unlock(run.engine, "a", handed_in("alpha"))
+            await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
             await run.engine.lock("a")
             await run.close()
         assert host.done("try") == ["try a 1", "try a 0", "try a 0"]
@@ -101,13 +102,13 @@ def test_what_fitted_is_known_to_the_next_daemon() -> None:
 async def test_a_suspended_volume_is_resumed_by_its_slot(run: Running) -> None:
     run.host.volume("a", open=True, suspended=True)
     await run.until(lambda: run.volumes() == {"a": "suspended"})
-    await keyed.unlock(run.engine, "a", handed_in("beta"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("beta"))
     assert run.host.done("try") == ["try a 1"]
 
 
 async def failure(run: Running, passphrase: str) -> VmcryptdError | None:
     try:
-        await keyed.unlock(run.engine, "a", handed_in(passphrase))
+        await unlock_with_key.unlock(run.engine, "a", handed_in(passphrase))
     except VmcryptdError as error:
         return error
     return None

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from vmcryptd import graph as graphs
-from vmcryptd.errors import (
+from vmcryptd.core import graph as graphs
+from vmcryptd.core.errors import (
     CancelledError,
     DependencyError,
     DeviceMissingError,
     VmcryptdError,
     WrongKeyError,
 )
-from vmcryptd.graph import Graph
-from vmcryptd.model import (
+from vmcryptd.core.graph import Graph
+from vmcryptd.core.model import (
     BlockDevice,
     DiskSource,
     Domain,
@@ -31,7 +31,7 @@ from vmcryptd.model import (
     VolumeSpec,
     VolumeState,
 )
-from vmcryptd.state import (
+from vmcryptd.core.states import (
     Activities,
     Activity,
     guest_view,
@@ -161,7 +161,7 @@ def test_what_goes_before_what() -> None:
 
 
 def test_errors_are_named_apart() -> None:
-    from vmcryptd.errors import subclasses
+    from vmcryptd.core.errors import subclasses
 
     names = [cls.__name__ for cls in subclasses().values()]
     assert len(names) == len(set(names))

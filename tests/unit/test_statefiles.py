@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.host import StateFiles
+from vmcryptd.adapters.systemd.host import StateFiles
 
 
 def test_kept(tmp_path: Path) -> None:

@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 
 from tests.lib import Running, digest, handed_in, opened_by, play
-from vmcryptd import keyed, opening
-from vmcryptd.errors import (
-    CancelledError,
-    KeyUnavailableError,
-    VmcryptdError,
-    WrongKeyError,
-)
-from vmcryptd.model import VolumeSpec
+from vmcryptd.core.errors import CancelledError, KeyUnavailableError, VmcryptdError, WrongKeyError
+from vmcryptd.core.model import VolumeSpec
+from vmcryptd.engine import opening, unlock_with_key
 
 ALPHA = opened_by("alpha")
 PIN = f'pin_sha256 = "{digest("1234")}"'
@@ -205,9 +200,9 @@ async def test_a_key_that_is_handed_in_while_a_pin_is_asked_for(run: Running) ->
     run.engine.boot()
     await asked(run)
     with pytest.raises(WrongKeyError):
-        await keyed.unlock(run.engine, "a", handed_in("x"))
+        await unlock_with_key.unlock(run.engine, "a", handed_in("x"))
     assert run.volumes() == {"a": "waiting"}
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     await run.idle()
     assert (run.state, run.volume("a").key_source) == ("ready", "key")
     await run.until(lambda: not run.host.open_questions)
@@ -217,7 +212,7 @@ async def test_a_key_that_is_handed_in_while_a_pin_is_asked_for(run: Running) ->
 async def test_a_key_for_all_that_wait_is_for_who_waits_for_a_pin_too(run: Running) -> None:
     run.engine.boot()
     await asked(run, 2)
-    await keyed.unlock_all(run.engine, handed_in("alpha"))
+    await unlock_with_key.unlock_all(run.engine, handed_in("alpha"))
     await run.idle()
     await run.until(lambda: not run.host.open_questions)
     assert run.state == "ready"
@@ -226,7 +221,7 @@ async def test_a_key_for_all_that_wait_is_for_who_waits_for_a_pin_too(run: Runni
 @play(volume("a", '"tpm2"', WITH_PIN))
 async def test_who_hands_in_a_key_is_asked_for_no_pin(run: Running) -> None:
     with pytest.raises(VmcryptdError):
-        await keyed.unlock(run.engine, "a", handed_in("x"))
+        await unlock_with_key.unlock(run.engine, "a", handed_in("x"))
     assert run.host.questions == []
 
 
@@ -308,7 +303,7 @@ async def test_a_passphrase_is_derived_while_a_token_works(run: Running) -> None
     run.host.hold("token a 0")
     run.engine.boot()
     await run.until(lambda: run.host.done("token"))
-    await keyed.unlock(run.engine, "b", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "b", handed_in("alpha"))
     assert run.volumes() == {"a": "unlocking", "b": "unlocked"}
     run.host.release("token a 0")
     await run.idle()

@@ -8,9 +8,9 @@ import asyncio
 import pytest
 
 from tests.lib import Running, handed_in, opened_by, play
-from vmcryptd import keyed
-from vmcryptd.errors import BusyError, DamagedHeaderError, VmcryptdError, WrongUuidError
-from vmcryptd.kdf import KdfBudget
+from vmcryptd.core.errors import BusyError, DamagedHeaderError, VmcryptdError, WrongUuidError
+from vmcryptd.engine import unlock_with_key
+from vmcryptd.engine.kdf import KdfBudget
 
 A = opened_by("alpha")
 GIB = 1024 * 1024
@@ -169,7 +169,7 @@ def volume(name: str, sim: str = A, more: str = "") -> str:
 
 async def failure(run: Running, name: str) -> VmcryptdError:
     with pytest.raises(VmcryptdError) as caught:
-        await keyed.unlock(run.engine, name, handed_in("alpha"))
+        await unlock_with_key.unlock(run.engine, name, handed_in("alpha"))
     return caught.value
 
 
@@ -193,7 +193,7 @@ async def test_a_damaged_header(run: Running) -> None:
 @play(volume("a"))
 async def test_the_uuid_is_shown_once_the_header_was_read(run: Running) -> None:
     assert run.volume("a").uuid == ""
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     assert run.volume("a").uuid == "00000000-0000-0000-0000-000000000000"
 
 
@@ -205,7 +205,7 @@ async def test_somebody_else_was_quicker_with_the_key(run: Running) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.host, "open", taken)
-        await keyed.unlock(run.engine, "a", handed_in("alpha"))
+        await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     assert (run.volumes(), run.volume("a").error) == ({"a": "unlocked"}, "")
 
 
@@ -213,5 +213,5 @@ async def test_somebody_else_was_quicker_with_the_key(run: Running) -> None:
 async def test_a_suspended_volume_is_resumed(run: Running) -> None:
     run.host.volume("a", open=True, suspended=True)
     await run.until(lambda: run.volumes() == {"a": "suspended"})
-    await keyed.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
     assert run.volumes() == {"a": "unlocked"}

@@ -13,9 +13,9 @@ import pytest
 
 from tests.lib import digest
 from tests.vault import KEY, TOKEN, Answers, Server
-from vmcryptd.adapters.keys import SystemKeys
-from vmcryptd.errors import KeyUnavailableError
-from vmcryptd.model import KeySource, SourceKind, VolumeSpec
+from vmcryptd.adapters.keysources.sources import SystemKeys
+from vmcryptd.core.errors import KeyUnavailableError
+from vmcryptd.core.model import KeySource, SourceKind, VolumeSpec
 
 RECIPE = Path(__file__).resolve().parents[2] / "config/examples/fetch-from-vault"
 VOLUME = VolumeSpec("cr_imap", "/dev/vg0/imap")

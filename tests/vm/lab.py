@@ -13,7 +13,7 @@ from typing import Any
 from tests import scan_memory
 from tests.vm import guest
 from tests.vm.host import Background, Vm
-from vmcryptd import render
+from vmcryptd.cli import render
 
 # A canary: the tests look for it wherever it must never be.
 PASSPHRASE = "canary-Zw7pQ4-correct"

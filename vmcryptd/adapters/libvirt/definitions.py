@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""libvirt's domain and pool XML → values of the model. Pure: no libvirt, no I/O.
+
+Formats: https://libvirt.org/formatdomain.html, https://libvirt.org/formatstorage.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from vmcryptd.core.model import DiskSource, SourceType
+
+AGENT_CHANNEL = "org.qemu.guest_agent.0"
+
+# Files that QEMU reads when the guest starts. <loader> is left out: firmware comes with the host's
+# packages.
+BOOT_FILES = ("os/kernel", "os/initrd", "os/dtb", "os/shim", "os/acpi/table")
+
+
+class Contents(NamedTuple):
+    """What one or more descriptions of the same domain say.
+
+    `formats` holds the image format that the description names for a source. libvirt takes a source
+    without one for raw, and so must we: a guest can write a qcow2 header, with a backing file of
+    its choice, onto its raw disk (CVE-2024-32498 is the same mistake elsewhere).
+    """
+
+    sources: tuple[DiskSource, ...] = ()
+    formats: Mapping[DiskSource, str] = MappingProxyType({})
+    agent_connected: bool = False
+
+
+class PoolPlace(NamedTuple):
+    """Where a storage pool lies on this host; all empty for pools that come over the network."""
+
+    path: str = ""
+    devices: tuple[str, ...] = ()
+    vg: str = ""
+
+
+def domain(*texts: str) -> Contents:
+    """The inactive and the live description of a domain, merged: first mention first."""
+    merged: dict[tuple[str, ...], tuple[DiskSource, str]] = {}
+    agent = False
+    for text in texts:
+        root = ElementTree.fromstring(text)
+        agent = agent or _agent_connected(root)
+        for source, image_format in _domain_sources(root):
+            key = (source.type, source.path, source.pool, source.volume)
+            known, known_format = merged.get(key, (source, image_format))
+            merged[key] = (
+                known._replace(
+                    writable=known.writable or source.writable,
+                    shareable=known.shareable and source.shareable,
+                ),
+                known_format or image_format,
+            )
+    return Contents(
+        sources=tuple(source for source, _ in merged.values()),
+        formats={source: name for source, name in merged.values() if name},
+        agent_connected=agent,
+    )
+
+
+def pool(text: str) -> PoolPlace:
+    root = ElementTree.fromstring(text)
+    kind = root.get("type", "")
+    devices = tuple(
+        path for device in root.findall("source/device") if (path := device.get("path", ""))
+    )
+    match kind:
+        case "dir":
+            return PoolPlace(path=_text(root, "target/path"))
+        case "fs":
+            return PoolPlace(path=_text(root, "target/path"), devices=devices)
+        case "logical":
+            # <source><name> may be absent: the group is then named like the pool
+            # (libvirt, src/conf/storage_conf.c, VIR_STORAGE_POOL_SOURCE_NAME default).
+            name = _text(root, "source/name") or _text(root, "name")
+            return PoolPlace(devices=devices, vg=name)
+        case "disk" | "zfs":
+            return PoolPlace(devices=devices)
+    return PoolPlace()
+
+
+def _domain_sources(root: ElementTree.Element) -> Iterator[tuple[DiskSource, str]]:
+    for disk in root.iterfind("devices/disk"):
+        yield from _disk(disk)
+    for filesystem in root.iterfind("devices/filesystem"):
+        writable = filesystem.find("readonly") is None
+        # Shareable: unlike a disk, a directory is meant to be used by several guests.
+        for source in _located(filesystem.find("source"), writable=writable, shareable=True):
+            yield source, ""
+    for nvram in root.iterfind("os/nvram"):
+        for source in _located(nvram.find("source")):
+            yield source, nvram.get("format", "")
+        if path := (nvram.text or "").strip():
+            yield _by_path(path), nvram.get("format", "")
+    for name in BOOT_FILES:
+        for element in root.iterfind(name):
+            if path := (element.text or "").strip():
+                yield DiskSource(SourceType.FILE, path=path, writable=False), ""
+    # State of an emulated TPM may be told to lie beside the disk (since libvirt 10.9).
+    for element in root.iterfind("devices/tpm/backend/source"):
+        if path := element.get("path", ""):
+            yield DiskSource(SourceType.FILE, path=path), ""
+
+
+def _disk(disk: ElementTree.Element) -> Iterator[tuple[DiskSource, str]]:
+    if disk.get("type") == "vhostvdpa":  # <source dev=…> is a character device there
+        return
+    writable = disk.find("readonly") is None and disk.get("device") != "cdrom"
+    shareable = disk.find("shareable") is not None
+    driver = disk.find("driver")
+    top = disk.find("source")
+    for source in _located(top, writable=writable, shareable=shareable):
+        yield source, "" if driver is None else driver.get("type", "")
+    yield from _data_store(top, writable)
+    # <mirror> is left out on purpose: a copy in progress is nothing the guest needs.
+    layer = disk.find("backingStore")
+    while layer is not None:
+        below = layer.find("source")
+        image_format = layer.find("format")
+        for source in _located(below, writable=False):
+            yield source, "" if image_format is None else image_format.get("type", "")
+        yield from _data_store(below, False)
+        layer = layer.find("backingStore")
+
+
+def _data_store(
+    source: ElementTree.Element | None, writable: bool
+) -> Iterator[tuple[DiskSource, str]]:
+    """The data file of a qcow2 image that keeps its data elsewhere (since libvirt 10.10)."""
+    if source is None:
+        return
+    for store in source.iterfind("dataStore"):
+        for found in _located(store.find("source"), writable=writable):
+            yield found, "raw"
+
+
+def _located(
+    source: ElementTree.Element | None, writable: bool = True, shareable: bool = False
+) -> Iterator[DiskSource]:
+    """Told by attribute, not by the type around it: each type has attributes of its own."""
+    if source is None:  # an empty drive
+        return
+    place: DiskSource | None = None
+    if path := source.get("dev", ""):
+        place = DiskSource(SourceType.BLOCK, path=path)
+    elif path := source.get("file", "") or source.get("dir", ""):
+        place = DiskSource(SourceType.FILE, path=path)
+    elif (pool_name := source.get("pool", "")) and (volume := source.get("volume", "")):
+        place = DiskSource(SourceType.POOL, pool=pool_name, volume=volume)
+    if place is not None:
+        yield place._replace(writable=writable, shareable=shareable)
+
+
+def _by_path(path: str) -> DiskSource:
+    kind = SourceType.BLOCK if path.startswith("/dev/") else SourceType.FILE
+    return DiskSource(kind, path=path)
+
+
+def _agent_connected(root: ElementTree.Element) -> bool:
+    return any(
+        target.get("name") == AGENT_CHANNEL and target.get("state") == "connected"
+        for target in root.iterfind("devices/channel/target")
+    )
+
+
+def _text(root: ElementTree.Element, path: str) -> str:
+    return (root.findtext(path) or "").strip()

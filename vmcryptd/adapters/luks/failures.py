@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What it means when cryptsetup fails at a LUKS header."""
+
+from __future__ import annotations
+
+import signal
+
+from vmcryptd.core.errors import (
+    BusyError,
+    DeviceMissingError,
+    OutOfMemoryError,
+    StorageError,
+    VmcryptdError,
+    WrongKeyError,
+)
+from vmcryptd.core.model import VolumeSpec
+from vmcryptd.posix.run import Completed
+
+WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+# Said with another exit status of a key that fits one slot of those that it has to fit, or none; of a slot that is gone
+# since the header was read; and of one that holds no key of the volume's data.
+NO_USABLE_SLOT = "no usable keyslot"
+
+
+def failure(action: str, done: Completed, volume: VolumeSpec) -> VmcryptdError:
+    """What a failed action means, with the next step."""
+    name, place = volume.name, volume.header_path
+    if done.code == WRONG_KEY or NO_USABLE_SLOT in done.err.lower():
+        return WrongKeyError(
+            f"The key fits no key slot of {name}: try another; "
+            f"`vmcryptctl key list {name}` shows the key slots"
+        )
+    if done.code == OUT_OF_MEMORY or done.code in KILLED:
+        return OutOfMemoryError(
+            f"There was not enough memory to derive a key of {name}: free some, then try again; "
+            f"`vmcryptctl key list {name}` shows how much each key slot needs"
+        )
+    if done.code == WRONG_DEVICE:
+        return DeviceMissingError(
+            f"The device {place} of {name} cannot be used: {done.complaint}; "
+            f"`lsblk {place}` shows whether it is there"
+        )
+    if done.code == BUSY:
+        return BusyError(f"{place} of {name} is busy: {done.complaint}; try again later")
+    return StorageError(f"`cryptsetup {action}` of {place} failed, for {name}: {done.complaint}")

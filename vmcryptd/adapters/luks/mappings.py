@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""LUKS headers and mappings, by cryptsetup and dmsetup: a child for each (udisks#1489)."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmcryptd.adapters.luks.failures import BUSY, KILLED, OUT_OF_MEMORY, WRONG_DEVICE, failure
+from vmcryptd.adapters.luks.removal import Removal
+from vmcryptd.core import luks_header
+from vmcryptd.core.errors import (
+    BusyError,
+    DamagedHeaderError,
+    DeadlineError,
+    DeviceMissingError,
+    KeyUnavailableError,
+    KeyUnusableError,
+    NotLuksError,
+    NotYetError,
+    StorageError,
+    VmcryptdError,
+    WrongPinError,
+)
+from vmcryptd.core.model import Header, Token, VolumeSpec
+from vmcryptd.core.ports import Key
+from vmcryptd.posix.run import Completed, run
+from vmcryptd.posix.threads import DaemonThreads
+
+log = logging.getLogger(__name__)
+
+HEADER_TIMEOUT_S = 10.0
+OPEN_TIMEOUT_S = 600.0  # Argon2id on a slow, busy host, slot after slot
+TOKEN_TIMEOUT_S = 90.0  # a stick that blinks until somebody touches it gives up before that
+CLOSE_TIMEOUT_S = 30.0
+CLOSE_TRIES = 3
+DMSETUP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Cryptsetup:
+    """The port `Crypt` on this host."""
+
+    removal: Removal = field(default_factory=Removal)
+    meminfo: Path = Path("/proc/meminfo")
+    _threads: DaemonThreads = field(default_factory=DaemonThreads)
+
+    async def header(self, volume: VolumeSpec) -> Header:
+        path = volume.header_path
+        try:
+            read = functools.partial(read_header, path)
+            return await self._threads.call(HEADER_TIMEOUT_S, read)
+        except DeadlineError:
+            raise DeviceMissingError(
+                f"{path} of {volume.name} does not answer within {HEADER_TIMEOUT_S:g} s: "
+                "see the kernel's messages for its disk"
+            ) from None
+        except OSError as error:
+            raise DeviceMissingError(
+                f"{path} of {volume.name} cannot be read: {error.strerror}"
+            ) from None
+        except DamagedHeaderError as error:
+            return await self._second_opinion(volume, path, error)
+        except NotLuksError as error:
+            raise NotLuksError(f"{path} of {volume.name} is no LUKS device: {error}") from None
+
+    async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
+        # --disable-external-tokens: a TPM's would be tried first, and any passphrase then "works".
+        argv = [
+            "cryptsetup", "open", "--type", "luks", "--batch-mode",
+            "--key-file", "-",
+            "--disable-external-tokens",
+            *_slot(slot),
+            *(["--allow-discards"] if volume.discard else []),
+            *(["--header", volume.header] if volume.header else []),
+            "--", volume.device_path, volume.name,
+        ]  # fmt: skip
+        await self._with_key(argv, key, volume)
+
+    async def resume(
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None = None
+    ) -> None:
+        argv = [
+            "cryptsetup", "luksResume", "--batch-mode",
+            "--key-file", "-",
+            "--disable-external-tokens",
+            *_slot(slot),
+            *(["--header", volume.header] if volume.header else []),
+            "--", mapping,
+        ]  # fmt: skip
+        await self._with_key(argv, key, volume)
+
+    async def open_by_token(
+        self, volume: VolumeSpec, token: Token, pin: Key | None, suspended: str
+    ) -> None:
+        argv = [
+            "cryptsetup", "luksResume" if suspended else "open",
+            "--batch-mode",
+            "--verbose",  # only then it says what the token lacks
+            "--token-only", f"--token-id={token.number}",
+            *(["--allow-discards"] if volume.discard and not suspended else []),
+            *(["--header", volume.header] if volume.header else []),
+            "--", *([suspended] if suspended else [volume.device_path, volume.name]),
+        ]  # fmt: skip
+        await self._with_pin(argv, pin, volume, token)
+
+    async def close(self, mapping: str) -> None:
+        try:
+            if await self.removal.attempt(mapping):
+                return None
+        except DeadlineError:
+            return await self._close_without_udev(mapping)
+        await self._close(mapping)
+        # cryptsetup removes them, too, but not while udev looks into one.
+        for device in self.removal.left_behind(mapping):
+            remove = ["dmsetup", "remove", "--retry", "--", device]
+            done = await run(remove, timeout_s=CLOSE_TIMEOUT_S)
+            if done.code != 0 and self.is_active(device):
+                raise BusyError(
+                    f"The mapping {device}, left by a rotation of the key of {mapping} that was killed, is still in use"
+                )
+        return None
+
+    async def _close(self, mapping: str) -> None:
+        complaint = ""
+        for attempt in range(CLOSE_TRIES):
+            if attempt:
+                # udev may be looking into it (systemd#33129).
+                await _attempt(["udevadm", "settle", "--timeout=5"], 10.0)
+            try:
+                done = await run(
+                    ["cryptsetup", "close", "--batch-mode", "--", mapping],
+                    timeout_s=CLOSE_TIMEOUT_S,
+                )
+            except DeadlineError:
+                return await self._close_without_udev(mapping)
+            if done.code in (0, WRONG_DEVICE):
+                return None
+            complaint = done.complaint
+            if done.code != BUSY and self.is_active(mapping):
+                raise StorageError(f"cryptsetup could not close {mapping}: {complaint}")
+            if done.code != BUSY:
+                return None
+        raise BusyError(f"The mapping {mapping} is still in use")
+
+    async def wipe(self, mapping: str) -> None:
+        for device in (mapping, *self.removal.left_behind(mapping)):
+            if self.is_active(device):
+                await self._wipe(device)
+
+    def available_memory_kib(self) -> int:
+        try:
+            for line in self.meminfo.read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1])
+        except (OSError, ValueError, IndexError) as error:
+            log.warning("Cannot tell how much memory is available: %s", error)
+        return 0
+
+    def is_active(self, mapping: str) -> bool:
+        return mapping in self.removal.present()
+
+    async def _wipe(self, device: str) -> None:
+        """What luksSuspend does, without its flush of the file system above, which may never end."""
+        suspend = ["dmsetup", "suspend", "--nolockfs", "--noflush", "--", device]
+        await _attempt(suspend, DMSETUP_TIMEOUT_S)
+        table = await run(["dmsetup", "table", "--", device], timeout_s=DMSETUP_TIMEOUT_S)
+        # Half rotated it is made of two parts, each with its key.
+        parts = [line.split() for line in table.out.splitlines()]
+        messages = [
+            ["dmsetup", "message", "--", device, start, "key", "wipe"]
+            for start, _, kind, *_ in parts
+            if kind == "crypt"
+        ]
+        for done in [
+            table,
+            *[await run(message, timeout_s=DMSETUP_TIMEOUT_S) for message in messages],
+        ]:
+            if done.code != 0 and self.is_active(device):
+                raise StorageError(f"The key of {device} could not be wiped: {done.complaint}")
+
+    async def _with_key(self, argv: Sequence[str], key: Key, volume: VolumeSpec) -> None:
+        reader = key.reader()
+        try:
+            done = await run(argv, stdin=reader, timeout_s=OPEN_TIMEOUT_S, expendable=True)
+        finally:
+            os.close(reader)
+        if done.code != 0:
+            raise open_failure(done, volume)
+
+    async def _with_pin(
+        self, argv: Sequence[str], pin: Key | None, volume: VolumeSpec, token: Token
+    ) -> None:
+        # Without --key-file a PIN is read from standard input, to the end of the line (utils_password.c).
+        reader = pin.reader() if pin else None
+        try:
+            done = await run(argv, stdin=reader, timeout_s=TOKEN_TIMEOUT_S, expendable=True)
+        except DeadlineError:
+            raise KeyUnavailableError(
+                f"{token.title} did not answer within {TOKEN_TIMEOUT_S:g} s: is it to be touched?"
+            ) from None
+        finally:
+            if reader is not None:
+                os.close(reader)
+        if done.code != 0:
+            raise token_failure(done, volume, token, has_pin=pin is not None)
+
+    async def _close_without_udev(self, mapping: str) -> None:
+        """cryptsetup and dmsetup wait for ever on a cookie that only udevd completes (systemd#43368)."""
+        if not self.is_active(mapping):
+            return  # it waited for udev after the mapping was gone
+        log.warning("closing %s hung; is systemd-udevd dead? Removing it without udev", mapping)
+        done = await run(
+            ["dmsetup", "remove", "--noudevsync", "--", mapping], timeout_s=CLOSE_TIMEOUT_S
+        )
+        if done.code != 0 and self.is_active(mapping):
+            raise BusyError(f"The mapping {mapping} is still in use")
+
+    async def _second_opinion(
+        self, volume: VolumeSpec, path: str, damage: DamagedHeaderError
+    ) -> Header:
+        """cryptsetup knows more checksums and repairs than the parser here; its word counts."""
+        dump, uuid = await asyncio.gather(
+            run(
+                ["cryptsetup", "luksDump", "--dump-json-metadata", "--", path],
+                timeout_s=HEADER_TIMEOUT_S,
+            ),
+            run(["cryptsetup", "luksUUID", "--", path], timeout_s=HEADER_TIMEOUT_S),
+        )
+        if dump.code == 0 and uuid.code == 0:
+            try:
+                return luks_header.header(uuid.out.strip().lower(), json.loads(dump.out))
+            except (ValueError, DamagedHeaderError) as error:
+                log.info("cryptsetup's dump of %s is not understood: %s", path, error)
+        raise DamagedHeaderError(
+            f"The LUKS header of {volume.name} on {path} is damaged: {damage}. "
+            f"`cryptsetup repair {path}` or a backup (`cryptsetup luksHeaderRestore`) may help"
+        )
+
+
+def read_header(path: str) -> Header:
+    """Blocks. Raises OSError, NotLuksError, DamagedHeaderError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    failure = NotLuksError("nothing was read")
+    try:
+        for size in (luks_header.USUAL_SIZE, luks_header.WHOLE_SIZE):
+            try:
+                return luks_header.parse(_read(fd, size))
+            except NotLuksError as error:
+                # Anew: errors are kept, and the traceback of this one keeps all that was read.
+                failure = type(error)(str(error))
+    finally:
+        os.close(fd)
+    raise failure
+
+
+def open_failure(done: Completed, volume: VolumeSpec) -> VmcryptdError:
+    """What a failed `open` or `luksResume` means, with the next step."""
+    said, name = done.err.lower(), volume.name
+    if done.code == BUSY:
+        return BusyError(
+            f"{name} cannot be opened: {done.complaint}; "
+            f"`dmsetup info {name}` and `lsblk {volume.device_path}` show who has it"
+        )
+    if "not a valid luks device" in said:
+        place = volume.header_path
+        return NotLuksError(
+            f"{place} of {name} is no LUKS device: `blkid -p {place}` shows what it is"
+        )
+    if "nothing to read on input" in said:
+        return KeyUnusableError(f"The key for {name} is empty")
+    return failure("open", done, volume)
+
+
+# What cryptsetup (utils_tools.c, tools_token_error_msg) and systemd's plugins say, and what it means.
+TOKEN_COMPLAINTS = (
+    ("lockout", "its device has locked itself after wrong PINs: wait, or clear that with its own tools"),
+    ("wrong keyslot passphrase", "what it gives does not fit its key slot any more: enroll it again"),
+)  # fmt: skip
+
+# cryptsetup of sticks, systemd of a TPM, and the TPM's own library (TPM2_RC_AUTH_FAIL). Before its 258
+# systemd only says that the TPM has failed, as it does of one that was cleared: asking again is right in
+# either case, and is not done for ever.
+WRONG_PIN = (
+    "with this pin",
+    "bad pin",
+    "authorization hmac check failed",
+    "using tpm2: state not recoverable",
+)
+
+
+def token_failure(
+    done: Completed, volume: VolumeSpec, token: Token, *, has_pin: bool
+) -> VmcryptdError:
+    """What a failed `open --token-only` or `luksResume --token-only` means, with the next step."""
+    said = f"{done.out}\n{done.err}".lower()
+    place = volume.header_path
+    if done.code == OUT_OF_MEMORY or done.code in KILLED or "already exists" in said:
+        return open_failure(done, volume)
+    if "requires pin" in said and not has_pin:
+        return WrongPinError(f"{token.title} wants a PIN")
+    if "requires additional missing resource" in said:
+        return NotYetError(f"{token.title} does not open it: its device is not there, connect it")
+    for words, meaning in TOKEN_COMPLAINTS:
+        if words in said.replace("lock-out", "lockout"):
+            return KeyUnavailableError(f"{token.title} does not open it: {meaning}")
+    if has_pin and any(words in said for words in WRONG_PIN):
+        return WrongPinError(f"{token.title} does not take this PIN")
+    if done.err.strip():
+        return KeyUnavailableError(f"{token.title} does not open it: {done.complaint}")
+    if "no usable token" in said:
+        return KeyUnavailableError(
+            f"{token.title} does not open it: cryptsetup has no plugin for {token.kind} "
+            f"(Debian: systemd-cryptsetup), or that does not accept it; "
+            f"`cryptsetup open --debug --test-passphrase --token-only {place}` tells more"
+        )
+    return KeyUnavailableError(
+        f"{token.title} does not open it: cryptsetup ended with {done.reason}"
+    )
+
+
+def _slot(number: int | None) -> list[str]:
+    return [] if number is None else [f"--key-slot={number}"]
+
+
+def _read(fd: int, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        block = os.pread(fd, size - len(data), len(data))
+        if not block:
+            break
+        data += block
+    return bytes(data)
+
+
+async def _attempt(argv: Sequence[str], timeout_s: float) -> None:
+    """A step whose failure changes nothing of what has to follow."""
+    try:
+        done = await run(argv, timeout_s=timeout_s)
+    except VmcryptdError as error:
+        log.info("%s", error)
+        return
+    if done.code != 0:
+        log.info("%s failed: %s", " ".join(argv), done.complaint)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Looks at the whole host once, for `vmcryptctl check`. Reads only: it changes and remembers nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmcryptd.adapters.keysources import sources
+from vmcryptd.adapters.libvirt.domains import Libvirt
+from vmcryptd.adapters.luks.mappings import Cryptsetup, read_header
+from vmcryptd.adapters.storage.blocks import SysfsBlocks
+from vmcryptd.adapters.systemd.host import StateFiles
+from vmcryptd.core import graph as graphs
+from vmcryptd.core.errors import DamagedHeaderError, VmcryptdError
+from vmcryptd.core.graph import Graph
+from vmcryptd.core.model import (
+    Header,
+    Observation,
+    Remembered,
+    Settings,
+    SourceKind,
+    SourceType,
+    Storage,
+    Virtualisation,
+)
+from vmcryptd.posix.run import CommandError, program, run
+
+LIBVIRT_S = 30.0
+SYSTEMCTL_S = 15.0
+LIBVIRT_GUESTS = ("/etc/default/libvirt-guests", "/etc/sysconfig/libvirt-guests")
+QEMU_CONF = "/etc/libvirt/qemu.conf"
+SAVED = "/var/lib/libvirt/qemu/save"
+# Where Debian, Fedora and others have libdir; the name is libcryptsetup's, crypt_token_external_path(3).
+TOKEN_PLUGIN = "libcryptsetup-token-"
+TOKEN_PLUGINS = tuple(
+    f"{libdir}/cryptsetup/{TOKEN_PLUGIN}*.so" for libdir in ("lib/*-linux-*", "lib64", "lib")
+)
+UNITS = (
+    "vmcryptd.service",
+    "vmcryptd-guests.service",
+    "vmcryptd-console.service",
+    "libvirt-guests.service",
+)
+
+
+@dataclass(frozen=True)
+class File:
+    """What a path leads to."""
+
+    is_regular: bool = False
+    is_directory: bool = False
+    is_empty: bool = False
+    is_executable: bool = False
+    uid: int = 0
+    mode: int = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The host as it was found."""
+
+    settings: Settings
+    graph: Graph = field(default_factory=Graph)
+    headers: Mapping[str, Header | VmcryptdError] = field(default_factory=dict)  # volume → header
+    identities: Mapping[str, str] = field(
+        default_factory=dict
+    )  # a guest's path → what it really is
+    luks_disks: frozenset[str] = frozenset()  # guests' disks that begin with a LUKS header
+    files: Mapping[str, File] = field(default_factory=dict)  # those that exist
+    credentials: frozenset[str] = frozenset()
+    token_plugins: frozenset[str] = frozenset()  # kinds of tokens that cryptsetup has a plugin for
+    has_clevis: bool = False
+    units: Mapping[str, str] = field(default_factory=dict)  # unit → enabled, disabled…
+    plain_swap: tuple[str, ...] = ()
+    memory_kib: int = 0
+    suspends: str = ""  # what would suspend guests at shutdown, and so write out their memory
+    saved: frozenset[str] = frozenset()  # guests whose memory lies in a managed save
+    libvirt_error: str = ""
+    is_root: bool = True
+
+
+async def look(settings: Settings) -> Facts:
+    """Raises GraphError."""
+    virtualisation, error, chains = Virtualisation(), "", {}
+    blocks = SysfsBlocks()
+    if settings.volumes or settings.guests:
+        libvirt = Libvirt(settings.daemon.libvirt_uri)
+        try:
+            virtualisation = await libvirt.refresh(LIBVIRT_S)
+            chains = await _chains(libvirt, virtualisation)
+        except VmcryptdError as failure:
+            error = str(failure)
+        finally:
+            await libvirt.close()
+    storage = blocks.observe(sorted(graphs.wanted_paths(settings, virtualisation, chains)))
+    paths, uuids = StateFiles().seen()
+    observation = Observation(storage, virtualisation, Remembered(paths, uuids), {}, chains)
+    graph = graphs.build(settings, observation)
+    units, loaded = await _units()
+    return Facts(
+        settings=settings,
+        graph=graph,
+        headers=await _headers(graph),
+        identities=_identities(virtualisation, storage),
+        luks_disks=frozenset(_luks_disks(graph, virtualisation, storage)),
+        files=_files(settings),
+        credentials=loaded | frozenset(_stored_credentials()),
+        has_clevis=_has("clevis"),
+        token_plugins=frozenset(_token_plugins()),
+        units=units,
+        plain_swap=tuple(_plain_swap(storage)),
+        memory_kib=_total_memory_kib(),
+        suspends=_suspends(units),
+        saved=frozenset(path.stem for path in _entries(SAVED) if path.suffix == ".save"),
+        libvirt_error=error,
+        is_root=os.geteuid() == 0,
+    )
+
+
+async def _chains(libvirt: Libvirt, virtualisation: Virtualisation) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for domain in virtualisation.domains.values():
+        for source in domain.sources:
+            if source.type is SourceType.FILE and _is_file(source.path):
+                chain = await libvirt.chain(source)
+                found[source.path] = tuple(member.path for member in chain if member.path)
+    return found
+
+
+async def _headers(graph: Graph) -> dict[str, Header | VmcryptdError]:
+    crypt = Cryptsetup()
+    found: dict[str, Header | VmcryptdError] = {}
+    for name, node in graph.volumes.items():
+        if node.device or node.spec.header:
+            try:
+                found[name] = await crypt.header(node.spec)
+            except VmcryptdError as error:
+                found[name] = error
+    return found
+
+
+def _identities(virtualisation: Virtualisation, storage: Storage) -> dict[str, str]:
+    """Two paths of one device or file are the same disk."""
+    found = {}
+    for domain in virtualisation.domains.values():
+        for source in domain.sources:
+            if source.path:
+                found[source.path] = storage.links.get(source.path) or os.path.realpath(source.path)
+    return found
+
+
+def _luks_disks(graph: Graph, virtualisation: Virtualisation, storage: Storage) -> Iterable[str]:
+    mappings = {node.mapping for node in graph.volumes.values() if node.mapping}
+    for domain in virtualisation.domains.values():
+        for source in domain.sources:
+            kernel_name = storage.links.get(source.path)
+            if kernel_name is None or storage.devices[kernel_name].dm_name in mappings:
+                continue
+            try:
+                read_header(source.path)
+            except DamagedHeaderError:
+                yield source.path
+            except (OSError, VmcryptdError):
+                continue
+            else:
+                yield source.path
+
+
+def _files(settings: Settings) -> dict[str, File]:
+    wanted: set[str] = set()
+    for volume in settings.volumes.values():
+        wanted.update(path for path in (volume.mount, volume.header) if path)
+        for source in volume.keys:
+            if source.kind is SourceKind.FILE:
+                wanted.add(source.argument)
+            elif source.kind is SourceKind.EXEC:
+                wanted.add(shlex.split(source.argument)[0])
+    wanted.update(settings.daemon.on_waiting[:1])
+    return {path: found for path in wanted if (found := _file(path)) is not None}
+
+
+def _is_file(path: str) -> bool:
+    return os.path.isfile(path)
+
+
+def _file(path: str) -> File | None:
+    try:
+        status = os.stat(path)
+        is_directory = stat.S_ISDIR(status.st_mode)
+        return File(
+            is_regular=stat.S_ISREG(status.st_mode),
+            is_directory=is_directory,
+            is_empty=not os.listdir(path) if is_directory else status.st_size == 0,
+            is_executable=os.access(path, os.X_OK),
+            uid=status.st_uid,
+            mode=stat.S_IMODE(status.st_mode),
+        )
+    except OSError:
+        return None
+
+
+def _stored_credentials() -> Iterable[str]:
+    for store in (*sources.CREDENTIAL_STORES, *sources.ENCRYPTED_STORES):
+        yield from (path.name for path in _entries(store))
+
+
+def _has(name: str) -> bool:
+    try:
+        return bool(program(name))
+    except CommandError:
+        return False
+
+
+def _token_plugins() -> Iterable[str]:
+    for libraries in TOKEN_PLUGINS:
+        for path in Path("/usr").glob(libraries):
+            yield path.name.removeprefix(TOKEN_PLUGIN).partition(".")[0]
+
+
+async def _units() -> tuple[dict[str, str], frozenset[str]]:
+    """Unit → whether it is enabled, and the credentials that vmcryptd.service is given."""
+    credential_keys = [
+        f"{how}Credential{kind}" for how in ("Load", "Set") for kind in ("", "Encrypted")
+    ]
+    wanted = ("Id", "UnitFileState", *credential_keys)
+    try:
+        argv = ["systemctl", "show", f"--property={','.join(wanted)}", "--", *UNITS]
+        done = await run(argv, timeout_s=SYSTEMCTL_S)
+    except VmcryptdError:
+        return {}, frozenset()
+    if done.code != 0:
+        return {}, frozenset()
+    units: dict[str, str] = {}
+    credentials: set[str] = set()
+    for block in done.out.split("\n\n"):
+        values: dict[str, str] = {}
+        for line in block.splitlines():
+            key, _, value = line.partition("=")
+            values[key] = f"{values.get(key, '')} {value}".strip()
+        units[values.get("Id", "")] = values.get("UnitFileState", "")
+        if values.get("Id") == "vmcryptd.service":
+            for key in credential_keys:
+                credentials.update(one.partition(":")[0] for one in values.get(key, "").split())
+    return units, frozenset(credentials)
+
+
+def _plain_swap(storage: Storage) -> Iterable[str]:
+    for line in _lines("/proc/swaps")[1:]:
+        path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line.split()[0])
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        number = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
+        text = f"{os.major(number)}:{os.minor(number)}"
+        name = next((one.name for one in storage.devices.values() if one.number == text), "")
+        if name and not name.startswith("zram") and not _is_encrypted(storage, name):
+            yield path
+
+
+def _is_encrypted(storage: Storage, name: str) -> bool:
+    device = storage.devices.get(name)
+    if device is None:
+        return False
+    below = [_is_encrypted(storage, lower) for lower in device.below]
+    return device.dm_uuid.startswith("CRYPT-") or (bool(below) and all(below))
+
+
+def _total_memory_kib() -> int:
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1])
+    return 0
+
+
+def _suspends(units: Mapping[str, str]) -> str:
+    if units.get("libvirt-guests.service", "").startswith("enabled"):
+        action = "suspend"  # what libvirt-guests.sh does when nothing is set
+        for path in LIBVIRT_GUESTS:
+            for line in _lines(path):
+                if match := re.match(r"\s*ON_SHUTDOWN=[\"']?(\w+)", line):
+                    action = match[1]
+        if action == "suspend":
+            return "libvirt-guests.service (ON_SHUTDOWN=suspend)"
+    for line in _lines(QEMU_CONF):  # since libvirt 11.2
+        if match := re.match(r'\s*auto_shutdown_try_save\s*=\s*"(all|persistent|transient)"', line):
+            return f'{QEMU_CONF} (auto_shutdown_try_save = "{match[1]}")'
+    return ""
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _entries(directory: str) -> list[Path]:
+    try:
+        return list(Path(directory).iterdir())
+    except OSError:
+        return []

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vmcryptctl: what is typed becomes calls over the bus; messages go to stderr, data to stdout."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from vmcryptd.bus.client import Change, Client, connect
+from vmcryptd.cli import verbs
+from vmcryptd.cli.output import changing, check_names, open_key, page, print_json, report, say
+from vmcryptd.cli.render import (
+    change,
+    guest_members,
+    printable,
+    snake,
+    status_members,
+    volume_members,
+)
+from vmcryptd.cli.verbs import UsageError
+from vmcryptd.core.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_UNREACHABLE,
+    EXIT_USAGE,
+    EXIT_WAITING,
+    BusyError,
+    UnreachableError,
+    VmcryptdError,
+)
+
+INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
+
+# While boot still finds out which volumes its guests need, a question may be about to come.
+CONSOLE_SETTLE_S = 1.0
+CONSOLE_MARGIN_S = 30.0
+# What closing may take after the guests had their time.
+CLOSING_S = 300.0
+LONGEST_STOP_S = 86400.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # something else in its place
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads on. What is left in the buffer must not fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = EXIT_OK
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            (sys.stdout if argv else sys.stderr).write(verbs.overview())
+            return EXIT_OK if argv else EXIT_USAGE
+        if argv[0] == "--version":
+            from vmcryptd import __version__
+
+            print(f"vmcryptctl {__version__}")
+            return EXIT_OK
+        verb, arguments = verbs.parse(argv)
+        try:
+            return asyncio.run(RUN[verb.name](arguments))
+        except VmcryptdError as error:
+            if verb.name != "shutdown" or error.exit_code != EXIT_UNREACHABLE:
+                raise
+            return _shutdown_here(str(error))
+    except SystemExit as asked:  # --help of a verb
+        return int(asked.code or 0)
+    except UsageError as error:
+        say(str(error))
+        return EXIT_USAGE
+    except VmcryptdError as error:
+        say(str(error))
+        return error.exit_code
+
+
+# --- reading ---
+
+
+async def _status(arguments: Namespace) -> int:
+    async with connect() as client:
+        await client.load()
+    volumes, guests = list(client.volumes.values()), list(client.guests.values())
+    jobs = list(client.jobs.values())
+    names = set(arguments.NAME)
+    if unknown := sorted(names - set(client.volumes) - set(client.guests)):
+        for name in unknown:
+            known = [*client.volumes, *client.guests]
+            say(f'there is no volume and no guest "{name}"{verbs.near(name, known)}')
+        return EXIT_USAGE
+    if names:
+        volumes = [values for values in volumes if values["Name"] in names]
+        guests = [values for values in guests if values["Name"] in names]
+    if arguments.json:
+        print_json(status_members(client.host, volumes, guests, jobs))
+        return EXIT_OK
+    shown = page()
+    if names:
+        lines = [*shown.volumes(volumes, jobs), *shown.guests(guests)][1:]
+    else:
+        if not arguments.all:
+            members = "Needs", "StartsAtBoot", "LastError"
+            guests = [values for values in guests if any(values[key] for key in members)]
+        lines = shown.status(client.host, volumes, guests, jobs)
+    print("\n".join(lines))
+    return EXIT_OK
+
+
+async def _plan(arguments: Namespace) -> int:
+    import json
+
+    async with connect() as client:
+        [text] = await client.call("Plan", "s", arguments.GOAL)
+    plan = json.loads(text)
+    if arguments.json:
+        print_json(plan)
+    else:
+        print("\n".join(page().plan(plan)))
+    return EXIT_OK
+
+
+async def _check(arguments: Namespace) -> int:
+    from vmcryptd.audit import check
+
+    findings = await check.problems()
+    if arguments.json:
+        print_json(
+            {
+                "ok": check.exit_status(findings) == EXIT_OK,
+                "findings": [one._asdict() for one in findings],
+            }
+        )
+    elif findings:
+        print("\n".join(page().findings([one._asdict() for one in findings])))
+    else:
+        print("nothing is wrong: boot will work")
+    return check.exit_status(findings)
+
+
+async def _wait(arguments: Namespace) -> int:
+    timeout_s = None if arguments.timeout is None else verbs.duration(arguments.timeout)
+    async with connect() as client:
+        await client.follow()
+        ended = await client.until(lambda: client.host["State"] in ("ready", "degraded"), timeout_s)
+    state = str(client.host["State"])
+    reasons = [
+        f"{one['Name']}: {one['LastError']}"
+        for one in (*client.volumes.values(), *client.guests.values())
+        if one["LastError"]
+    ]
+    if arguments.json:
+        print_json({"state": state, "waiting": list(client.host["Waiting"]), "reasons": reasons})
+    if not ended:
+        waiting = ", ".join(client.host["Waiting"])
+        why = f"a passphrase is missing for {waiting}" if waiting else f"the state is {state}"
+        say(f"not ready within {arguments.timeout}: {why}")
+        return EXIT_WAITING
+    if state == "degraded":
+        for reason in reasons or ["some of it is not up; `vmcryptctl status` shows more"]:
+            say(reason)
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+async def _monitor(arguments: Namespace) -> int:
+    import time
+
+    changes: asyncio.Queue[Change] = asyncio.Queue()
+    async with connect() as client:
+        await client.follow(changes.put_nowait)
+        if not arguments.json:
+            first = page().status(
+                client.host, [*client.volumes.values()], [*client.guests.values()]
+            )[0]
+            print(first, flush=True)
+        lost = asyncio.ensure_future(client.until(lambda: False))
+        while True:
+            coming = asyncio.ensure_future(changes.get())
+            await asyncio.wait({coming, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                coming.cancel()
+                lost.result()
+            what = coming.result()
+            if arguments.json:
+                stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                members = {"time": stamp, "event": what.event, "type": what.kind, "name": what.name}
+                print_json({**members, **_members(what)}, indent=None)
+            else:
+                print(time.strftime("%H:%M:%S"), printable(change(*what)), flush=True)
+
+
+def _members(what: Change) -> dict[str, Any]:
+    if what.event == "added" and what.kind == "volume":
+        return volume_members(what.values)
+    if what.event == "added" and what.kind == "guest":
+        return guest_members(what.values)
+    return snake(what.values) if what.event != "removed" else {}
+
+
+async def _names(arguments: Namespace) -> int:
+    with contextlib.suppress(Exception):  # a shell completes; this is no place for messages
+        async with connect() as client:
+            if await client.is_running():
+                await client.load()
+        tables = {"volumes": [client.volumes], "guests": [client.guests]}
+        for table in tables.get(arguments.WHAT, [client.volumes, client.guests]):
+            for name in table:
+                print(name)
+    return EXIT_OK
+
+
+# --- changing ---
+
+
+async def _unlock(arguments: Namespace) -> int:
+    from vmcryptd.cli.unlock import Unlocking, with_key_file
+
+    key = None if arguments.key_file is None else open_key(arguments.key_file)
+    async with changing() as client:
+        await client.follow()
+        if key is not None:
+            check_names(client, arguments.VOLUME)
+            failed = await with_key_file(client, arguments.VOLUME, key)
+        else:
+            unlocking = Unlocking(client, arguments.VOLUME, can_ask=client.interactive, say=say)
+            failed = await unlocking.run()
+    return report(failed.values())
+
+
+async def _lock(arguments: Namespace) -> int:
+    failed: dict[str, VmcryptdError] = {}
+    async with changing() as client:
+        if not arguments.VOLUME:
+            await client.call("LockAll")
+        left = list(dict.fromkeys(arguments.VOLUME))
+        while left:
+            refused = await _called(client, "Lock", left)
+            failed.update(refused)
+            busy = [name for name, error in refused.items() if isinstance(error, BusyError)]
+            if len(busy) == len(left):
+                break
+            # What another one stood on that is closed by now is in use no more.
+            for name in busy:
+                del failed[name]
+            left = busy
+    return report(failed[name] for name in dict.fromkeys(arguments.VOLUME) if name in failed)
+
+
+async def _start(arguments: Namespace) -> int:
+    return await _each("StartGuest", arguments.GUEST)
+
+
+async def _stop(arguments: Namespace) -> int:
+    return await _each("StopGuest", arguments.GUEST)
+
+
+async def _each(method: str, names: list[str]) -> int:
+    async with changing() as client:
+        failed = await _called(client, method, names)
+    return report(failed.values())
+
+
+async def _called(client: Client, method: str, names: list[str]) -> dict[str, VmcryptdError]:
+    """One after the other. Returns what failed."""
+    failed: dict[str, VmcryptdError] = {}
+    for name in names:
+        try:
+            await client.call(method, "s", name)
+        except UnreachableError:
+            raise
+        except VmcryptdError as error:
+            failed[name] = error
+    return failed
+
+
+async def _boot(arguments: Namespace) -> int:
+    async with changing() as client:
+        await client.call("Boot")
+    print("booting: `vmcryptctl status` shows how far it is, `vmcryptctl wait` waits for its end")
+    return EXIT_OK
+
+
+async def _panic(arguments: Namespace) -> int:
+    async with changing() as client:
+        await client.call("Panic")
+    return EXIT_OK
+
+
+async def _reload(arguments: Namespace) -> int:
+    async with changing() as client:
+        await client.call("Reload")
+    return EXIT_OK
+
+
+async def _shutdown(arguments: Namespace) -> int:
+    _extend_stop()
+
+    def show(what: Change) -> None:
+        # At host shutdown this is what the console shows.
+        if what.kind in ("guest", "volume") and "State" in what.values and what.event == "changed":
+            print(printable(change(*what)), flush=True)
+
+    async with changing() as client:
+        await client.follow(show)
+        await client.call("Shutdown")
+    return EXIT_OK
+
+
+def _shutdown_here(reason: str) -> int:
+    """Without a daemon, or without a bus: the same engine in this process."""
+    if os.geteuid() != 0:
+        raise UnreachableError(f"{reason}; root can shut down without it")
+    say(f"{reason}; stopping the guests and closing the volumes without it")
+    from vmcryptd.daemon import shutdown_here
+
+    shutdown_here()
+    return EXIT_OK
+
+
+def _extend_stop() -> None:
+    """Let systemd wait as long as the configuration gives the guests."""
+    if "NOTIFY_SOCKET" not in os.environ:
+        return
+    with contextlib.suppress(Exception):  # then the unit's own time has to do
+        from vmcryptd.config import files
+
+        _notify_longer(files.load(validated=files.VALIDATED).daemon.shutdown_timeout_s + CLOSING_S)
+
+
+async def _console(arguments: Namespace) -> int:
+    # Whatever goes wrong here, boot goes on.
+    with contextlib.suppress(Exception):
+        async with connect() as client:
+            await client.follow()
+            longest_s = client.host["ConsolePromptUSec"] / 1e6
+            if longest_s > 0:
+                _notify_longer(longest_s + CONSOLE_MARGIN_S)
+                async with asyncio.timeout(longest_s):
+                    await _while_console_is_needed(client)
+    return EXIT_OK
+
+
+async def _while_console_is_needed(client: Client) -> None:
+    while any(job.get("Goal") == "boot" for job in client.jobs.values()):
+        if not await client.until(lambda: bool(client.host["ConsoleNeeded"]), CONSOLE_SETTLE_S):
+            return
+        await client.until(lambda: not client.host["ConsoleNeeded"])
+
+
+def _notify_longer(seconds: float) -> None:
+    """sd_notify(3): this start or stop may take so long from now on."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    import socket
+
+    usec = int(min(seconds, LONGEST_STOP_S) * 1e6)
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto(f"EXTEND_TIMEOUT_USEC={usec}".encode(), address.replace("@", "\0", 1))
+
+
+# --- what is behind a verb of two words ---
+
+
+def _keys(name: str) -> Callable[[Namespace], Coroutine[Any, Any, int]]:
+    async def run(arguments: Namespace) -> int:
+        from vmcryptd.cli import keys
+
+        return await keys.RUN[name](arguments)
+
+    return run
+
+
+RUN: dict[str, Callable[[Namespace], Coroutine[Any, Any, int]]] = {
+    "status": _status,
+    "unlock": _unlock,
+    "lock": _lock,
+    "start": _start,
+    "stop": _stop,
+    "boot": _boot,
+    "shutdown": _shutdown,
+    "panic": _panic,
+    "plan": _plan,
+    "check": _check,
+    "wait": _wait,
+    "monitor": _monitor,
+    "reload": _reload,
+    "console": _console,
+    "_names": _names,
+}
+RUN |= {verb.name: _keys(verb.name) for verb in verbs.VISIBLE if " " in verb.name}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How the verbs of vmcryptctl talk: messages to stderr, data to stdout, and connections that can change something."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from vmcryptd.bus.client import Client, connect
+from vmcryptd.cli.render import WIDTH, Page, bar, printable, progress
+from vmcryptd.cli.verbs import UsageError, near
+from vmcryptd.core.errors import EXIT_OK, NoSuchVolumeError, VmcryptdError
+
+
+def say(text: str) -> None:
+    """A message, for people."""
+    print(f"vmcryptctl: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    import json
+
+    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
+
+
+def page() -> Page:
+    if not sys.stdout.isatty():
+        return Page()
+    try:
+        width = os.get_terminal_size(1).columns
+    except OSError:
+        width = 0
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb"
+    return Page(width=width or 80, colour=not plain)  # a serial line knows no size
+
+
+def check_names(client: Client, names: Iterable[str]) -> None:
+    """Raises NoSuchVolumeError before anybody is asked for anything; of a client that follows."""
+    for name in names:
+        if name not in client.volumes:
+            hint = near(name, list(client.volumes)) or (
+                "" if client.volumes else "; none is configured"
+            )
+            raise NoSuchVolumeError(f'there is no volume "{name}"{hint}')
+
+
+@contextlib.asynccontextmanager
+async def changing() -> AsyncIterator[Client]:
+    """A connection whose caller can be asked by polkit."""
+    from vmcryptd.cli import terminal
+
+    interactive = terminal.is_interactive()
+    async with terminal.polkit_agent(), connect(interactive=interactive) as client:
+        yield client
+
+
+async def show_progress(client: Client, goal: str, begun: Callable[[], None]) -> None:
+    """Call `begun` when the daemon tells how far it is with a job, and on a terminal draw that until cancelled."""
+
+    def done() -> float | None:
+        return progress(goal, client.jobs.values())
+
+    await client.until(lambda: done() is not None)
+    begun()
+    if not sys.stderr.isatty():
+        return
+    try:
+        width = os.get_terminal_size(2).columns or WIDTH
+    except OSError:
+        width = WIDTH
+    line = ""
+    try:
+        while True:
+            if (now := done()) is not None and (new := bar(now, width - 1)) != line:
+                line = new
+                print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            shown = now
+            await client.until(lambda: done() != shown)  # noqa: B023 (asked for before it changes)
+    finally:
+        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+
+
+def open_key(path: str) -> int:
+    if path == "-":
+        if os.isatty(0):
+            raise UsageError(
+                '"--key-file -" reads standard input, which is the terminal; without it you are asked'
+            )
+        return 0
+    try:
+        # A directory or a device is the daemon's to refuse: it knows what can be read to an end.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
+
+
+def report(errors: Iterable[VmcryptdError]) -> int:
+    """Say each, and return the highest exit status."""
+    errors = list(errors)
+    for error in errors:
+        say(str(error))
+    return max((error.exit_code for error in errors), default=EXIT_OK)

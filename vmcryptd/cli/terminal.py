@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Questions on the caller's own terminal: passphrases by systemd-ask-password, polkit's by pkttyagent.
+
+Their answers go from the child into a pipe or a memfd, never through Python. The children are not
+started by posix/run.py because they read the terminal: they stay in its foreground process group,
+which also gives them the Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import termios
+from collections.abc import AsyncIterator, Iterator
+
+from vmcryptd.core.errors import VmcryptdError
+
+ASK = ("/usr/bin/systemd-ask-password", "/bin/systemd-ask-password")
+AGENT = ("/usr/bin/pkttyagent",)
+AGENT_S = 5.0  # for polkit's agent to be registered
+
+
+class NoTerminalError(VmcryptdError):
+    """There is nobody to ask here."""
+
+
+def is_interactive() -> bool:
+    """Whether a person can be asked on standard input."""
+    return os.isatty(0)
+
+
+async def ask(message: str, into: int) -> bool:
+    """Ask once, and have the answer written into a descriptor. False when that was declined.
+
+    A cancelled task ends the question; what was typed by then is thrown away, so that it does not
+    land in the shell (systemd#43497).
+    """
+    argv = ["systemd-ask-password", "-n", "--timeout=0", "--id=vmcryptctl", "--", message]
+    with _terminal_restored():
+        child = _spawn(ASK, argv, {1: into})
+        if child is None:
+            raise NoTerminalError("systemd-ask-password is not installed, so nobody can be asked")
+        return await _ended(child) == 0
+
+
+def waiting_bytes(pipe: int) -> int:
+    """How much lies in a pipe, without reading it."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4), sys.byteorder)
+
+
+@contextlib.asynccontextmanager
+async def polkit_agent() -> AsyncIterator[None]:
+    """While this is open, polkit can ask for a password on this terminal, as with systemctl."""
+    child = None
+    if os.geteuid() != 0 and is_interactive():
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        # Any number will do in the child; 0 to 2 are the terminal.
+        argv = ["pkttyagent", "--notify-fd=3", "--fallback", f"--process={os.getpid()}"]
+        try:
+            child = _spawn(AGENT, argv, {3: writer})
+        finally:
+            os.close(writer)
+        try:
+            if child is not None:
+                await _closed(reader)
+        finally:
+            os.close(reader)
+    try:
+        yield
+    finally:
+        if child is not None:
+            await _end(child)
+
+
+def _spawn(paths: tuple[str, ...], argv: list[str], fds: dict[int, int]) -> int | None:
+    """Start a program with these descriptors (number in the child → here); None if it is not there."""
+    path = next((path for path in paths if os.access(path, os.X_OK)), None)
+    if path is None:
+        return None
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    # The terminal is opened by name; on standard error it would only repeat what we say.
+    actions = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in {2: null, **fds}.items()]
+    try:
+        return os.posix_spawn(
+            path, argv, os.environ, file_actions=actions, setsigdef=[signal.SIGINT, signal.SIGPIPE]
+        )
+    finally:
+        os.close(null)
+
+
+async def _ended(child: int) -> int:
+    """Wait for a child, and end it when the task is cancelled."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    pidfd = os.pidfd_open(child)
+
+    def exited() -> None:
+        loop.remove_reader(pidfd)
+        if not ended.done():
+            ended.set_result(None)
+
+    loop.add_reader(pidfd, exited)
+    try:
+        await ended
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+        raise
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        code = _reaped(child)
+    return code
+
+
+def _reaped(child: int) -> int:
+    """It has ended, or was told to: this takes no time."""
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+async def _end(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGTERM)
+    await _ended(child)
+
+
+async def _closed(reader: int) -> None:
+    """Wait until the other end of a pipe is closed, for some seconds."""
+    loop = asyncio.get_running_loop()
+    closed = asyncio.Event()
+    loop.add_reader(reader, closed.set)
+    try:
+        async with asyncio.timeout(AGENT_S):
+            await closed.wait()
+    except TimeoutError:
+        pass  # then polkit finds no agent, and refuses
+    finally:
+        loop.remove_reader(reader)
+
+
+@contextlib.contextmanager
+def _terminal_restored() -> Iterator[None]:
+    """systemd-ask-password switches echo off, and on again unless a signal ends it."""
+    try:
+        fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        fd = os.dup(0)
+    try:
+        try:
+            before = termios.tcgetattr(fd)
+        except termios.error:
+            raise NoTerminalError("standard input is no terminal, so nobody can be asked") from None
+        try:
+            yield
+        except BaseException:
+            termios.tcflush(fd, termios.TCIFLUSH)
+            with contextlib.suppress(OSError):
+                os.write(fd, b"\r\n")
+            raise
+        finally:
+            termios.tcsetattr(fd, termios.TCSADRAIN, before)
+    finally:
+        os.close(fd)

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`vmcryptctl unlock`: asks once, hands the answer to everything that waits, asks again for the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from vmcryptd.bus.client import Client
+from vmcryptd.cli import terminal
+from vmcryptd.cli.output import check_names
+from vmcryptd.core.errors import (
+    KeyUnavailableError,
+    StillWaitingError,
+    VmcryptdError,
+    WrongKeyError,
+)
+
+TRIES = 3
+GATHER_S = 1.0
+
+Say = Callable[[str], None]
+Reader = Callable[[], int]  # gives a descriptor of the key, to be closed by who called
+
+
+async def hand_over(
+    client: Client, names: Sequence[str], reader: Reader
+) -> dict[str, VmcryptdError]:
+    """Give the key to the named volumes, or to all that wait. Returns what failed; "" stands for all."""
+    failed: dict[str, VmcryptdError] = {}
+    for name in names or [""]:
+        fd = reader()
+        try:
+            if name:
+                await client.call("UnlockWithKey", "sh", name, 0, fds=[fd])
+            else:
+                await client.call("UnlockAllWithKey", "h", 0, fds=[fd])
+        except VmcryptdError as error:
+            failed[name] = error
+        finally:
+            os.close(fd)
+    await client.ping()  # what has changed by now has been told when this is answered
+    return failed
+
+
+async def with_key_file(client: Client, names: Sequence[str], fd: int) -> dict[str, VmcryptdError]:
+    """The key comes from a descriptor, which the daemon reads to its end."""
+    if len(names) <= 1:
+        return await hand_over(client, names, lambda: os.dup(fd))
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return await hand_over(client, names, lambda: _again(fd))
+    # A pipe can be read once only.
+    from vmcryptd.posix.memfd import LockedKey, copy_from_caller
+
+    key = LockedKey()
+    try:
+        await copy_from_caller(fd, key)
+        key.seal()
+        return await hand_over(client, names, key.reader)
+    finally:
+        key.close()
+
+
+def _again(fd: int) -> int:
+    # Opened anew, so that each reader has an offset of its own.
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+class Unlocking:
+    """Opens the named volumes, or all; asks on the terminal if there is one."""
+
+    def __init__(self, client: Client, names: Sequence[str], *, can_ask: bool, say: Say) -> None:
+        self._client = client
+        self._names = list(dict.fromkeys(names))
+        self._can_ask = can_ask
+        self._say = say
+        self._calls: dict[
+            str, asyncio.Task[object]
+        ] = {}  # Unlock of a volume, or UnlockAll under ""
+        self._insist: set[str] = set()  # to be asked for although they do not wait
+        self._before = ""  # what the next question has to say first
+        self._tries = 0
+        self._told_waiting = False
+
+    async def run(self) -> dict[str, VmcryptdError]:
+        """Returns what failed, by name. Raises what ends it all."""
+        check_names(self._client, self._names)
+        closed = {name for name in self._client.volumes if not self._is_open(name)}
+        for name in self._names:
+            if name not in closed:
+                self._say(f"{name} is open already")
+        self._names, had_names = [name for name in self._names if name in closed], bool(self._names)
+        if had_names and not self._names:
+            return {}
+        try:
+            # What waits has tried its other sources already; the rest may need no person at all.
+            for name in self._names or ([] if self._waiting() else [""]):
+                if not self._can_ask or name not in self._waiting():
+                    self._begin(name)
+            if not self._names and not self._can_ask:
+                self._begin("")
+            failed = await self._pursue()
+            if not had_names and not failed and not any(self._is_open(name) for name in closed):
+                self._say("nothing is waiting for a key")
+            return failed
+        finally:
+            for call in self._calls.values():
+                call.cancel()
+            if opened := sorted(name for name in closed if self._is_open(name)):
+                self._say(f"open now: {', '.join(opened)}")
+
+    async def _pursue(self) -> dict[str, VmcryptdError]:
+        failed: dict[str, VmcryptdError] = {}
+        while True:
+            for name, call in list(self._calls.items()):
+                if call.done():
+                    del self._calls[name]
+                    error = call.exception()
+                    if isinstance(error, KeyUnavailableError) and name and self._can_ask:
+                        self._insist.add(name)
+                        self._before = f"{error}. "
+                    elif isinstance(error, VmcryptdError):
+                        failed[name] = error
+                    elif error is not None:
+                        raise error
+            targets = self._targets()
+            if targets and self._can_ask:
+                # Volumes whose other sources are still being tried may join the question.
+                await self._client.until(self._is_settled, GATHER_S)
+                if targets := self._targets():
+                    await self._ask(targets)
+            elif not self._calls:
+                return {
+                    name: error
+                    for name, error in failed.items()
+                    if not (name and self._is_open(name))
+                }
+            else:
+                if targets and not self._told_waiting:
+                    self._told_waiting = True
+                    self._say(
+                        f"waiting for a passphrase for {', '.join(targets)}; "
+                        "`vmcryptctl unlock` on a terminal asks for it, and so do the system's agents"
+                    )
+                await self._next_event()
+
+    def _begin(self, name: str) -> None:
+        if name not in self._calls:
+            call = (
+                self._client.call("Unlock", "s", name) if name else self._client.call("UnlockAll")
+            )
+            self._calls[name] = asyncio.create_task(call)
+
+    async def _next_event(self) -> None:
+        """Wait until a call has ended, or something is to be asked."""
+        told = self._told_waiting
+        asked = asyncio.ensure_future(
+            self._client.until(lambda: bool(self._targets()) and not told)
+        )
+        try:
+            await asyncio.wait({asked, *self._calls.values()}, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                asked.result()
+        finally:
+            asked.cancel()
+
+    # --- asking ---
+
+    async def _ask(self, targets: list[str]) -> None:
+        question = self._before + _question(targets, self._client)
+        with _answer(many=len(self._names) > 1) as answer:
+            answered = await self._answered(question, targets, answer)
+            answer.finish()
+            if not answered:
+                return
+            if not answer.size():
+                self._wrong(WrongKeyError("nothing was entered"), "Nothing was entered. ", targets)
+                return
+            open_before = {name for name in self._client.volumes if self._is_open(name)}
+            failed = await hand_over(self._client, self._names, answer.reader)
+        fitted = sorted(
+            n for n in self._client.volumes if self._is_open(n) and n not in open_before
+        )
+        self._before = f"That fitted {', '.join(fitted)}. " if fitted else ""
+        if fitted:
+            self._tries = 0
+        self._insist.clear()
+        for name, error in failed.items():
+            if isinstance(error, StillWaitingError) or (
+                fitted and isinstance(error, WrongKeyError)
+            ):
+                self._insist.update(target for target in targets if not self._is_open(target))
+                self._begin(name)
+            elif not isinstance(error, WrongKeyError):
+                raise error
+        if not failed:
+            self._insist.clear()
+        elif not fitted:
+            wrong = next((e for e in failed.values() if isinstance(e, WrongKeyError)), None)
+            if wrong is not None:
+                self._wrong(wrong, "That did not fit. ", targets)
+        self._names = [name for name in self._names if not self._is_open(name)]
+
+    def _wrong(self, error: VmcryptdError, before: str, targets: list[str]) -> None:
+        self._tries += 1
+        if self._tries >= TRIES:
+            raise error
+        self._before = before
+        self._insist.update(name for name in targets if not self._is_open(name))
+
+    async def _answered(self, question: str, targets: list[str], answer: _Answer) -> bool:
+        """False when the question has become needless. Raises StillWaitingError when it was declined."""
+        waiting = set(self._waiting())
+
+        def is_over() -> bool:
+            return all(
+                self._is_open(name) or (name in waiting and self._has_given_up(name))
+                for name in targets
+            )
+
+        asking = asyncio.ensure_future(terminal.ask(question, answer.writer))
+        over = asyncio.ensure_future(self._client.until(is_over))
+        try:
+            await asyncio.wait({asking, over}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                if asking.result():
+                    return True
+                raise StillWaitingError(f"not answered; still locked: {', '.join(targets)}")
+            over.result()
+        finally:
+            for task in (asking, over):
+                task.cancel()
+            await asyncio.gather(asking, over, return_exceptions=True)
+        self._insist.clear()
+        self._before = ""
+        opened = [name for name in targets if self._is_open(name)]
+        what = (
+            f"{', '.join(opened)} opened meanwhile"
+            if opened
+            else f"{', '.join(targets)} given up meanwhile"
+        )
+        self._say(f"{what}; the question is withdrawn")
+        return False
+
+    # --- what the daemon shows ---
+
+    def _state(self, name: str) -> str:
+        return str(self._client.volumes.get(name, {}).get("State", ""))
+
+    def _is_open(self, name: str) -> bool:
+        return self._state(name) == "unlocked"
+
+    def _has_given_up(self, name: str) -> bool:
+        return self._state(name) in ("", "locked", "failed", "missing")
+
+    def _is_settled(self) -> bool:
+        return not any(self._state(name) == "unlocking" for name in self._client.volumes)
+
+    def _waiting(self) -> list[str]:
+        # Not the manager's `Waiting`: that is told after the volumes, so for a moment it is older.
+        return [name for name in self._client.volumes if self._state(name) == "waiting"]
+
+    def _targets(self) -> list[str]:
+        """What a question would be about now."""
+        wanted = set(self._waiting())
+        if self._names:
+            wanted &= self._beneath(self._names)
+        return sorted(name for name in wanted | self._insist if not self._is_open(name))
+
+    def _beneath(self, names: Iterable[str]) -> set[str]:
+        """The named volumes and those they stand on."""
+        found = set(names)
+        while True:
+            more = {
+                name
+                for name, values in self._client.volumes.items()
+                if name not in found and found.intersection(values.get("NeededBy", []))
+            }
+            if not more:
+                return found
+            found |= more
+
+
+def _question(targets: list[str], client: Client) -> str:
+    if len(targets) == 1:
+        device = client.volumes.get(targets[0], {}).get("Device", "")
+        return f"Passphrase for {targets[0]} ({device}):"
+    return f"Passphrase for {', '.join(targets)}:"
+
+
+class _Answer(NamedTuple):
+    """What was typed, in a pipe or a memfd: never in Python."""
+
+    writer: int
+    reader: Reader
+    size: Callable[[], int]
+    finish: Callable[[], None]  # once, when it is all written
+
+
+@contextlib.contextmanager
+def _answer(*, many: bool) -> Iterator[_Answer]:
+    """A pipe where one reader is enough: its pages are never swapped. Several need a memfd."""
+    if many:
+        from vmcryptd.posix.memfd import LockedKey
+
+        key = LockedKey()
+        try:
+            yield _Answer(key.fileno(), key.reader, lambda: key.size, key.seal)
+        finally:
+            key.close()
+        return
+    with contextlib.ExitStack() as open_fds:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        open_fds.callback(os.close, reader)
+        finish = open_fds.enter_context(contextlib.ExitStack())
+        finish.callback(os.close, writer)
+        size = functools.partial(terminal.waiting_bytes, reader)
+        yield _Answer(writer, functools.partial(os.dup, reader), size, finish.close)

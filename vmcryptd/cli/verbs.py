@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The verbs of vmcryptctl as data: its parser, its help and the shells' completion come from here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from vmcryptd.core.errors import nearest
+
+
+class Argument(NamedTuple):
+    """One argument of a verb; an option if its name begins with "-"."""
+
+    name: str
+    help: str
+    nargs: str | None = None  # as argparse has it
+    value: str = ""  # an option's value: FILE, TIME; none for a switch
+    completes: str = ""  # volumes, guests, names, goals, files: what a shell may offer
+
+
+class Verb(NamedTuple):
+    """One verb, from its one line in the list to its examples."""
+
+    name: str  # one word, or two: the first is a group of verbs
+    help: str
+    text: str
+    arguments: tuple[Argument, ...] = ()
+    examples: tuple[tuple[str, str], ...] = ()  # command, what it does
+    hidden: bool = False
+    changes: bool = False  # polkit decides whether the caller may
+
+
+JSON = Argument("--json", "print JSON, for programs")
+KEY_FILE = Argument(
+    "--key-file",
+    'read the key from FILE instead of asking, to its end, newlines included; "-" is standard input',
+    value="FILE",
+    completes="files",
+)
+NEW_KEY_FILE = Argument(
+    "--new-key-file",
+    'read the new key from FILE instead of asking for it twice; "-" is standard input',
+    value="FILE",
+    completes="files",
+)
+ONE_VOLUME = Argument("VOLUME", "a volume", completes="volumes")
+
+VERBS: tuple[Verb, ...] = (
+    Verb(
+        "status",
+        "show the state of volumes and guests",
+        "Shows the state of the whole in words, and what to do next; then the volumes; then the guests "
+        "that stand on volumes, start at boot or have failed. With names, only these.",
+        (
+            Argument("NAME", "a volume or a guest", nargs="*", completes="names"),
+            Argument("--all", "show every guest that libvirt knows"),
+            JSON,
+        ),
+        (
+            ("vmcryptctl status", "everything that matters"),
+            ("vmcryptctl status cr_imap", "one volume"),
+            ("vmcryptctl status --json | jq .waiting", "for a script"),
+        ),
+    ),
+    Verb(
+        "unlock",
+        "open volumes",
+        "Opens the named volumes and what they stand on; without a name all that wait for a key, or all "
+        "that boot would open. On a terminal it asks for a passphrase once and tries the answer on all "
+        "of them. Without a terminal it leaves asking to the system's password agents.",
+        (
+            Argument("VOLUME", "a volume", nargs="*", completes="volumes"),
+            KEY_FILE,
+        ),
+        (
+            ("vmcryptctl unlock", "asks once, opens all that wait"),
+            ("vmcryptctl unlock cr_imap", "opens one volume"),
+            ("fetch-key | vmcryptctl unlock --key-file -", "the key comes from a program"),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "lock",
+        "close volumes",
+        "Closes the named volumes; without a name all. Refused while anything uses them, and then says who.",
+        (Argument("VOLUME", "a volume", nargs="*", completes="volumes"),),
+        (("vmcryptctl lock cr_imap", ""), ("vmcryptctl lock", "closes every volume")),
+        changes=True,
+    ),
+    Verb(
+        "start",
+        "open a guest's volumes, then start it",
+        "Opens the volumes that the guest needs, then has libvirt start it.",
+        (Argument("GUEST", "a guest, by its libvirt name", nargs="+", completes="guests"),),
+        (("vmcryptctl start imap", ""),),
+        changes=True,
+    ),
+    Verb(
+        "stop",
+        "stop a guest, then close its volumes",
+        'Asks the guest to stop and waits for it. Volumes with lock = "guest" that nothing else uses are closed then.',
+        (Argument("GUEST", "a guest, by its libvirt name", nargs="+", completes="guests"),),
+        (("vmcryptctl stop imap", ""),),
+        changes=True,
+    ),
+    Verb(
+        "boot",
+        "bring up everything, as at boot",
+        "Opens the volumes of the boot set and starts the guests that start at boot. Comes back at once; "
+        "`vmcryptctl wait` waits for the end.",
+        examples=(("vmcryptctl boot && vmcryptctl wait", "bring up everything and wait for it"),),
+        changes=True,
+    ),
+    Verb(
+        "shutdown",
+        "stop the guests and close the volumes",
+        "Stops the guests, closes the volumes, and comes back when that is done. The host stays up. "
+        "Works without the daemon and without D-Bus, too: then it does the same work itself, as root.",
+        examples=(("vmcryptctl shutdown", ""),),
+        changes=True,
+    ),
+    Verb(
+        "panic",
+        "kill the guests, wipe the keys, close the volumes: now",
+        "For the moment when somebody is at the door. Guests are killed as by pulling the plug, keys are wiped "
+        "from memory. Asks nothing, goes on past every error.",
+        examples=(("vmcryptctl panic", ""),),
+        changes=True,
+    ),
+    Verb(
+        "plan",
+        "show what would be done, and why",
+        "Shows the steps, in order and with reasons, that a goal would take now. Does nothing. "
+        "Goals: boot, shutdown, lock-all, unlock:NAME, lock:NAME, start:NAME, stop:NAME.",
+        (Argument("GOAL", "what is to be reached", completes="goals"), JSON),
+        (
+            ("vmcryptctl plan boot", "what boot would do now"),
+            ("vmcryptctl plan start:imap", "what the guest imap needs"),
+        ),
+    ),
+    Verb(
+        "check",
+        "check the configuration and the host: will boot work?",
+        "Reads the configuration as the daemon would, and looks at the host: devices, headers, key files, "
+        "units, guests. Says what is wrong and what to do about it. To be run as root.",
+        (JSON,),
+        (("vmcryptctl check", "after each change of the configuration"),),
+    ),
+    Verb(
+        "wait",
+        "wait until everything is up",
+        "Comes back with exit status 0 when the volumes of the boot set are open and their guests run, "
+        "1 when some of it failed, 6 when the time is over.",
+        (
+            Argument(
+                "--timeout",
+                'how long at most, such as 90s or 5min; default "infinity"',
+                value="TIME",
+            ),
+            JSON,
+        ),
+        (("vmcryptctl wait --timeout 5min", ""),),
+    ),
+    Verb(
+        "monitor",
+        "show changes as they happen",
+        "Prints a line for each change until it is interrupted. With --json each line is one JSON object.",
+        (JSON,),
+        (("vmcryptctl monitor", ""),),
+    ),
+    Verb(
+        "reload",
+        "read the configuration again",
+        "A configuration with a mistake is refused, and the running one stays.",
+        examples=(("vmcryptctl check && vmcryptctl reload", ""),),
+        changes=True,
+    ),
+    Verb(
+        "key list",
+        "show the ways into a volume",
+        "Shows the key slots of the volume's header: what opens each, and what one try of it costs; the tokens "
+        "that open slots without a person; and the key sources that the configuration names.",
+        (ONE_VOLUME, JSON),
+        (("vmcryptctl key list cr_imap", ""),),
+    ),
+    Verb(
+        "key test",
+        "find out which key slot a key opens",
+        "Tries a key on the key slots of a volume and prints the number of the one that it opens. The volume "
+        "itself is left as it is, open or locked.",
+        (ONE_VOLUME, KEY_FILE, JSON),
+        (
+            ("vmcryptctl key test cr_imap", "do I still know the passphrase?"),
+            ("vmcryptctl key test cr_imap --key-file /root/imap.key", "does this file fit?"),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "key add",
+        "have another key open a volume, too",
+        "Asks for a passphrase that opens the volume and twice for the new one. The new key is tried before this "
+        "says that it is done. Afterwards a new backup of the header is due. With --keystore the new key is a random "
+        "one that lies in a keystore; what is to be written into the configuration is printed.",
+        (
+            ONE_VOLUME,
+            KEY_FILE,
+            NEW_KEY_FILE,
+            Argument(
+                "--keystore",
+                "make the new key in this keystore, which is open",
+                value="NAME",
+                completes="volumes",
+            ),
+        ),
+        (
+            ("vmcryptctl key add cr_imap", "a second passphrase"),
+            ("vmcryptctl key add cr_imap --keystore keys", "a key of a keystore"),
+            ("vmcryptctl key add cr_imap --new-key-file /root/imap.key", "a key file"),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "key change",
+        "put a new key in the place of another one",
+        "Asks for the passphrase that is to go and twice for the new one. The old one goes only when the new one "
+        "was seen to work. Afterwards a new backup of the header is due, and old ones are to be destroyed: the "
+        "old passphrase opens the volume with these for ever.",
+        (ONE_VOLUME, KEY_FILE, NEW_KEY_FILE),
+        (("vmcryptctl key change cr_imap", ""),),
+        changes=True,
+    ),
+    Verb(
+        "key remove",
+        "wipe a key slot of a volume",
+        "Asks for a passphrase of another key slot: only who can open the volume afterwards takes a way in away. The "
+        "last one stays. Afterwards a new backup of the header is due, and old ones are to be destroyed.",
+        (
+            ONE_VOLUME,
+            Argument("SLOT", "the number of the key slot, as `key list` shows it"),
+            KEY_FILE,
+        ),
+        (("vmcryptctl key list cr_imap", ""), ("vmcryptctl key remove cr_imap 1", "")),
+        changes=True,
+    ),
+    Verb(
+        "key rotate",
+        "encrypt an open volume anew, with a new volume key",
+        "Writes all data of the volume anew, under a volume key that nobody has had before, while guests go on using "
+        "it. Asks for the passphrase that is to stay; the other key slots cannot be taken along: refused while there "
+        "are any, unless --drop-others is given. It takes hours for a large volume. It goes on when this command is "
+        "interrupted or vmcryptd restarted, and stops when the volume is locked or the host shut down: the same "
+        "command goes on with it then. Older backups of the header are of no use afterwards, and none can be made "
+        "meanwhile: have a backup of the data, and make one of the header at the end.",
+        (
+            ONE_VOLUME,
+            KEY_FILE,
+            Argument("--drop-others", "lose the other key slots, and the tokens that open these"),
+            Argument("--stop", "stop it for now, where it can go on"),
+        ),
+        (
+            ("vmcryptctl key rotate cr_imap", "begin, or go on"),
+            ("vmcryptctl key rotate --stop cr_imap", "the disk is needed for something else"),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "keystore init",
+        "make a volume that holds the keys of others",
+        "Makes a small LUKS volume with one passphrase, for random keys of other volumes: one slow key derivation then "
+        "opens them all. In a new file or on an empty device; what is not empty is not touched. It is configured in a "
+        "file of its own, conf.d/NAME.toml. If a step fails, nothing is left behind. To be run as root.",
+        (
+            Argument("NAME", "what the keystore is to be called"),
+            Argument("--file", "make it in this new file", value="FILE", completes="files"),
+            Argument("--device", "make it on this empty device", value="DEVICE", completes="files"),
+            Argument("--size", "how large the file becomes; default 32M", value="SIZE"),
+            Argument(
+                "--mount",
+                "where it is mounted while it is open; default /run/vmcryptd/keystore/NAME",
+                value="DIR",
+                completes="files",
+            ),
+            KEY_FILE,
+        ),
+        (
+            ("vmcryptctl keystore init keys --file /var/lib/keys.luks", ""),
+            ("vmcryptctl keystore init keys --device /dev/vg0/keys", ""),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "header backup",
+        "back up the LUKS header of a volume",
+        "Writes the header, without which no key opens the volume, into a new file that belongs to root alone. Keep "
+        "it offline or encrypted: with it, every passphrase of now opens the volume for ever, also after it was "
+        "changed or removed. To be run as root.",
+        (
+            ONE_VOLUME,
+            Argument(
+                "FILE", "where to: an absolute path, at which nothing is yet", completes="files"
+            ),
+        ),
+        (
+            (
+                "vmcryptctl header backup cr_imap /media/usb/cr_imap.header",
+                "after each change of its keys",
+            ),
+        ),
+        changes=True,
+    ),
+    Verb(
+        "console",
+        "keep the console for the question at boot",
+        "For vmcryptd-console.service.",
+        hidden=True,
+    ),
+    Verb(
+        "_names",
+        "print names, for completion",
+        "For the shells' completion.",
+        (Argument("WHAT", "volumes, guests or all"),),
+        hidden=True,
+    ),
+)
+
+BY_NAME = {verb.name: verb for verb in VERBS}
+VISIBLE = tuple(verb for verb in VERBS if not verb.hidden)
+GROUPS = tuple(dict.fromkeys(verb.name.split()[0] for verb in VISIBLE if " " in verb.name))
+GOALS = ("boot", "shutdown", "lock-all", "unlock:", "lock:", "start:", "stop:")
+
+_EXIT_STATUS = """\
+Exit status: 0 done, 1 failed, 2 usage or configuration, 3 wrong key, 4 not authorised,
+5 vmcryptd not reachable, 6 still waiting or timed out."""
+
+
+class UsageError(Exception):
+    """What was typed is no command; the text says what is."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        # To find out the terminal's width it would import shutil, for each argument that is added.
+        super().__init__(prog, width=79)
+
+
+def overview() -> str:
+    """What `vmcryptctl --help` prints."""
+    lines = [
+        "usage: vmcryptctl VERB [ARGUMENT...]",
+        "",
+        "Encrypted volumes and the guests that live on them.",
+        "",
+    ]
+    lines += _listed(VISIBLE)
+    lines += ["", "Examples:"]
+    for name in ("status", "unlock", "check"):
+        command, what = BY_NAME[name].examples[0]
+        lines.append(f"  {command:<28}{what}")
+    lines += [
+        "",
+        "`vmcryptctl VERB --help` tells more about each, `man vmcryptctl` all.",
+        "",
+        _EXIT_STATUS,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: list[str]) -> tuple[Verb, argparse.Namespace]:
+    """The verb and its arguments. Raises UsageError; SystemExit(0) for --help of a verb."""
+    name, rest = argv[0], argv[1:]
+    if name in GROUPS:
+        name, rest = _in_group(name, rest)
+    verb = BY_NAME.get(name)
+    if verb is None:
+        what = "option" if name.startswith("-") else "verb"
+        known = [verb.name for verb in VISIBLE]
+        known += [] if " " in name else GROUPS
+        raise UsageError(f'there is no {what} "{name}"{near(name, known)}')
+    try:
+        return verb, parser(verb).parse_args(rest)
+    except UsageError:
+        # Also understands "unlock cr_a --key-file F cr_b", and takes twice the time.
+        return verb, parser(verb).parse_intermixed_args(rest)
+
+
+def _in_group(group: str, rest: list[str]) -> tuple[str, list[str]]:
+    """The verb of two words, and its arguments. Raises UsageError; SystemExit(0) for --help."""
+    members = [verb for verb in VISIBLE if verb.name.startswith(f"{group} ")]
+    if rest[:1] in (["-h"], ["--help"]):
+        lines = [f"usage: vmcryptctl {group} VERB [ARGUMENT...]", "", *_listed(members)]
+        sys.stdout.write("\n".join(lines) + "\n")
+        raise SystemExit(0)
+    if not rest:
+        words = ", ".join(verb.name.removeprefix(f"{group} ") for verb in members)
+        raise UsageError(f'"{group}" what? One of: {words}; see `vmcryptctl {group} --help`')
+    return f"{group} {rest[0]}", rest[1:]
+
+
+def _listed(some: Sequence[Verb]) -> list[str]:
+    wide = max(len(verb.name) for verb in VISIBLE) + 3
+    return [f"  {verb.name:<{wide}}{verb.help}" for verb in some]
+
+
+def parser(verb: Verb) -> argparse.ArgumentParser:
+    epilog = "\n".join(
+        ["examples:", *(f"  {command:<44}{what}".rstrip() for command, what in verb.examples)]
+    )
+    found = _Parser(
+        prog=f"vmcryptctl {verb.name}",
+        description=_filled(verb.text),
+        epilog=epilog if verb.examples else None,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    for argument in verb.arguments:
+        if not argument.name.startswith("-"):
+            found.add_argument(argument.name, help=argument.help, nargs=argument.nargs)
+        elif argument.value:
+            found.add_argument(argument.name, help=argument.help, metavar=argument.value)
+        else:
+            found.add_argument(argument.name, help=argument.help, action="store_true")
+    return found
+
+
+def near(word: str, known: list[str]) -> str:
+    """ "; did you mean …?", or nothing."""
+    close = nearest(word, known)
+    return f'; did you mean "{close}"?' if close else ""
+
+
+def _filled(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, 79)
+
+
+def duration(text: str) -> float | None:
+    """Seconds of "90s", "1min 30s", "5"; None for "infinity". Raises UsageError."""
+    import re
+
+    if text.strip() == "infinity":
+        return None
+    units = {"ms": 0.001, "": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+    if re.fullmatch(r"(\s*\d+(\.\d+)?\s*(ms|sec|s|min|m|h|d)?)+\s*", text):
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text)
+        return sum(float(number) * units[unit] for number, unit in parts)
+    raise UsageError(f'"{text}" is no time; expected one such as 90s, 5min or infinity')

@@ -1,0 +1,549 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who needs whom: configuration and observation in, a graph of volumes, pools and guests out. Pure.
+
+Dependencies come from sysfs and the domain XML. What cannot be seen while a lower layer is locked comes from the
+configuration (`vg`, `mount`, `after`), and then from what was seen at an earlier opening.
+"""
+
+from __future__ import annotations
+
+import graphlib
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vmcryptd.core import gcpause
+from vmcryptd.core.errors import GraphError
+from vmcryptd.core.model import (
+    BlockDevice,
+    Domain,
+    GuestSpec,
+    GuestState,
+    Observation,
+    Pool,
+    Remembered,
+    Settings,
+    SourceKind,
+    SourceType,
+    Start,
+    Storage,
+    Virtualisation,
+    VolumeSpec,
+)
+
+_PIECE = "CRYPT-SUBDEV-"  # what cryptsetup puts beneath a volume while its key is rotated
+
+
+class VolumeNode(NamedTuple):
+    """A configured volume, where it lies, and its mapping if there is one."""
+
+    spec: VolumeSpec
+    stands_on: tuple[str, ...] = ()  # volumes its device lies on: must stay open beneath it
+    opens_after: tuple[
+        str, ...
+    ] = ()  # volumes that must be open to open it (its key file, `after`)
+    keys_in: tuple[
+        str, ...
+    ] = ()  # of these, what only holds a key of it: another key opens it, too
+    device: str = (
+        ""  # kernel name of its device, or its path if that is a file; empty while not there
+    )
+    mapping: str = ""  # dm name of its mapping (ours, or one made by hand), empty while locked
+    suspended: bool = False
+    taken_by: str = ""  # what holds its mapping name although it is not this volume
+    is_active: bool = False  # content = "lvm": its group is active
+    mounts: tuple[str, ...] = ()  # where its mapping is mounted now, deepest last
+    uuid: str = ""
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.mapping)
+
+    @property
+    def is_usable(self) -> bool:
+        """Open, and its key not wiped."""
+        return self.is_open and not self.suspended
+
+    @property
+    def still_needs(self) -> tuple[str, ...]:
+        """What opens it is not needed any more once it is open."""
+        return self.stands_on if self.is_usable else self.needs
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.stands_on, *self.opens_after)))
+
+
+class PoolNode(NamedTuple):
+    """A libvirt storage pool that lies on volumes."""
+
+    pool: Pool
+    needs: tuple[str, ...] = ()
+
+
+class GuestNode(NamedTuple):
+    """A libvirt domain, or a configured guest that libvirt does not know (`domain` is None)."""
+
+    spec: GuestSpec
+    domain: Domain | None = None
+    needs: tuple[str, ...] = ()
+    pools: tuple[str, ...] = ()
+
+    @property
+    def is_running(self) -> bool:
+        # One that has crashed and is kept (libvirt's `on_crash` "preserve") has its process and its disks.
+        return self.state not in (GuestState.OFF, GuestState.UNDEFINED)
+
+    @property
+    def state(self) -> GuestState:
+        return self.domain.state if self.domain else GuestState.UNDEFINED
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether boot and shutdown care for it; the others are libvirt's own business."""
+        return bool(self.needs) or self.spec.configured
+
+    @property
+    def starts_at_boot(self) -> bool:
+        match self.spec.start:
+            case Start.ALWAYS:
+                return True
+            case Start.NEVER:
+                return False
+        return self.domain is not None and self.domain.autostart
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All nodes, and the edges backwards."""
+
+    volumes: Mapping[str, VolumeNode] = field(default_factory=dict)
+    pools: Mapping[str, PoolNode] = field(default_factory=dict)
+    guests: Mapping[str, GuestNode] = field(default_factory=dict)
+    standing_on: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # volume → volumes on it
+    opened_after: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # volume → volumes that it is needed to open, a keystore's above all
+    pools_on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    guests_on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    guests_in: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # pool → guests with a disk in it
+    lies_on: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # guests' and pools' paths → volumes
+    libvirt_reachable: bool = False
+
+    def beneath(
+        self, names: Iterable[str], known: Container[str] = (), *, still: bool = False
+    ) -> list[str]:
+        """The named volumes and all they need, lowest first; `known` ones and what these need are left out.
+
+        `still`: without what only opens others (a keystore), where these are open already.
+        """
+        found: dict[str, None] = {}
+        stack = [(name, False) for name in reversed(list(names))]
+        while stack:
+            name, expanded = stack.pop()
+            if expanded:
+                found[name] = None
+            elif name not in found and name not in known:
+                node = self.volumes[name]
+                lowers = node.still_needs if still else node.needs
+                stack.append((name, True))
+                stack.extend((lower, False) for lower in lowers if lower not in found)
+        return list(found)
+
+    def bearing(self, names: Iterable[str]) -> set[str]:
+        """The named volumes and all without which no key opens them: not what only holds keys of theirs."""
+        found: set[str] = set()
+        left = list(names)
+        while left:
+            name = left.pop()
+            if name not in found and name in self.volumes:
+                found.add(name)
+                node = self.volumes[name]
+                left += [lower for lower in node.needs if lower not in node.keys_in]
+        return found
+
+    def is_explained(self, name: str) -> bool:
+        """Whether a missing device is no surprise, because a volume beneath it is locked."""
+        return any(not self.volumes[lower].is_open for lower in self.volumes[name].stands_on)
+
+    def users(self, name: str) -> list[str]:
+        """Who uses an open volume, in words: running guests, open volumes on it."""
+        guests = [
+            f"guest {guest}"
+            for guest in self.guests_on.get(name, ())
+            if self.guests[guest].is_running
+        ]
+        volumes = [
+            f"volume {other}"
+            for other in self.standing_on.get(name, ())
+            if self.volumes[other].is_open
+        ]
+        return guests + volumes
+
+
+def wanted_paths(
+    settings: Settings, virtualisation: Virtualisation, chains: Mapping[str, tuple[str, ...]]
+) -> set[str]:
+    """Every path that `build` will want looked up in `Observation.storage`."""
+    paths: set[str] = set()
+    for volume in settings.volumes.values():
+        paths.update(_volume_paths(volume))
+        if volume.mount:
+            paths.update((volume.mount, _parent(volume.mount)))
+    for pool in virtualisation.pools.values():
+        paths.update(_pool_paths(pool))
+        paths.update(pool.volumes.values())
+    for domain in virtualisation.domains.values():
+        paths.update(path for s in domain.sources if (path := virtualisation.path_of(s)))
+    for chain in chains.values():
+        paths.update(chain)
+    return paths
+
+
+def _volume_paths(volume: VolumeSpec) -> Iterator[str]:
+    yield volume.device_path
+    if volume.header:
+        yield volume.header
+    for source in volume.keys:
+        if source.kind is SourceKind.FILE:
+            yield source.argument
+
+
+def _pool_paths(pool: Pool) -> Iterator[str]:
+    yield from (path for path in (pool.path, *pool.devices) if path)
+    if pool.vg:
+        yield f"/dev/{pool.vg}"
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0] or "/"
+
+
+class _Places:
+    """Answers one question: on which volumes does a path lie?"""
+
+    def __init__(self, settings: Settings, observation: Observation) -> None:
+        self._observation = observation
+        self._storage = observation.storage
+        self._volumes = settings.volumes
+        self._groups = {v.vg: name for name, v in settings.volumes.items() if v.vg}
+        real = observation.storage.real
+        self._mounts = {
+            tuple(path.split("/")): name
+            for name, v in settings.volumes.items()
+            if v.mount
+            for path in (v.mount, real.get(v.mount, v.mount))
+        }
+        self._by_number = {
+            device.number: device for device in self._storage.devices.values() if device.number
+        }
+        self._mapping_of: dict[str, str] = {}  # kernel name of an open mapping → volume
+        self._beneath: dict[str, tuple[str, ...]] = {}
+        self._of_paths: dict[str, tuple[str, ...]] = {}
+
+    def mapped(self, volume: str, device: BlockDevice) -> None:
+        """Tell that this device is the open mapping of the volume."""
+        self._mapping_of[device.name] = volume
+
+    def of_path(self, path: str) -> tuple[str, ...]:
+        """The nearest volumes beneath a device or file path."""
+        if path not in self._of_paths:
+            self._of_paths[path] = ()  # ends the walk: images can name each other in a circle
+            self._of_paths[path] = self._look_up(path)
+        return self._of_paths[path]
+
+    def of_directory(self, path: str) -> tuple[str, ...]:
+        """The same for a mount point: it is there, and empty, while what belongs on it is not mounted."""
+        return self.of_path(path) or self._remembered(path)
+
+    def _look_up(self, path: str) -> tuple[str, ...]:
+        if link := self._storage.links.get(path):
+            return self.of_device(link)
+        configured = self._by_name(self._storage.real.get(path, path))
+        remembered = self._remembered(path)
+        found = [] if configured is None else [configured]
+        if number := self._storage.files.get(path):
+            # Another file system may be mounted below the configured one.
+            device = self._by_number.get(number)
+            found += self.of_device(device.name) if device else ()
+        elif configured is None or configured in remembered:
+            found += remembered
+        for member in self._observation.chains.get(path, ()):
+            found += self.of_path(member)
+        return tuple(dict.fromkeys(found))
+
+    def _remembered(self, path: str) -> tuple[str, ...]:
+        names = self._observation.remembered.paths.get(path, ())
+        return tuple(name for name in names if name in self._volumes)
+
+    def of_device(self, name: str) -> tuple[str, ...]:
+        """The volume whose mapping the device is, else the nearest ones that it is made of."""
+        if name in self._mapping_of:
+            return (self._mapping_of[name],)
+        if name in self._beneath:
+            return self._beneath[name]
+        self._beneath[name] = ()  # also ends the walk, should sysfs ever show a circle
+        device = self._storage.devices.get(name)
+        found: dict[str, None] = {}
+        if device is not None:
+            for lower in device.below:
+                found.update(dict.fromkeys(self.of_device(lower)))
+            if device.backing_file:
+                found.update(dict.fromkeys(self.of_path(device.backing_file)))
+        self._beneath[name] = tuple(found)
+        return self._beneath[name]
+
+    def of_group(self, vg: str) -> tuple[str, ...]:
+        if vg in self._groups:
+            return (self._groups[vg],)
+        found: dict[str, None] = {}
+        for device in self._storage.devices.values():
+            if device.vg == vg:
+                found.update(dict.fromkeys(self.of_device(device.name)))
+        return tuple(found) or self._remembered(f"/dev/{vg}")
+
+    def _by_name(self, path: str) -> str | None:
+        """What the configuration says of a path that cannot be looked up: mapping, group, or mount."""
+        parts = tuple(path.split("/"))
+        if parts[:3] == ("", "dev", "mapper") and len(parts) == 4:
+            if parts[3] in self._volumes:
+                return parts[3]
+            group = parts[3].replace("--", "\0").partition("-")[0].replace("\0", "-")
+            return self._groups.get(group)
+        if parts[:2] == ("", "dev"):
+            return self._groups.get(parts[2]) if len(parts) == 4 else None
+        for size in range(len(parts), 1, -1):
+            if parts[:size] in self._mounts:
+                return self._mounts[parts[:size]]
+        return None
+
+
+@gcpause.paused
+def build(settings: Settings, observation: Observation) -> Graph:
+    """Build the graph. Raises GraphError for a cycle, naming its path."""
+    try:
+        return _build(settings, observation)
+    except GraphError:
+        if not observation.remembered.paths:
+            raise
+        # What was true once may contradict what is true now; what is true now must not be refused for it.
+        return _build(
+            settings,
+            observation._replace(remembered=Remembered(uuids=observation.remembered.uuids)),
+        )
+
+
+def _build(settings: Settings, observation: Observation) -> Graph:
+    places = _Places(settings, observation)
+    mappings = _mappings(settings, observation)
+    for name, (device, _) in mappings.items():
+        if device is not None:
+            places.mapped(name, device)
+    above: dict[str, list[BlockDevice]] = {}
+    for device in observation.storage.devices.values():
+        for lower in device.below:
+            above.setdefault(lower, []).append(device)
+    mounted: dict[str, list[str]] = {}
+    for mount in observation.storage.mounts:
+        mounted.setdefault(mount.number, []).append(mount.target)
+
+    volumes = {}
+    for name, spec in settings.volumes.items():
+        mapping, taken_by = mappings[name]
+        stands_on = dict.fromkeys(places.of_path(spec.device_path))
+        if name in stands_on:
+            raise GraphError(
+                f"volume {name}: its device {spec.device_path} lies on the volume itself: {name} → {name}"
+            )
+        if spec.mount:
+            # What it is mounted on must be mounted first, and unmounted last.
+            stands_on.update(dict.fromkeys(places.of_path(_parent(spec.mount))))
+            stands_on.pop(name, None)
+        must: dict[str, None] = dict.fromkeys(spec.after)
+        if spec.header:
+            must.update(dict.fromkeys(places.of_path(spec.header)))
+        opens_after: dict[str, None] = {}
+        for key_path in list(_volume_paths(spec))[1:]:
+            opens_after.update(dict.fromkeys(places.of_path(key_path)))
+        opens_after.update(must)
+        volumes[name] = VolumeNode(
+            spec=spec,
+            stands_on=tuple(stands_on),
+            opens_after=tuple(lower for lower in opens_after if lower not in stands_on),
+            keys_in=tuple(
+                lower for lower in opens_after if lower not in must and lower not in stands_on
+            ),
+            device=_device(spec, observation.storage),
+            mapping=mapping.dm_name if mapping else "",
+            suspended=mapping.suspended if mapping else False,
+            taken_by=taken_by,
+            is_active=mapping is not None
+            and (
+                name in observation.activated
+                or any(device.vg for device in above.get(mapping.name, ()))
+            ),
+            mounts=tuple(sorted(mounted.get(mapping.number, ()), key=len))
+            if mapping and mapping.number
+            else (),
+            uuid=_uuid(spec, observation) or (mapping.luks_uuid if mapping else ""),
+        )
+    _check_cycles({name: node.needs for name, node in volumes.items()}, "volume")
+
+    lies_on: dict[str, tuple[str, ...]] = {}
+    pools = {}
+    for name, pool in observation.virtualisation.pools.items():
+        for path in _pool_paths(pool):
+            if path == pool.path:
+                lies_on[path] = places.of_directory(path)
+            elif path == f"/dev/{pool.vg}":
+                lies_on[path] = places.of_group(pool.vg)
+            else:
+                lies_on[path] = places.of_path(path)
+        found = dict.fromkeys(volume for path in _pool_paths(pool) for volume in lies_on[path])
+        pools[name] = PoolNode(pool, tuple(found))
+
+    guests = {}
+    for name in dict.fromkeys((*observation.virtualisation.domains, *settings.guests)):
+        domain = observation.virtualisation.domains.get(name)
+        needs: dict[str, None] = {}
+        used: dict[str, None] = {}
+        for source in domain.sources if domain else ():
+            if source.type is not SourceType.POOL:
+                lies_on[source.path] = places.of_path(source.path)
+                needs.update(dict.fromkeys(lies_on[source.path]))
+            elif source.pool in pools:
+                used[source.pool] = None
+                needs.update(dict.fromkeys(pools[source.pool].needs))
+                if target := pools[source.pool].pool.path_of(source.volume):
+                    lies_on[target] = places.of_path(target)
+                    needs.update(dict.fromkeys(lies_on[target]))
+        needs.update(dict.fromkeys(settings.guest(name).needs))
+        guests[name] = GuestNode(settings.guest(name), domain, tuple(needs), tuple(used))
+    _check_cycles({name: node.spec.after for name, node in guests.items()}, "guest")
+
+    return Graph(
+        volumes=volumes,
+        pools=pools,
+        guests=guests,
+        standing_on=_backwards({name: node.stands_on for name, node in volumes.items()}),
+        opened_after=_backwards({name: node.opens_after for name, node in volumes.items()}),
+        pools_on=_backwards({name: node.needs for name, node in pools.items()}),
+        guests_on=_backwards({name: node.needs for name, node in guests.items()}),
+        guests_in=_backwards({name: node.pools for name, node in guests.items()}),
+        lies_on=lies_on,
+        libvirt_reachable=observation.virtualisation.reachable,
+    )
+
+
+def _device(spec: VolumeSpec, storage: Storage) -> str:
+    path = spec.device_path
+    if path in storage.files:
+        return storage.real.get(path, path)
+    return storage.links.get(path, "")
+
+
+def _uuid(spec: VolumeSpec, observation: Observation) -> str:
+    return (
+        spec.uuid
+        or observation.uuids.get(spec.name)
+        or observation.remembered.uuids.get(spec.name, "")
+    )
+
+
+def _mappings(
+    settings: Settings, observation: Observation
+) -> dict[str, tuple[BlockDevice | None, str]]:
+    """For each volume its open mapping, and what else holds its mapping name.
+
+    A mapping is a volume's when it is LUKS and made of the volume's device, whatever its name. The header's UUID
+    decides where the device cannot be looked up: UUIDs alone would confuse a volume with its snapshot or clone.
+    """
+    devices = observation.storage.devices
+    by_uuid: dict[str, list[BlockDevice]] = {}
+    by_lower: dict[str, list[BlockDevice]] = {}
+    by_name: dict[str, BlockDevice] = {}
+    torn: dict[str, list[BlockDevice]] = {}  # by UUID: a killed rotation left them on no device
+    loops: dict[str, list[str]] = {}  # file → loop devices on it, which cryptsetup makes by itself
+    for device in devices.values():
+        if device.backing_file:
+            loops.setdefault(device.backing_file, []).append(device.name)
+        if device.dm_name:
+            by_name[device.dm_name] = device
+        if uuid := device.luks_uuid:
+            by_uuid.setdefault(uuid, []).append(device)
+            lowers = list(_data_devices(device, devices))
+            for lower in lowers:
+                by_lower.setdefault(lower, []).append(device)
+            if all(lower in devices and _is_torn(devices[lower]) for lower in lowers):
+                torn.setdefault(uuid, []).append(device)
+    found: dict[str, tuple[BlockDevice | None, str]] = {}
+    adopted: set[str] = set()
+
+    def find(name: str, candidates: list[BlockDevice]) -> None:
+        candidates = [device for device in candidates if device.name not in adopted]
+        named = by_name.get(name)
+        if candidates:
+            chosen = named if named is not None and named in candidates else candidates[0]
+            adopted.add(chosen.name)
+            found[name] = (chosen, "")
+        else:
+            found[name] = (None, (named.dm_uuid or named.name) if named else "")
+
+    away = []
+    for name, spec in settings.volumes.items():
+        place = _device(spec, observation.storage)
+        if not place:
+            away.append(name)
+            continue
+        lowers = loops.get(place, []) if place.startswith("/") else [place]
+        candidates = [mapping for lower in lowers for mapping in by_lower.get(lower, ())]
+        candidates += torn.get(_uuid(spec, observation), ())
+        if spec.uuid:
+            candidates = [device for device in candidates if device.luks_uuid == spec.uuid]
+        find(name, candidates)
+    for name in away:
+        uuid = _uuid(settings.volumes[name], observation)
+        candidates = by_uuid.get(uuid, [])
+        named = by_name.get(name)
+        if not uuid and named is not None and named.luks_uuid:
+            candidates = [named]  # nothing contradicts it
+        find(name, candidates)
+    return found
+
+
+def _data_devices(mapping: BlockDevice, devices: Mapping[str, BlockDevice]) -> Iterator[str]:
+    """What a LUKS mapping is made of; with integrity, or while it is reencrypted, cryptsetup's own are in between."""
+    for name in mapping.below:
+        yield name
+        lower = devices.get(name)
+        if lower is not None and lower.dm_uuid.startswith(("CRYPT-INTEGRITY-", _PIECE)):
+            yield from _data_devices(lower, devices)
+
+
+def _is_torn(device: BlockDevice) -> bool:
+    return device.dm_uuid.startswith(_PIECE) and not device.below
+
+
+def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = {}
+    for name, others in edges.items():
+        for other in others:
+            found.setdefault(other, []).append(name)
+    return {name: tuple(others) for name, others in found.items()}
+
+
+def _check_cycles(edges: Mapping[str, Iterable[str]], what: str) -> None:
+    try:
+        graphlib.TopologicalSorter({n: lower for n, lower in edges.items() if lower}).prepare()
+    except graphlib.CycleError as error:
+        # CycleError.args[1] lists each node before the one that needs it.
+        path = " → ".join(reversed(error.args[1]))
+        raise GraphError(
+            f"the {what}s need each other in a circle: {path}; take one of these out of `after`"
+        ) from None

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""In which order a key is tried on the slots of a LUKS header. Pure.
+
+cryptsetup by itself walks them by number: a cheap slot behind an Argon2id one costs both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vmcryptd.core.model import Header, KeySlot
+
+# What these tokens enrolled is opened by them alone: nobody types it, and no file holds it.
+# "systemd-recovery" is none of them: a recovery key is typed.
+MACHINES = frozenset({"systemd-tpm2", "systemd-fido2", "systemd-pkcs11", "clevis"})
+
+# Volume, number and salt of key slots that a key did not fit: a slot that was made anew is another one.
+Tried = set[tuple[str, int, str]]
+
+
+def order(header: Header, fitted: int | None) -> tuple[KeySlot, ...]:
+    """The slots that a passphrase or key file may fit, the likeliest and cheapest first.
+
+    `fitted` is the slot that it opened last time. Empty when only cryptsetup itself can tell.
+    """
+    if header.is_reencrypting:
+        return ()
+    bound = bound_slots(header)
+    typed = [slot for slot in header.slots if slot.number not in bound] or list(header.slots)
+    # Priority 0 means: only when named. Where there is nothing else, there is nothing else to name.
+    named = [slot for slot in typed if slot.priority > 0] or typed
+    last = [slot for slot in header.slots if slot.number == fitted]
+    rest = sorted(named, key=lambda slot: (-slot.priority, slot.cost, slot.number))
+    return tuple(dict.fromkeys((*last, *rest)))
+
+
+def bound_slots(header: Header) -> frozenset[int]:
+    """The slots that belong to tokens which need nobody to know their key."""
+    machines = _slots(header, (t.kind for t in header.tokens if t.kind in MACHINES))
+    others = _slots(header, (t.kind for t in header.tokens if t.kind not in MACHINES))
+    return machines - others
+
+
+def _slots(header: Header, kinds: Iterable[str]) -> frozenset[int]:
+    wanted = set(kinds)
+    return frozenset(n for token in header.tokens if token.kind in wanted for n in token.slots)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The states that users see, worked out from what is observed and what is going on. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vmcryptd.core.errors import CancelledError, DependencyError, DeviceMissingError, VmcryptdError
+from vmcryptd.core.graph import Graph
+from vmcryptd.core.model import GuestState, HostState, VolumeState
+
+# Errors that say nothing about the volume itself.
+_NOT_ITS_OWN = (DeviceMissingError, DependencyError, CancelledError)
+
+
+@dataclass
+class Activity:
+    """What is being done to one volume or guest, and how the last attempt ended."""
+
+    doing: VolumeState | GuestState | None = None
+    error: VmcryptdError | None = None
+    key_source: str = ""
+
+
+class Activities:
+    """The activity of every volume and guest."""
+
+    def __init__(self, volumes: Iterable[str]) -> None:
+        self.volumes = {name: Activity() for name in volumes}
+        self._guests: dict[str, Activity] = {}
+
+    def configure(self, volumes: Iterable[str]) -> None:
+        """Keep those of these volumes, forget the others."""
+        self.volumes = {name: self.volumes.get(name) or Activity() for name in volumes}
+
+    def guest(self, name: str) -> Activity:
+        return self._guests.setdefault(name, Activity())
+
+    def all(self) -> Iterable[tuple[str, Activity]]:
+        return (*self.volumes.items(), *self._guests.items())
+
+
+class VolumeView(NamedTuple):
+    """One volume as the bus and the command line show it."""
+
+    name: str
+    device: str
+    uuid: str
+    state: VolumeState
+    key_source: str
+    discard: bool
+    needed_by: tuple[str, ...]
+    header_backup_due: bool
+    rotation: str  # of its volume key: running, unfinished; else empty
+    error: str
+
+
+class GuestView(NamedTuple):
+    """One guest as the bus and the command line show it."""
+
+    name: str
+    state: GuestState
+    needs: tuple[str, ...]
+    starts_at_boot: bool
+    error: str
+
+
+def volume_state(graph: Graph, name: str, activity: Activity) -> VolumeState:
+    node = graph.volumes[name]
+    if isinstance(activity.doing, VolumeState):
+        return activity.doing
+    if node.is_open:
+        return VolumeState.SUSPENDED if node.suspended else VolumeState.UNLOCKED
+    if activity.error is not None and not isinstance(activity.error, _NOT_ITS_OWN):
+        return VolumeState.FAILED
+    if not node.device and not graph.is_explained(name):
+        return VolumeState.MISSING
+    return VolumeState.LOCKED
+
+
+def volume_view(
+    graph: Graph,
+    name: str,
+    activity: Activity,
+    *,
+    header_backup_due: bool = False,
+    rotation: str = "",
+) -> VolumeView:
+    node = graph.volumes[name]
+    needed_by = (
+        *graph.standing_on.get(name, ()),
+        *graph.opened_after.get(name, ()),
+        *graph.guests_on.get(name, ()),
+    )
+    return VolumeView(
+        name=name,
+        device=node.spec.device,
+        uuid=node.uuid,
+        state=volume_state(graph, name, activity),
+        key_source=activity.key_source if node.is_open else "",
+        discard=node.spec.discard,
+        needed_by=tuple(dict.fromkeys(needed_by)),
+        header_backup_due=header_backup_due,
+        rotation=rotation,
+        error=str(activity.error or ""),
+    )
+
+
+def guest_view(graph: Graph, name: str, activity: Activity) -> GuestView:
+    node = graph.guests[name]
+    doing = activity.doing
+    # libvirt's own word wins as soon as it knows better: a guest that runs is no longer starting.
+    if doing is GuestState.STARTING and node.is_running:
+        doing = None
+    return GuestView(
+        name=name,
+        state=doing if isinstance(doing, GuestState) else node.state,
+        needs=node.needs,
+        starts_at_boot=node.starts_at_boot,
+        error=str(activity.error or ""),
+    )
+
+
+def host_state(
+    volumes: Iterable[VolumeState],
+    guests: Iterable[tuple[GuestState, bool]],
+    *,
+    stopping: bool,
+    rising: bool,
+    waiting: bool,
+    booted: bool,
+    failed: bool,
+) -> HostState:
+    """The state of the whole.
+
+    `volumes` and `guests` (with: has an error) are those of the boot set. `rising`: a job on its way up is running;
+    `booted`: boot was asked for and nothing took it back; `failed`: it failed in a way that no volume or guest shows.
+    """
+    if stopping:
+        return HostState.STOPPING
+    if waiting:
+        return HostState.WAITING
+    if rising:
+        return HostState.UNLOCKING
+    volumes, guests = list(volumes), list(guests)
+    is_open = [state is VolumeState.UNLOCKED for state in volumes]
+    if any(error for _, error in guests) or (failed and booted):
+        return HostState.DEGRADED
+    if all(is_open) and (booted or all(state is GuestState.RUNNING for state, _ in guests)):
+        return HostState.READY
+    if booted and (
+        any(is_open) or any(s in (VolumeState.FAILED, VolumeState.MISSING) for s in volumes)
+    ):
+        return HostState.DEGRADED
+    return HostState.LOCKED

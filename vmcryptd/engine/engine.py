@@ -1,0 +1,840 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Executes plans: everything independent side by side, each step once however many callers wait for it.
+
+The engine looks at the world through the ports, builds the graph, and pursues goals: it plans, starts the steps that
+are new, and plans again when a step has ended or the world has changed, until nothing new is to be done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import Any
+
+from vmcryptd.core import planner
+from vmcryptd.core.errors import (
+    BusyError,
+    DependencyError,
+    DeviceMissingError,
+    InternalError,
+    KeyUnavailableError,
+    LibvirtError,
+    ShuttingDownError,
+    VmcryptdError,
+)
+from vmcryptd.core.graph import Graph
+from vmcryptd.core.model import (
+    Action,
+    Header,
+    HostState,
+    Infinity,
+    Lock,
+    Plan,
+    Settings,
+    Unlock,
+    VolumeSpec,
+    VolumeState,
+)
+from vmcryptd.core.ports import Key, Ports
+from vmcryptd.core.states import (
+    Activities,
+    GuestView,
+    VolumeView,
+    guest_view,
+    host_state,
+    volume_state,
+    volume_view,
+)
+from vmcryptd.engine.inventory import World
+from vmcryptd.engine.jobs import Job, JobState, is_rising, outcome, together
+from vmcryptd.engine.key_management import KeySlots
+from vmcryptd.engine.panic import panic
+from vmcryptd.engine.prompt import Prompt
+from vmcryptd.engine.rotation import GRACE_S, Rotations
+from vmcryptd.engine.steps import Steps
+
+log = logging.getLogger(__name__)
+
+LIBVIRT_TIMEOUT_S = 30.0
+# Whatever does not end within this is left to end by itself: the keys do not wait for it.
+PANIC_CANCEL_S = 2.0
+
+_RISING_VOLUME = (Action.UNLOCK, Action.ACTIVATE, Action.MOUNT)
+
+
+class Engine:
+    """All volumes and guests of one host."""
+
+    def __init__(
+        self, settings: Settings, ports: Ports, changed: Callable[[], None] = lambda: None
+    ) -> None:
+        self.world = World(settings, ports.blocks, ports.domains, ports.memory)
+        self.world.on_rebuilt = self._rebuilt_graph
+        self.jobs: dict[int, Job] = {}
+        self.booted = False
+        self.changed = changed
+        self._ports = ports
+        self._numbers = itertools.count(1)
+        self._running: dict[str, tuple[asyncio.Task[None], Job]] = {}
+        # Volumes of the boot set that are opened when their device appears.
+        self._late: set[str] = set()
+        # What boot brings up and has been up since it was asked for, as steps: whoever took it down again meant it.
+        self._came_up: set[str] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._libvirt_error: VmcryptdError | None = None
+        self._was_running: dict[str, tuple[str, ...]] = {}  # guest → what it needs
+        self._was_usable: set[str] = set()
+        self._boot_set: tuple[list[str], list[str]] = [], []
+        self._boot_set_of: Graph | None = None
+        self._keystores: set[str] = set()  # opened for others, to be closed when nothing comes up
+        self._target_reached: bool | None = None
+        self._target_told: bool | None = None
+        self._is_telling_target = False
+        self._rebuilt = asyncio.Event()
+        self._stopping = 0  # requests to go down that are under way
+        self._is_closed = False
+        self._told_status = ""
+        self._sources: dict[str, str] = {}  # as kept for the next daemon
+        self.prompt = Prompt(ports.keys, self._touch, self._on_waiting)
+        self._activities = Activities(settings.volumes)
+        self._steps = Steps(
+            ports,
+            self.world,
+            self.prompt,
+            self._activities,
+            self._may_ask,
+            self._touch,
+            self._open_for,
+            self._settle_key,
+            self._settle_header,
+        )
+        derivation = self._steps.unlocker.derivation
+        self.key_slots = KeySlots(ports, self.world, derivation, self._touch)
+        self.rotations = Rotations(
+            ports,
+            self.world,
+            self.key_slots,
+            derivation,
+            self._begin_aside,
+            self._finish,
+            self._spawn,
+            self._touch,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        return self.world.settings
+
+    @property
+    def graph(self) -> Graph:
+        return self.world.graph
+
+    # --- looking ---
+
+    def start(self) -> None:
+        """Look for the first time, and from then on whenever something changes."""
+        self.world.start()
+        self._sources = self._ports.memory.sources()
+        for name, source in self._sources.items():
+            if name in self.graph.volumes and self.graph.volumes[name].is_open:
+                self._activities.volumes[name].key_source = source
+        self._configured()
+        self.rotations.start()
+
+    def close(self) -> None:
+        """Stop without closing or stopping anything; goals that are kept are taken up again by `resume`."""
+        self._is_closed = True
+        for job in self.jobs.values():
+            job.is_stopped = True
+        for task, _ in self._running.values():
+            task.cancel()
+        self.rotations.close()
+        self.prompt.close()
+        self._replan()
+
+    def configure(self, settings: Settings) -> None:
+        """Take a new configuration. Raises GraphError, and then the old one stays."""
+        self.world.configure(settings)
+        for step_id, (task, job) in self._running.items():
+            action, _, name = step_id.partition(":")
+            if action in _RISING_VOLUME and name not in settings.volumes and job.is_rising:
+                task.cancel()
+        self._configured()
+        self._keep_goals()
+        self._replan()
+
+    def _configured(self) -> None:
+        settings = self.settings
+        self.prompt.cache(settings.daemon.key_cache_s)
+        self._activities.configure(settings.volumes)
+        self._late &= set(settings.volumes)
+        self._after_look()
+        self._touch()
+
+    def resume(self) -> None:
+        """Take up again what an earlier run of the daemon was about to do."""
+        goals = self._ports.memory.goals()
+        self.booted = "up" in goals or "boot" in goals
+        self._late.update(goal.removeprefix("late:") for goal in goals if goal.startswith("late:"))
+        self._late &= set(self.settings.volumes)
+        for goal in goals:
+            if goal == "boot" or goal.startswith(("unlock:", "start:")):
+                try:
+                    self.begin(goal)
+                except VmcryptdError as error:
+                    log.warning(
+                        "%s was not finished before the restart and is not taken up again: %s",
+                        goal,
+                        error,
+                    )
+        if self._late:
+            self.world.changed()
+
+    def _rebuilt_graph(self) -> None:
+        self._after_look()
+        self._touch()
+        self._replan()
+
+    def _replan(self) -> None:
+        """Let every job plan again."""
+        rebuilt, self._rebuilt = self._rebuilt, asyncio.Event()
+        rebuilt.set()
+
+    def _after_look(self) -> None:
+        for name, node in self.graph.volumes.items():
+            activity = self._activities.volumes[name]
+            if node.is_open:
+                if activity.doing is None or activity.doing is VolumeState.WAITING:
+                    activity.error = None
+                self._late.discard(name)
+            elif activity.doing is None:
+                activity.key_source = ""
+        self._note_up()
+        self._after_guests()
+        self._after_opening()
+        self.prompt.look_again()  # what waits may have been opened by hand
+        self._open_late()
+        if self._libvirt_error is not None and self.graph.libvirt_reachable:
+            self._libvirt_error = None
+            if self.booted:
+                self._begin_quietly("boot")
+
+    def _note_up(self) -> None:
+        if not self.booted:
+            return
+        volumes, guests = self.graph.volumes.items(), self.graph.guests.items()
+        self._came_up.update(f"{Action.UNLOCK}:{name}" for name, node in volumes if node.is_open)
+        self._came_up.update(f"{Action.START}:{name}" for name, node in guests if node.is_running)
+
+    def _open_late(self) -> None:
+        if self.booted and any(self.graph.volumes[name].device for name in self._late):
+            self._late = {name for name in self._late if not self.graph.volumes[name].device}
+            self._begin_quietly("boot")
+
+    def _after_guests(self) -> None:
+        running = {name: node.needs for name, node in self.graph.guests.items() if node.is_running}
+        for name in running:
+            self._activities.guest(name).error = None
+        if not self.graph.libvirt_reachable:
+            return  # what is not seen now has not stopped for that
+        stopped = {name: needs for name, needs in self._was_running.items() if name not in running}
+        self._was_running = running
+        for name, needs in stopped.items():
+            if not self._is_stopping and (idle := planner.idle_volumes(self.graph, needs, name)):
+                self._spawn(self._lock_idle(idle, f"guest {name} was the last to use it"))
+
+    def _after_opening(self) -> None:
+        """Guests that boot could not start because a volume was locked start when somebody opens that."""
+        usable = {name for name, node in self.graph.volumes.items() if node.is_usable}
+        fresh, self._was_usable = usable - self._was_usable, usable
+        if not self.booted or self._is_stopping:
+            return
+        for name in dict.fromkeys(g for v in fresh for g in self.graph.guests_on.get(v, ())):
+            node, activity = self.graph.guests[name], self._activities.guest(name)
+            failed = isinstance(activity.error, DependencyError) and activity.doing is None
+            if failed and node.starts_at_boot and usable.issuperset(node.needs):
+                self._begin_quietly(f"start:{name}")
+
+    def _touch(self) -> None:
+        """Something visible changed: wake who waits for it, and tell the bus."""
+        self.world.moved()
+        self._keep_sources()
+        state = self.state
+        if state is HostState.READY and self._target_reached is not True:
+            self._tell_target(True)
+        elif state in (HostState.STOPPING, HostState.LOCKED) and self._target_reached is True:
+            self._tell_target(False)
+        if (line := self.status_line(state)) != self._told_status:
+            self._told_status = line
+            self._ports.host.status(line)
+        self.changed()
+
+    def _keep_sources(self) -> None:
+        volumes = self._activities.volumes.items()
+        sources = {name: activity.key_source for name, activity in volumes if activity.key_source}
+        if sources != self._sources:
+            self._sources = sources
+            self._ports.memory.keep_sources(sources)
+
+    def _tell_target(self, is_reached: bool) -> None:
+        self._target_reached = is_reached
+        if not self._is_telling_target:
+            self._is_telling_target = True
+            self._spawn(self._move_target())
+
+    async def _move_target(self) -> None:
+        """One after the other: two at once could arrive the wrong way round."""
+        try:
+            while (wanted := self._target_reached) is not None and wanted is not self._target_told:
+                await self._ports.host.reach_target(wanted)
+                self._target_told = wanted
+        finally:
+            self._is_telling_target = False
+
+    async def settled(self) -> None:
+        """Wait until what goes on beside the jobs has ended."""
+        while self._background:
+            await asyncio.wait(self._background)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._spawned)
+
+    def _spawned(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error(
+                "in the background: %s",
+                error,
+                exc_info=None if isinstance(error, VmcryptdError) else error,
+            )
+
+    # --- telling ---
+
+    @property
+    def boot_set(self) -> tuple[list[str], list[str]]:
+        """The volumes and guests that boot brings up, as planner.boot_set; worked out once a graph."""
+        if self._boot_set_of is not self.graph:
+            self._boot_set_of, self._boot_set = self.graph, planner.boot_set(self.graph)
+        return self._boot_set
+
+    @property
+    def waiting(self) -> list[str]:
+        return self.prompt.waiting
+
+    @property
+    def is_console_needed(self) -> bool:
+        """Whether a question for a person is open or may still come while the host boots."""
+        return (
+            (bool(self.prompt.expected) or self.prompt.is_asking_pin)
+            and not self.prompt.declined
+            and any(j.goal == "boot" for j in self.jobs.values())
+        )
+
+    @property
+    def state(self) -> HostState:
+        volumes, guests = self.boot_set
+        return host_state(
+            (volume_state(self.graph, name, self._activities.volumes[name]) for name in volumes),
+            (
+                (self.graph.guests[name].state, bool(self._activities.guest(name).error))
+                for name in guests
+            ),
+            stopping=self._is_stopping,
+            rising=any(job.is_rising for job in self.jobs.values()),
+            waiting=bool(self.prompt.waiting),
+            booted=self.booted,
+            failed=self._libvirt_error is not None,
+        )
+
+    def status_line(self, state: HostState) -> str:
+        match state:
+            case HostState.WAITING:
+                return f"Waiting for the key of {', '.join(self.waiting)}: vmcryptctl unlock"
+            case HostState.DEGRADED:
+                failed = [name for name, activity in self._activities.all() if activity.error]
+                return f"Degraded: {', '.join(failed) or self._libvirt_error}"
+        count = sum(node.is_open for node in self.graph.volumes.values())
+        return f"{str(state).capitalize()}: {count} of {len(self.graph.volumes)} volumes open"
+
+    def volume_views(self) -> list[VolumeView]:
+        return [
+            volume_view(
+                self.graph,
+                name,
+                self._activities.volumes[name],
+                header_backup_due=bool(self.key_slots.backup_due_since(name)),
+                rotation=self.rotations.state(name),
+            )
+            for name in self.graph.volumes
+        ]
+
+    def guest_views(self) -> list[GuestView]:
+        return [
+            guest_view(self.graph, name, self._activities.guest(name)) for name in self.graph.guests
+        ]
+
+    def plan(self, goal: str) -> Plan:
+        """What the goal would take now. Raises VmcryptdError."""
+        self.world.observe()
+        return planner.plan(self.graph, goal)
+
+    # --- the verbs ---
+
+    def boot(self) -> Job:
+        """Bring up the boot set; returns at once."""
+        before, self.booted = self.booted, True
+        try:
+            job = self.begin("boot")
+        except VmcryptdError:
+            self.booted = before
+            raise
+        self._came_up.clear()
+        self._note_up()
+        self.prompt.declined = False
+        return job
+
+    async def unlock(self, name: str) -> None:
+        """Open a volume and what it needs, asking where necessary. Raises what kept it closed."""
+        await self.pursue(f"unlock:{name}")
+
+    async def pursue(self, goal: str) -> None:
+        """Reach a goal and wait for its end. Raises what it failed by."""
+        verb, _, name = goal.partition(":")
+        if verb == "stop":
+            await self._cancel({f"{Action.START}:{name}"})
+        job = self.begin(goal)
+        await self.wait(job)
+
+    async def unlock_all(self) -> None:
+        """Open the whole boot set, asking where necessary."""
+        self.world.observe()
+        volumes, _ = self.boot_set
+        jobs = [
+            self.begin(f"unlock:{name}", look=False)
+            for name in volumes
+            if not self.graph.volumes[name].is_open
+        ]
+        await asyncio.gather(*(self.ended(job) for job in jobs))
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+
+    async def lock(self, name: str) -> None:
+        """Close one volume that nothing uses. Raises BusyError naming the users."""
+        self.world.observe()
+        planner.plan(self.graph, f"lock:{name}")
+        await self._give_up(name)
+        await self.pursue(f"lock:{name}")
+
+    async def lock_all(self) -> None:
+        """Close every volume; refused as a whole while anything is used. Raises BusyError naming the users."""
+        self.world.observe()
+        planner.plan(self.graph, "lock-all")
+        await self._cancel_rising()
+        self._forget_boot()
+        await self.pursue("lock-all")
+
+    async def shutdown(self) -> None:
+        """The whole way down. What fails is told at the end; the rest is closed all the same."""
+        with self._going_down():
+            await self._shutdown()
+
+    async def _shutdown(self) -> None:
+        self._touch()
+        self._forget_boot()
+        await self._cancel_rising()
+        if self.world.needs_libvirt and not self._ports.domains.current().reachable:
+            try:
+                await self._ports.domains.refresh(LIBVIRT_TIMEOUT_S)
+            except VmcryptdError as error:
+                log.warning(
+                    "%s; guests cannot be stopped, what they do not hold is closed all the same",
+                    error,
+                )
+        self.world.observe()
+        now = asyncio.get_running_loop().time()
+        job = self.begin("shutdown", deadline=now + self.settings.daemon.shutdown_timeout_s)
+        await self.ended(job)
+        failures = job.failures()
+        for step_id, failure in failures.items():
+            log.error("shutdown: %s: %s", step_id, failure)
+        kept = [
+            name
+            for name, node in self.graph.volumes.items()
+            if node.is_open and node.spec.lock is Lock.MANUAL
+        ]
+        if kept:
+            log.warning('shutdown: %s stay open (lock = "manual")', ", ".join(kept))
+        if failures:
+            raise together(failures.values())
+
+    async def panic(self) -> None:
+        """Now: guests killed, keys wiped, mappings closed; goes on past every error and tells them at the end."""
+        with self._going_down():
+            await self._panic()
+
+    async def _panic(self) -> None:
+        self._touch()
+        self._forget_boot()
+        self._stop_rising_jobs()
+        await self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S)
+        self.world.observe()
+        let_go = functools.partial(self.rotations.abort, grace_s=PANIC_CANCEL_S)
+        if errors := await panic(self.world, self._ports, let_go):
+            raise BusyError("; ".join(errors))
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stopping > 0
+
+    @contextlib.contextmanager
+    def _going_down(self) -> Iterator[None]:
+        self._stopping += 1
+        try:
+            yield
+        finally:
+            self._stopping -= 1
+            self._touch()
+
+    # --- jobs ---
+
+    def _forget_boot(self) -> None:
+        """Nothing is to come up by itself any more, and no key is held."""
+        self.booted = False
+        self._late.clear()
+        self._came_up.clear()
+        self._libvirt_error = None
+        self.prompt.wipe()
+
+    def begin(
+        self, goal: str, *, may_ask: bool = True, deadline: float = Infinity, look: bool = True,
+        is_asked: bool = True,
+    ) -> Job:  # fmt: skip
+        """Pursue a goal, or join who pursues it; `look` first, unless that was just done.
+
+        Boot that nobody asked for goes on where the last one ended: what was up since then stays as it is.
+        Raises VmcryptdError.
+        """
+        self._check_may_begin(is_rising(goal))
+        if look:
+            self.world.observe()
+        for job in self.jobs.values():
+            if job.goal == goal and not job.is_stopped:
+                job.may_ask = job.may_ask or may_ask
+                if is_asked and job.without:
+                    job.without, job.planned = frozenset(), None
+                again = self._plan_again(job).steps if is_asked else ()
+                job.forget({step.id for step in again})
+                self._replan()
+                return job
+        without = frozenset() if is_asked else frozenset(self._came_up)
+        first = planner.plan(self.graph, goal, without)
+        job = self._register(Job(next(self._numbers), goal, may_ask, without, deadline))
+        self._add_steps(job, first)
+        job.task = asyncio.create_task(self._pursue(job))
+        self._touch()
+        return job
+
+    def _check_may_begin(self, rising: bool) -> None:
+        if self._is_closed:
+            raise ShuttingDownError("vmcryptd is stopping; ask again when it is back")
+        if rising and self._is_stopping:
+            raise BusyError("everything is being stopped and closed; try again when that is done")
+
+    def _begin_aside(self, goal: str) -> Job:
+        """A job that takes no steps, and ends by `_finish`. Raises VmcryptdError."""
+        self._check_may_begin(True)
+        return self._register(Job(next(self._numbers), goal))
+
+    async def _settle_key(self, name: str) -> None:
+        await self.rotations.stop(name, GRACE_S)
+
+    async def _settle_header(self, spec: VolumeSpec, header: Header) -> Header:
+        return await self.key_slots.settle(spec, header)
+
+    def _begin_quietly(self, goal: str) -> None:
+        try:
+            self.begin(goal, is_asked=False)
+        except VmcryptdError as error:
+            log.warning("%s: %s", goal, error)
+
+    def _register(self, job: Job) -> Job:
+        self.jobs[job.id] = job
+        self._keep_goals()
+        return job
+
+    def _keep_goals(self) -> None:
+        if self._is_closed:
+            return
+        goals = [job.goal for job in self.jobs.values() if job.is_rising and job.may_ask]
+        goals += [f"late:{name}" for name in sorted(self._late)]
+        if self.booted:
+            goals.append("up")
+        self._ports.memory.keep_goals(goals)
+
+    async def _pursue(self, job: Job) -> None:
+        libvirt = None
+        if job.goal == "boot":
+            libvirt = asyncio.create_task(self._libvirt_known())
+            libvirt.add_done_callback(lambda _: self._replan())
+        try:
+            while True:
+                rebuilt = self._rebuilt
+                self._add_steps(job, self._plan_again(job))
+                is_known = libvirt is None or libvirt.done()
+                needless = self._needless(job)
+                if job.is_idle_but(needless) and (
+                    job.is_stopped or (is_known and not self._is_undone(job))
+                ):
+                    break
+                await rebuilt.wait()
+            failures = job.failures()
+            job.error = next((failures[one] for one in failures if one not in needless), None)
+        except Exception:
+            log.exception("job %s (%s) broke off", job.id, job.goal)
+            job.error = InternalError("an internal error; the journal has the details")
+        finally:
+            if libvirt is not None:
+                libvirt.cancel()
+            self._finish(job)
+
+    def _needless(self, job: Job) -> set[str]:
+        """Steps of the job that its goal can do without: of keystores, once other keys have opened what it wants."""
+        volumes = self.graph.volumes
+        keystores = {name for node in volumes.values() for name in node.keys_in}
+        wanted = [name for name in self._wanted(job.goal) if name in volumes] if keystores else []
+        if not wanted:
+            return set()
+        needed = self.graph.bearing(wanted).union(self.graph.beneath(wanted, still=True))
+        needless = set(self.graph.beneath(keystores)) - needed
+        parts = {step_id: step_id.partition(":") for step_id in job.tasks}
+        return {
+            step_id
+            for step_id, (action, _, volume) in parts.items()
+            if action in _RISING_VOLUME and volume in needless
+        }
+
+    def _wanted(self, goal: str) -> tuple[str, ...]:
+        """The volumes that a goal is to have open at its end."""
+        verb, _, name = goal.partition(":")
+        if verb == "boot":
+            volumes, guests = self.boot_set
+            needs = [need for guest in guests for need in self.graph.guests[guest].needs]
+            return (*volumes, *needs)
+        if verb == "start" and name in self.graph.guests:
+            return self.graph.guests[name].needs
+        return (name,) if verb == "unlock" else ()
+
+    def _call_off_needless(self) -> None:
+        """A keystore is not asked for any more once other keys have opened all that it is wanted for."""
+        needless = [(job, self._needless(job)) for job in self.jobs.values()]
+        wanted = {
+            task
+            for job, without in needless
+            for step_id, task in job.tasks.items()
+            if step_id not in without
+        }
+        for job, without in needless:
+            for step_id in without:
+                if job.tasks[step_id] not in wanted:
+                    self._call_off(job.tasks[step_id])
+
+    def _call_off(self, step: asyncio.Task[None]) -> None:
+        action, _, name = step.get_name().partition(":")
+        if step.cancel() and action == Action.UNLOCK:
+            # At once, or the question would come again before the step has ended.
+            self.prompt.release(name)
+
+    def _is_undone(self, job: Job) -> bool:
+        """Whether what the job wants to be up is open still, but just being closed."""
+        verb, _, name = job.goal.partition(":")
+        if verb != "unlock" or name not in self.graph.volumes:
+            return False
+        closing = (Action.UNMOUNT, Action.DEACTIVATE, Action.LOCK)
+        # A keystore is closed when it has done its work; what it opened does not wait for that.
+        wanted = self.graph.beneath([name], still=True)
+        return any(f"{action}:{volume}" in self._running for action in closing for volume in wanted)
+
+    def _finish(self, job: Job) -> None:
+        job.state = JobState.FAILED if job.error else JobState.DONE
+        self.jobs.pop(job.id, None)
+        if undone := [task for task in job.tasks.values() if not task.done()]:
+            others = {task for other in self.jobs.values() for task in other.tasks.values()}
+            for task in undone:
+                if task not in others:
+                    self._call_off(task)
+        if job.is_rising and job.goal != "boot":
+            self._keystores.update(
+                name
+                for name, node in self.graph.volumes.items()
+                if node.spec.lock is Lock.BOOT
+                and f"{Action.UNLOCK}:{name}" in job.tasks
+                and job.goal != f"unlock:{name}"
+            )
+        if self._keystores and not any(job.is_rising for job in self.jobs.values()):
+            keystores, self._keystores = self._keystores, set()
+            if not self._is_stopping and not self._is_closed:
+                idle = [
+                    name
+                    for name in keystores
+                    if name in self.graph.volumes
+                    and self.graph.volumes[name].is_open
+                    and not self.graph.users(name)
+                ]
+                self._spawn(self._lock_idle(idle, "nothing is opened with it any more"))
+        self._keep_goals()
+        self._touch()
+
+    def _plan_again(self, job: Job) -> Plan:
+        if job.planned is not None and job.planned[0] is self.graph:
+            return job.planned[1]
+        try:
+            job.planned = self.graph, planner.plan(self.graph, job.goal, job.without)
+            return job.planned[1]
+        except VmcryptdError:
+            return Plan(job.goal)  # what it was about is gone, or in use by now: no new steps
+
+    def _add_steps(self, job: Job, plan: Plan) -> None:
+        for step in plan.steps:
+            if step.id in job.tasks or job.is_stopped:
+                continue
+            running = self._running.get(step.id)
+            if running is None or running[0].done():
+                task = asyncio.create_task(self._steps.run(job, step), name=step.id)
+                self._running[step.id] = (task, job)
+                task.add_done_callback(self._step_done)
+                if step.action is Action.UNLOCK and self.settings.volumes[step.object].asks:
+                    self.prompt.expect(step.object)
+            else:
+                task, _ = running
+            job.tasks[step.id] = task
+
+    def _step_done(self, task: asyncio.Task[None]) -> None:
+        step_id = task.get_name()
+        if self._running.get(step_id, (task,))[0] is not task:
+            return  # begun again meanwhile
+        self._running.pop(step_id, None)
+        self._note_late(step_id, task)
+        action, _, name = step_id.partition(":")
+        if action == Action.UNLOCK:
+            if name in self.graph.volumes and self.graph.volumes[name].keys_in:
+                self._call_off_needless()
+            self.prompt.release(name)
+        self._touch()
+        self._replan()
+        if (
+            not task.cancelled()
+            and (error := task.exception()) is not None
+            and not isinstance(error, VmcryptdError)
+        ):
+            log.error("%s failed by a fault of vmcryptd", task.get_name(), exc_info=error)
+
+    def _note_late(self, step_id: str, task: asyncio.Task[None]) -> None:
+        """A volume of the boot set whose device did not come in time is opened when it comes."""
+        action, _, name = step_id.partition(":")
+        if self.booted and action == Action.UNLOCK and name in self.graph.volumes:
+            missing = isinstance(outcome(task), DeviceMissingError)
+            if missing and name in self.boot_set[0]:
+                self._late.add(name)
+                self._keep_goals()
+                self._open_late()  # it may have come while this was told
+
+    async def _open_for(self, job: Job, volume: str) -> None:
+        """Open a volume that a step of the job turned out to need."""
+        if job.goal == "boot" and self.settings.volumes[volume].unlock is Unlock.MANUAL:
+            raise KeyUnavailableError(f"{volume} is opened only when told to")
+        await self.wait(self.begin(f"unlock:{volume}", may_ask=job.may_ask))
+
+    async def _libvirt_known(self) -> None:
+        if not self.world.needs_libvirt or self._ports.domains.current().reachable:
+            return
+        try:
+            await self._ports.domains.refresh(LIBVIRT_TIMEOUT_S)
+            self._libvirt_error = None
+        except VmcryptdError as error:
+            self._libvirt_error = LibvirtError(f"{error}; guests start when it is back")
+            log.error("%s", self._libvirt_error)
+        self.world.observe()
+        self._replan()
+
+    def is_running(self, step_id: str) -> bool:
+        return step_id in self._running
+
+    @property
+    def running(self) -> Iterable[str]:
+        """The steps under way."""
+        return self._running.keys()
+
+    def is_absent(self, name: str) -> bool:
+        """Whether the volume's device is being waited for."""
+        return name in self._steps.unlocker.absent
+
+    def is_stuck(self, name: str) -> bool:
+        """Whether the volume's sources are exhausted, and a person or a server is waited for."""
+        return self._steps.unlocker.is_stuck(name)
+
+    async def receive(self, fd: int) -> Key:
+        """Read a caller's key; `fd` is closed. Raises KeyUnusableError."""
+        return await self._ports.keys.receive(fd)
+
+    async def ended(self, job: Job) -> None:
+        while job.id in self.jobs:
+            await self.world.move()
+
+    async def wait(self, job: Job) -> None:
+        await self.ended(job)
+        if job.error is not None:
+            raise job.error
+
+    def _stop_rising_jobs(self) -> None:
+        for job in self.jobs.values():
+            job.is_stopped = job.is_stopped or job.is_rising
+
+    async def _cancel_rising(self) -> None:
+        """End every attempt to bring something up, and wait until it has ended."""
+        self._stop_rising_jobs()
+        rising = {step_id for step_id, (_, job) in self._running.items() if job.is_rising}
+        await self._cancel(rising, timeout_s=self.settings.daemon.shutdown_timeout_s)
+
+    async def _give_up(self, volume: str) -> None:
+        """End what is under way to open the volume, or to bring up something on it."""
+        above = [volume]
+        for name in above:
+            above += [u for u in self.graph.standing_on.get(name, ()) if u not in above]
+        steps = {f"{action}:{name}" for name in above for action in _RISING_VOLUME}
+        steps |= {
+            f"{Action.START}:{g}" for name in above for g in self.graph.guests_on.get(name, ())
+        }
+        await self._cancel(steps)
+
+    async def _cancel(self, step_ids: set[str], timeout_s: float = Infinity) -> None:
+        tasks = [task for step_id, (task, _) in self._running.items() if step_id in step_ids]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=None if timeout_s == Infinity else timeout_s)
+        self._replan()
+
+    async def _lock_idle(self, volumes: Iterable[str], why: str) -> None:
+        for name in volumes:
+            log.info("volume %s is closed: %s", name, why)
+            try:
+                await self.pursue(f"lock:{name}")
+            except VmcryptdError as error:
+                log.warning("%s", error)
+
+    async def _on_waiting(self, names: list[str]) -> None:
+        log.warning("waiting for the key of %s; `vmcryptctl unlock` takes it", ", ".join(names))
+        if self.settings.daemon.on_waiting:
+            await self._ports.host.run_hook(
+                self.settings.daemon.on_waiting, {"VMCRYPTD_WAITING": " ".join(names)}
+            )
+
+    def _may_ask(self, step_id: str) -> bool:
+        return any(job.may_ask for job in self.jobs.values() if step_id in job.tasks)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The world as it is now: looks through the ports, and keeps the graph built from what it saw."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from vmcryptd.core import graph as graphs
+from vmcryptd.core.errors import DeadlineError, VmcryptdError
+from vmcryptd.core.graph import Graph
+from vmcryptd.core.model import (
+    DiskSource,
+    Header,
+    Infinity,
+    Observation,
+    Remembered,
+    Settings,
+    SourceType,
+)
+from vmcryptd.core.ports import Blocks, Domains, Memory
+
+log = logging.getLogger(__name__)
+
+# One look serves all events within this time: a mapping that comes makes about five. Most are of our own steps, whose
+# end is looked at at once.
+COALESCE_S = 0.2
+
+
+class World:
+    """Configuration and observation, and the graph of both."""
+
+    def __init__(
+        self, settings: Settings, blocks: Blocks, domains: Domains, memory: Memory
+    ) -> None:
+        self.settings = settings
+        self.graph = Graph()
+        self.uuids: dict[str, str] = {}  # volume → UUID, as its header says
+        self.reencrypting: set[str] = set()  # volumes whose header says that this is unfinished
+        self.activated: set[str] = set()  # volumes whose group was activated since they were opened
+        self.on_rebuilt: Callable[[], None] = lambda: None
+        self._blocks = blocks
+        self._domains = domains
+        self._memory = memory
+        self._fitted: dict[str, dict[str, int]] = {}
+        self._chains: dict[str, tuple[str, ...]] = {}
+        # Of each chain the members that were there when it was read: those beneath could be read.
+        self._chains_read: dict[str, frozenset[str]] = {}
+        self._observation = Observation()
+        self._may_follow_libvirt = False
+        self._moved = asyncio.Event()
+        self._look: asyncio.TimerHandle | None = None
+        self._shared: asyncio.Future[None] | None = None
+        self._reading: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Look for the first time, and from then on whenever a device or mount changes."""
+        paths, uuids = self._memory.seen()
+        self._fitted = self._memory.fitted()
+        self._observation = Observation(remembered=Remembered(paths, uuids))
+        self.configure(self.settings)
+        self._blocks.watch(self.changed)
+
+    def watch_libvirt(self) -> None:
+        """Connect to libvirt and follow it, from the moment on that something is configured."""
+        self._may_follow_libvirt = True
+        self._follow_libvirt()
+
+    def _follow_libvirt(self) -> None:
+        if self._may_follow_libvirt and self.needs_libvirt:
+            self._may_follow_libvirt = False  # once is for good
+            self._domains.watch(self.changed)
+
+    @property
+    def needs_libvirt(self) -> bool:
+        return bool(self.settings.volumes or self.settings.guests)
+
+    def configure(self, settings: Settings) -> None:
+        """Take a new configuration. Raises GraphError, and then the old one stays."""
+        observation = self._observe(settings)
+        self.graph = graphs.build(settings, observation)
+        self.settings, self._observation = settings, observation
+        self._memory.publish(
+            {name: spec.content == "guest" for name, spec in settings.volumes.items()}
+        )
+        self._remember()
+        self._read_chains()
+        self._follow_libvirt()
+
+    def changed(self) -> None:
+        """Something is different: look soon."""
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(COALESCE_S, self.observe)
+
+    async def look(self) -> None:
+        """Look now, once for everybody who wants that in this turn of the loop."""
+        if self._shared is None:
+            loop = asyncio.get_running_loop()
+            self._shared = loop.create_future()
+            loop.call_soon(self._look_for_all, self._shared)
+        await asyncio.wait({self._shared})
+
+    def _look_for_all(self, shared: asyncio.Future[None]) -> None:
+        self._shared = None
+        try:
+            self.observe()
+        finally:
+            shared.set_result(None)
+
+    def observe(self) -> None:
+        """Look now; if anything changed, rebuild the graph and tell it."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        observation = self._observe(self.settings)
+        if observation == self._observation:
+            return
+        self._observation = observation
+        try:
+            self.graph = graphs.build(self.settings, observation)
+        except VmcryptdError as error:
+            log.error("%s; vmcryptd goes on with what it knew before", error)
+            return
+        for name, node in self.graph.volumes.items():
+            if not node.is_open:
+                self.activated.discard(name)
+        self._remember()
+        self._read_chains()
+        self.on_rebuilt()
+        self.moved()
+
+    def note_header(self, name: str, header: Header) -> None:
+        """Keep what is to be known of a volume's header without reading it again."""
+        self.uuids[name] = header.uuid
+        if header.is_reencrypting:
+            self.reencrypting.add(name)
+        else:
+            self.reencrypting.discard(name)
+
+    def exists(self, path: str) -> bool:
+        """Whether a block device that some guest or volume names is there."""
+        return path in self._observation.storage.links
+
+    def fitted(self, volume: str, source: str) -> int | None:
+        """The key slot that a key from this source opened last time."""
+        return self._fitted.get(volume, {}).get(source)
+
+    def note_fitted(self, volume: str, source: str, slot: int) -> None:
+        if self.fitted(volume, source) != slot:
+            known = {
+                name: slots for name, slots in self._fitted.items() if name in self.graph.volumes
+            }
+            self._fitted = {**known, volume: {**known.get(volume, {}), source: slot}}
+            self._memory.keep_fitted(self._fitted)
+
+    def forget_fitted(self, volume: str, slot: int | None = None) -> None:
+        """The key slot is wiped, or all that there were: what gets its number next is another one."""
+        known = self._fitted.get(volume, {})
+        left = {} if slot is None else {s: number for s, number in known.items() if number != slot}
+        if left != known:
+            self._fitted = {**self._fitted, volume: left}
+            self._memory.keep_fitted(self._fitted)
+
+    def moved(self) -> None:
+        """Wake everybody who waits in `until` or `move`."""
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    async def move(self) -> None:
+        """Wait until something, anything, has happened."""
+        await self._moved.wait()
+
+    async def until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until it is so; False when that took too long."""
+        try:
+            async with asyncio.timeout(None if timeout_s == Infinity else timeout_s):
+                while not predicate():
+                    await self._moved.wait()
+        except TimeoutError:
+            return predicate()
+        return True
+
+    def _observe(self, settings: Settings) -> Observation:
+        virtualisation = self._domains.current()
+        paths = sorted(graphs.wanted_paths(settings, virtualisation, self._chains))
+        return self._observation._replace(
+            storage=self._blocks.observe(paths),
+            virtualisation=virtualisation,
+            uuids=dict(self.uuids),
+            chains=dict(self._chains),
+            activated=frozenset(self.activated),
+        )
+
+    def _remember(self) -> None:
+        """Keep where things lie while it can be seen: after the next boot it cannot."""
+        old, storage = self._observation.remembered, self._observation.storage
+        paths, uuids = dict(old.paths), dict(old.uuids)
+        for name, node in self.graph.volumes.items():
+            if node.uuid:
+                uuids[name] = node.uuid
+            if node.device:
+                paths[node.spec.device_path] = node.stands_on
+        is_seen = storage.links.keys() | storage.files.keys()
+        paths |= {path: on for path, on in self.graph.lies_on.items() if path in is_seen}
+        paths = {path: volumes for path, volumes in paths.items() if volumes}
+        if (paths, uuids) != (old.paths, old.uuids):
+            self._observation = self._observation._replace(remembered=Remembered(paths, uuids))
+            self._memory.keep_seen(paths, uuids)
+
+    def _read_chains(self) -> None:
+        """Follow the backing chains of disk files that have become readable."""
+        unread = {}
+        for domain in self._observation.virtualisation.domains.values():
+            for source in domain.sources:
+                path = self._observation.virtualisation.path_of(source)
+                if source.type is not SourceType.BLOCK and self._is_unread(path):
+                    unread[path] = source
+        if unread:
+            for path in unread:
+                self._chains_read[path] = self._readable(path)
+            task = asyncio.create_task(self._read(unread))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
+
+    def _readable(self, path: str) -> frozenset[str]:
+        files = self._observation.storage.files
+        return frozenset(member for member in self._chains.get(path, ()) if member in files)
+
+    def _is_unread(self, path: str) -> bool:
+        if path not in self._observation.storage.files:
+            return False
+        return path not in self._chains_read or not self._readable(path) <= self._chains_read[path]
+
+    async def _read(self, sources: Mapping[str, DiskSource]) -> None:
+        for path, source in sources.items():
+            try:
+                chain = await self._chain(source)
+            except VmcryptdError as error:
+                log.warning("what %s is backed by cannot be read: %s", path, error)
+                self._chains_read.pop(path, None)  # tried again when anything has changed
+                continue
+            self._chains[path] = tuple(member.path for member in chain if member.path)
+        self.changed()
+
+    async def _chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
+        try:
+            return await self._domains.chain(source)
+        except DeadlineError:
+            return await self._domains.chain(source)  # a disk that had to spin up has by now
+
+    async def chains_known(self) -> None:
+        """Wait until the backing chains of all disk files that are there have been read."""
+        self.observe()
+        while self._reading:
+            await asyncio.wait(self._reading)
+            self.observe()

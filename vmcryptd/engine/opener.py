@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From a locked volume to its mapping: device, header, then an attempt with all it has."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+
+from vmcryptd.core.errors import BusyError, DeviceMissingError, VmcryptdError, WrongUuidError
+from vmcryptd.core.model import Header, Unlock, VolumeSpec
+from vmcryptd.core.ports import Crypt, Keys
+from vmcryptd.engine.derivation import Attempts
+from vmcryptd.engine.inventory import World
+from vmcryptd.engine.opening import Opening
+from vmcryptd.engine.prompt import Answer, Prompt
+from vmcryptd.engine.tokens import Tokens
+
+# Makes up for the end that a rotation of the volume's key lacks. Returns the header as it is then.
+Settle = Callable[[VolumeSpec, Header], Awaitable[Header]]
+
+
+class Unlocker:
+    """Opens one volume at a time per caller; what it needs beneath is open already."""
+
+    def __init__(
+        self,
+        crypt: Crypt,
+        settle: Settle,
+        keys: Keys,
+        prompt: Prompt,
+        world: World,
+        doing: Callable[[str, bool], None],
+        told: Callable[[str, VmcryptdError], None],
+    ) -> None:
+        self._crypt = crypt
+        self._settle = settle
+        self._keys = keys
+        self._prompt = prompt
+        self._world = world
+        self._doing = doing  # tells that a volume is busy (True) or waits (False)
+        self._told = told  # tells why a volume waits
+        self._attempts = Attempts(crypt, world)
+        self._tokens = Tokens(crypt, world, self._attempts)
+        self._openings: dict[str, Opening] = {}  # the latest of each volume
+        self.absent: set[str] = set()  # volumes whose device is waited for
+
+    async def open(self, name: str, may_ask: Callable[[], bool]) -> str:
+        """Make the mapping. Returns the key source that fitted. Raises VmcryptdError."""
+        await self._wait_for_device(self._world.graph.volumes[name].spec)
+        self._prompt.fetching(name)
+        return await self._open(name, lambda opening: opening.run(may_ask)) or ""
+
+    async def open_by(self, name: str, answer: Answer) -> str | None:
+        """The same with one answer and nothing else. Returns None if it does not fit."""
+        return await self._open(name, lambda opening: opening.by_answer(answer))
+
+    async def _open(
+        self, name: str, attempt: Callable[[Opening], Awaitable[str | None]]
+    ) -> str | None:
+        spec = self._world.graph.volumes[name].spec
+        self._doing(name, True)
+        header = await self._crypt.header(spec)
+        self._world.note_header(name, header)
+        if spec.uuid and header.uuid != spec.uuid:
+            raise WrongUuidError(
+                f"volume {name}: the LUKS header on {spec.device} has the UUID {header.uuid}, the configuration says "
+                f"{spec.uuid}; is it the right device? If so, correct `uuid`"
+            )
+        if self._is_usable(name):
+            return ""  # somebody else was quicker
+        if taken_by := self._world.graph.volumes[name].taken_by:
+            raise BusyError(
+                f"volume {name}: the mapping name {name} is taken by something else ({taken_by}); "
+                f"`dmsetup info {name}` tells more, remove or rename it"
+            )
+        if header.is_moved:
+            header = await self._settle(spec, header)
+        opening = self._openings[name] = self._opening(spec, header)
+        try:
+            return await attempt(opening)
+        except BusyError:
+            # Somebody else may have been quicker just now.
+            self._world.observe()
+            if self._is_usable(name):
+                return ""
+            raise
+        finally:
+            if self._openings.get(name) is opening:
+                del self._openings[name]
+
+    def is_stuck(self, name: str) -> bool:
+        """Whether its sources are exhausted, and a person or a server is waited for."""
+        return name in self._openings and self._openings[name].is_stuck
+
+    def _opening(self, spec: VolumeSpec, header: Header) -> Opening:
+        name = spec.name
+        return Opening(
+            spec,
+            header,
+            self._crypt,
+            self._keys,
+            self._prompt,
+            self._world,
+            self._attempts,
+            self._tokens,
+            doing=lambda is_busy: self._doing(name, is_busy),
+            told=lambda error: self._told(name, error),
+        )
+
+    def _is_usable(self, name: str) -> bool:
+        node = self._world.graph.volumes.get(name)
+        return node is not None and node.is_usable
+
+    def derivation(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
+        """Room in the budget for a key derivation that is none of an opening."""
+        return self._attempts.derivation(memory_kib)
+
+    async def _wait_for_device(self, spec: VolumeSpec) -> None:
+        def is_there() -> bool:
+            node = self._world.graph.volumes[spec.name]
+            return bool(node.device) or node.is_open
+
+        if is_there():
+            return
+        self.absent.add(spec.name)
+        try:
+            if await self._world.until(is_there, spec.timeout_s):
+                return
+        finally:
+            self.absent.discard(spec.name)
+        then = f"once it is there: `vmcryptctl unlock {spec.name}`"
+        if spec.unlock is Unlock.BOOT:
+            then = "the volume is opened when it appears"
+        raise DeviceMissingError(
+            f"volume {spec.name}: its device {spec.device} did not appear within {spec.timeout_s:g} s; "
+            f"check the disk and `device` in the configuration; {then}"
+        )

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The tokens in LUKS2 headers that systemd-cryptenroll writes: TPM2, FIDO2, PKCS#11."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+
+from vmcryptd.core.errors import KeyUnavailableError
+from vmcryptd.core.model import Header, KeySource, Token, VolumeSpec
+from vmcryptd.core.ports import Crypt, Key
+from vmcryptd.engine.derivation import Attempts
+from vmcryptd.engine.inventory import World
+
+
+class Tokens:
+    """Opens volumes by their tokens: one of a kind at a time, as there is one chip, and rarely a second stick."""
+
+    def __init__(self, crypt: Crypt, world: World, attempts: Attempts) -> None:
+        self._crypt = crypt
+        self._world = world
+        self._attempts = attempts
+        self._devices: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def of(self, spec: VolumeSpec, header: Header, source: KeySource) -> list[Token]:
+        """Those that the source means. Raises KeyUnavailableError if there are none."""
+        kind = source.kind.token_kind
+        if found := [token for token in header.tokens if token.kind == kind and token.slots]:
+            return found
+        if header.version == 1:
+            raise KeyUnavailableError(
+                "a LUKS1 header has no tokens: `cryptsetup convert` makes it LUKS2"
+            )
+        raise KeyUnavailableError(
+            f"the header has no {kind} token: `systemd-cryptenroll --{source.kind}-…` makes one"
+        )
+
+    async def open(self, spec: VolumeSpec, header: Header, token: Token, pin: Key | None) -> None:
+        """Make or resume the mapping.
+
+        Raises WrongPinError, also if one is needed and not given, and KeyUnavailableError.
+        """
+        memory_kib = max((s.memory_kib for s in header.slots if s.number in token.slots), default=0)
+        async with self._devices[token.kind], self._attempts.room(spec, memory_kib):
+            node = self._world.graph.volumes[spec.name]
+            suspended = node.mapping if node.is_open and node.suspended else ""
+            await self._crypt.open_by_token(spec, token, pin, suspended)
+
+
+def question(volume: str, token: Token, wrong: bool) -> str:
+    """A question of its own: a PIN is no passphrase, and is never tried as one."""
+    before = "That PIN was wrong. " if wrong else ""
+    return f"{before}PIN of {token.title} of volume {volume}:"

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Opening volumes with a key that a caller hands in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from vmcryptd.core import planner
+from vmcryptd.core.errors import StillWaitingError, VmcryptdError
+from vmcryptd.core.model import Action, Lock
+from vmcryptd.engine.engine import Engine
+from vmcryptd.engine.jobs import Job
+from vmcryptd.engine.prompt import Answer
+
+
+async def unlock(engine: Engine, name: str, fd: int) -> None:
+    """Open one volume, and what it needs. `fd` is closed. Raises what kept the volume closed."""
+    engine.world.observe()
+    try:
+        planner.check_volume(engine.graph, name)
+    except VmcryptdError:
+        os.close(fd)
+        raise
+    key = await engine.receive(fd)
+    try:
+        planner.check_volume(engine.graph, name)  # the configuration may be another by now
+    except VmcryptdError:
+        key.close()
+        raise
+    closed = _closed(engine, engine.graph.beneath([name], still=True))
+    answer = engine.prompt.offer(key, "key", frozenset(closed), name)
+    try:
+        if not closed:
+            return
+        job = engine.begin(f"unlock:{name}", may_ask=False)
+        await _tried(engine, [job], answer, closed, patient=True)
+        if name in answer.accepted:
+            await engine.wait(job)
+        elif not engine.is_running(f"{Action.UNLOCK}:{name}"):
+            await engine.ended(job)
+    finally:
+        engine.prompt.withdraw(answer)
+    planner.check_volume(engine.graph, name)
+    if not _closed(engine, [name]):
+        return
+    for volume in reversed(closed):
+        if volume in answer.refused:
+            raise answer.refused[volume]
+    raise job.error or StillWaitingError(f"volume {name} still waits for another key")
+
+
+async def unlock_all(engine: Engine, fd: int) -> None:
+    """Try a key on all that waits, and on what comes up on that. `fd` is closed.
+
+    Raises WrongKeyError if it fits nothing, StillWaitingError if it fits some.
+    """
+    key = await engine.receive(fd)
+    engine.world.observe()
+    volumes, _ = engine.boot_set
+    # What stands behind a keystore does not wait for a person itself, and may take an answer all the same.
+    closed = _closed(engine, [*volumes, *engine.waiting, *sorted(engine.prompt.expected)])
+    answer = engine.prompt.offer(key, "key")
+    try:
+        # Whoever needs a keystore has begun to open it, and may find another key meanwhile.
+        jobs = [
+            engine.begin(f"unlock:{name}", may_ask=False, look=False)
+            for name in closed
+            if engine.settings.volumes[name].lock is not Lock.BOOT
+        ]
+        await _tried(engine, jobs, answer, closed, patient=False)
+    except VmcryptdError:
+        engine.prompt.withdraw(answer)
+        raise
+    finally:
+        engine.prompt.drop_unneeded()
+    left = [
+        name
+        for name in _closed(engine, closed)
+        if engine.settings.volumes[name].lock is not Lock.BOOT or name in engine.prompt.expected
+    ]
+    if not left:
+        return
+    if not answer.accepted:
+        for name in left:
+            if name in answer.refused:
+                raise answer.refused[name]
+        for job in jobs:
+            # Its step has ended; the job itself ends in a moment, or goes on for something else.
+            if (error := job.error or next(iter(job.failures().values()), None)) is not None:
+                raise error
+    raise StillWaitingError(
+        f"opened: {', '.join(sorted(answer.accepted)) or 'nothing'}; "
+        f"still locked: {', '.join(left)}; `vmcryptctl unlock` asks for these"
+    )
+
+
+def _closed(engine: Engine, names: Sequence[str]) -> list[str]:
+    volumes = engine.graph.volumes
+    return [
+        name for name in dict.fromkeys(names) if name in volumes and not volumes[name].is_usable
+    ]
+
+
+async def _tried(
+    engine: Engine, jobs: list[Job], answer: Answer, volumes: list[str], *, patient: bool
+) -> None:
+    """Wait until each volume has tried the answer, or cannot because something else keeps it.
+
+    `patient`: devices that are not there are waited for, for as long as their volumes say.
+    """
+
+    def is_absent(name: str) -> bool:
+        return not patient and engine.is_absent(name)
+
+    is_behind = engine.prompt.is_behind  # a keystore, and has tried what that left to it
+
+    def is_settled(name: str) -> bool:
+        if not engine.is_running(f"{Action.UNLOCK}:{name}"):
+            return True
+        if answer.only is None and engine.is_stuck(name) and name not in engine.prompt.expected:
+            return True  # it asks nobody, and waits for a server
+        if name in answer.refused:
+            # Else it is about to fail.
+            return name in engine.waiting or engine.is_stuck(name) or is_behind(name)
+        if name not in engine.graph.volumes:
+            return False  # its step is about to be cancelled
+        if name in answer.accepted:
+            return False  # its step is about to end
+        if is_absent(name):
+            # What comes up now may bring its device.
+            return not any(
+                step.startswith((Action.ACTIVATE, Action.MOUNT)) for step in engine.running
+            )
+        # That this key does not open a keystore is no reason not to try it on the volume.
+        bearing = engine.graph.bearing([name])
+        return any(
+            is_absent(lower) or (lower in answer.refused and (lower in bearing or is_behind(name)))
+            for lower in engine.graph.beneath([name])[:-1]
+        )
+
+    while any(job.id in engine.jobs for job in jobs) and not all(map(is_settled, volumes)):
+        await engine.world.move()

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A key in memory, and the ways into it: splice(2), sendfile(2), a child. None through Python.
+
+The pages of a memfd belong to the daemon's control group, and `MemorySwapMax=0` in its unit keeps
+them from swap. The command line has no such unit, and locks them itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import functools
+import math
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vmcryptd.core.errors import KeyUnusableError
+from vmcryptd.posix.run import run
+
+if TYPE_CHECKING:  # the command line is not to wait for these
+    import ctypes
+
+    from vmcryptd.core.ports import Key
+
+LIMIT = 8 * 1024 * 1024  # what cryptsetup reads of a key file at most
+
+# fcntl(2); the module has these names from Python 3.8 on only where the C library had them too.
+F_ADD_SEALS, F_GET_SEALS = 1033, 1034
+F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE = 1, 2, 4, 8
+MAP_FAILED = (1 << (8 * struct.calcsize("P"))) - 1  # (void *) -1, mmap(2)
+SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
+MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3
+
+
+class TooLargeError(Exception):
+    """More than LIMIT; the caller knows whose key it was."""
+
+
+class MemfdKey:
+    """A key in an anonymous file in memory: written once, sealed, then only read, by children."""
+
+    def __init__(self) -> None:
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        try:
+            self._fd = os.memfd_create("vmcryptd-key", flags | MFD_NOEXEC_SEAL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._fd = os.memfd_create("vmcryptd-key", flags)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    @property
+    def is_closed(self) -> bool:
+        return self._fd < 0
+
+    def fileno(self) -> int:
+        """The writable descriptor, for whoever fills it."""
+        if self._fd < 0:
+            raise ValueError("the key is closed")
+        return self._fd
+
+    def seal(self) -> None:
+        fcntl.fcntl(self.fileno(), F_ADD_SEALS, SEALS)
+
+    def reader(self) -> int:
+        # Opened anew, so that each child has an offset of its own.
+        return os.open(f"/proc/self/fd/{self.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class LockedKey(MemfdKey):
+    """A key whose pages are locked, as far as the process may lock so many: in a control group that may be swapped.
+
+    They are locked through a mapping that cannot be read, so that they are no part of what the process remembers.
+    """
+
+    def __init__(self) -> None:
+        self._mapping: tuple[int, int] | None = None  # address, size
+        super().__init__()
+
+    def seal(self) -> None:
+        super().seal()
+        if not self.size or self._mapping is not None:
+            return
+        libc = _libc()
+        # Private: a shared mapping of what is sealed against writing is refused before Linux 6.7.
+        address = libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_PRIVATE, self.fileno(), 0)
+        if address != MAP_FAILED:
+            self._mapping = address, self.size
+            libc.mlock(*self._mapping)
+            libc.mprotect(*self._mapping, 0)
+
+    def close(self) -> None:
+        super().close()
+        if self._mapping is not None:
+            _libc().munmap(*self._mapping)
+            self._mapping = None
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype = pointer
+    libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_long]
+    libc.mlock.argtypes = libc.munmap.argtypes = [pointer, size]
+    libc.mprotect.argtypes = [pointer, size, number]
+    return libc
+
+
+def send_file(fd: int, key: MemfdKey) -> None:
+    while os.sendfile(key.fileno(), fd, None, LIMIT + 1):
+        if key.size > LIMIT:
+            raise TooLargeError
+
+
+async def copy_from_caller(fd: int, key: MemfdKey) -> None:
+    """Read a descriptor to its end; the caller bounds the time.
+
+    Its O_NONBLOCK is shared with the process that sent it, so it is neither trusted nor changed.
+    """
+    mode = os.fstat(fd).st_mode
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if stat.S_ISDIR(mode):
+        raise KeyUnusableError("What was handed in as a key is a directory")
+    if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
+        raise KeyUnusableError("What was handed in as a key is not open for reading")
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        await Pump(fd, key).run()
+    elif _is_in_memory(fd):
+        send_file(fd, key)
+    elif stat.S_ISREG(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        # May block in the kernel (a dead server, a terminal): a child can be killed.
+        done = await run(
+            ["head", "-c", str(LIMIT + 1)], stdin=fd, stdout=key.fileno(), timeout_s=math.inf
+        )
+        if done.code != 0:
+            raise KeyUnusableError(f"What was handed in as a key cannot be read: {done.complaint}")
+        if key.size > LIMIT:
+            raise TooLargeError
+    else:
+        raise KeyUnusableError("What was handed in as a key is nothing that can be read to an end")
+
+
+def _is_in_memory(fd: int) -> bool:
+    """A memfd or a file on tmpfs: reading it cannot block."""
+    try:
+        fcntl.fcntl(fd, F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+class Pump:
+    """Moves a pipe's or a socket's content into a key as it comes, inside the kernel."""
+
+    def __init__(self, source: int, key: MemfdKey) -> None:
+        self._source = source
+        self._key = key
+        self._is_pipe = stat.S_ISFIFO(os.fstat(source).st_mode)
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def ready() -> None:
+            try:
+                if not ended.done() and self.step():
+                    ended.set_result(None)
+            except Exception as error:  # noqa: BLE001 (handed on to the awaiting task)
+                ended.set_exception(error)
+
+        loop.add_reader(self._source, ready)
+        try:
+            await ended
+        finally:
+            loop.remove_reader(self._source)
+
+    def step(self) -> bool:
+        """Move what is there. True at the end of it."""
+        while True:
+            try:
+                moved = self._splice()
+            except BlockingIOError:
+                return False
+            if not moved:
+                return True
+            if self._key.size > LIMIT:
+                raise TooLargeError
+
+    def _splice(self) -> int:
+        # SPLICE_F_NONBLOCK holds for this call only, whatever the description's O_NONBLOCK says.
+        if self._is_pipe:
+            return os.splice(self._source, self._key.fileno(), LIMIT, flags=os.SPLICE_F_NONBLOCK)
+        # splice(2) wants a pipe on one side.
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            moved = os.splice(self._source, writer, LIMIT, flags=os.SPLICE_F_NONBLOCK)
+            left = moved
+            while left:
+                left -= os.splice(reader, self._key.fileno(), left)
+            return moved
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+
+@contextlib.contextmanager
+def readers(*keys: Key) -> Iterator[list[int]]:
+    """A descriptor of each key, for one child or one call."""
+    with contextlib.ExitStack() as opened:
+        fds = []
+        for key in keys:
+            fds.append(key.reader())
+            opened.callback(os.close, fds[-1])
+        yield fds
