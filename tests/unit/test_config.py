@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from vmcryptd.config import files as configuration_files
 from vmcryptd.config import schema
@@ -261,34 +258,6 @@ def test_mapping_names(name: str) -> None:
 def test_refused_mapping_names(name: str) -> None:
     with pytest.raises(ConfigError, match="is not a valid mapping name"):
         schema.parse({MAIN: f'[volume."{name}"]\ndevice = "/dev/a"\n'})
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("90s", 90), ("2min", 120), ("infinity", Infinity), ("0", 0), ("90", 90), (5, 5), (1.5, 1.5),
-        ("1h 30min", 5400), ("1h30min5s", 5405), ("100ms", 0.1), ("1.5min", 90), (" 2 d ", 172800),
-        ("1 hour 2 minutes 3 seconds", 3723),
-    ],
-)  # fmt: skip
-def test_durations(text: object, seconds: float) -> None:
-    assert schema.duration(text) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize(
-    "text", ["", " ", "s", "-1", "1x", "1 2 3x", "Infinity", None, True, [], -0.1, "1,5s", "1h,"]
-)
-def test_refused_durations(text: object) -> None:
-    with pytest.raises(ValueError, match="expected a duration"):
-        schema.duration(text)
-
-
-@given(st.text())
-def test_a_duration_is_a_number_or_refused(text: str) -> None:
-    seconds = 0.0
-    with contextlib.suppress(ValueError):
-        seconds = schema.duration(text)
-    assert seconds >= 0
 
 
 def test_a_volume_is_defined_in_one_file_only() -> None:

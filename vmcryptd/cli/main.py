@@ -152,7 +152,7 @@ async def _check(arguments: Namespace) -> int:
 
 
 async def _wait(arguments: Namespace) -> int:
-    timeout_s = None if arguments.timeout is None else verbs.duration(arguments.timeout)
+    timeout_s = None if arguments.timeout is None else verbs.timeout(arguments.timeout)
     async with connect() as client:
         await client.follow()
         ended = await client.until(lambda: client.host["State"] in ("ready", "degraded"), timeout_s)

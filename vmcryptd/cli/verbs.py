@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
@@ -442,14 +443,12 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 79)
 
 
-def duration(text: str) -> float | None:
-    """Seconds of "90s", "1min 30s", "5"; None for "infinity". Raises UsageError."""
-    import re
+def timeout(text: str) -> float | None:
+    """Seconds; None for "infinity". Raises UsageError."""
+    from vmcryptd.core.durations import duration
 
-    if text.strip() == "infinity":
-        return None
-    units = {"ms": 0.001, "": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-    if re.fullmatch(r"(\s*\d+(\.\d+)?\s*(ms|sec|s|min|m|h|d)?)+\s*", text):
-        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text)
-        return sum(float(number) * units[unit] for number, unit in parts)
-    raise UsageError(f'"{text}" is no time; expected one such as 90s, 5min or infinity')
+    try:
+        seconds = duration(text)
+    except ValueError as error:
+        raise UsageError(f"--timeout: {error}") from None
+    return None if math.isinf(seconds) else seconds

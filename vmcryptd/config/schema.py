@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from vmcryptd.core.durations import duration
 from vmcryptd.core.errors import ConfigError, nearest
 from vmcryptd.core.model import (
     Content,
     DaemonSpec,
     GuestSpec,
-    Infinity,
     KeySource,
     Lock,
     OnStopTimeout,
@@ -31,38 +31,8 @@ from vmcryptd.core.model import (
     VolumeSpec,
 )
 
-# systemd.time(7), the units that make sense here.
-_UNITS = {
-    "": 1, "s": 1, "sec": 1, "second": 1, "seconds": 1, "ms": 1e-3, "msec": 1e-3,
-    "m": 60, "min": 60, "minute": 60, "minutes": 60,
-    "h": 3600, "hr": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400,
-}  # fmt: skip
-_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)")
 _TAGS = ("UUID", "PARTUUID", "LABEL", "PARTLABEL")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-def duration(value: object) -> float:
-    """Seconds of a duration as systemd writes it, or of a plain number. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError('expected a duration such as "90s", "2min" or "infinity"')
-    if not isinstance(value, str):
-        if not value >= 0:  # nor the TOML float nan
-            raise ValueError("expected a duration that is not negative")
-        return float(value)
-    text = value.strip()
-    if text == "infinity":
-        return Infinity
-    position, seconds = 0, 0.0
-    while position < len(text) or not text:
-        match = _PART.match(text, position)
-        if match is None or match[2] not in _UNITS:
-            raise ValueError(
-                f'expected a duration such as "90s", "2min" or "infinity", not "{value}"'
-            )
-        seconds += float(match[1]) * _UNITS[match[2]]
-        position = match.end()
-    return seconds
 
 
 def _share(value: object) -> float:

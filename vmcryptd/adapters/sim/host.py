@@ -22,6 +22,7 @@ from vmcryptd.adapters.sim.luks import (
     fits,
     key_slots,
 )
+from vmcryptd.core.durations import duration
 from vmcryptd.core.errors import (
     BusyError,
     ConfigError,
@@ -472,20 +473,20 @@ def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:
 
 
 def _volume(entry: dict[str, Any]) -> _Volume:
-    appears_after_s = _seconds(entry.get("appears_after", 0))
+    appears_after_s = duration(entry.get("appears_after", 0))
     return _Volume(
         slots=dict(enumerate(map(_slot, (entry, *entry.get("slots", ()))))),
         on=tuple(entry.get("on", ())),
         present=entry.get("present", appears_after_s == 0),
         appears_after_s=appears_after_s,
         open=entry.get("open", False),
-        delay_s=_seconds(entry.get("delay", 0)),
+        delay_s=duration(entry.get("delay", 0)),
         fault=entry.get("fault", ""),
         tokens=tuple(
             _Token(one["kind"], one.get("pin_sha256", ""), one.get("fault", ""))
             for one in entry.get("tokens", ())
         ),
-        rotates_in_s=_seconds(entry.get("rotates_in", 0.1)),
+        rotates_in_s=duration(entry.get("rotates_in", 0.1)),
         is_half_rotated=entry.get("half_rotated", False),
         is_moved=entry.get("moved", False),
         away=entry.get("away", False),
@@ -506,13 +507,7 @@ def _guest(entry: dict[str, Any]) -> _Guest:
         disks=tuple(entry.get("disks", ())),
         autostart=entry.get("autostart", False),
         state=GuestState.RUNNING if entry.get("running") else GuestState.OFF,
-        start_delay_s=_seconds(entry.get("start_delay", 0)),
-        stop_delay_s=_seconds(entry.get("stop_delay", 0)),
+        start_delay_s=duration(entry.get("start_delay", 0)),
+        stop_delay_s=duration(entry.get("stop_delay", 0)),
         fault=entry.get("fault", ""),
     )
-
-
-def _seconds(value: object) -> float:
-    from vmcryptd.config import schema
-
-    return schema.duration(value)
