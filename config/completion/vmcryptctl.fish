@@ -87,7 +87,7 @@ complete -c vmcryptctl -n '__fish_seen_subcommand_from keystore; and __fish_seen
 complete -c vmcryptctl -n '__fish_seen_subcommand_from keystore; and __fish_seen_subcommand_from init' -l file -r -F -d 'make it in this new file'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from keystore; and __fish_seen_subcommand_from init' -l device -r -F -d 'make it on this empty device'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from keystore; and __fish_seen_subcommand_from init' -l size -x -d 'how large the file becomes; default 32M'
-complete -c vmcryptctl -n '__fish_seen_subcommand_from keystore; and __fish_seen_subcommand_from init' -l mount -r -F -d 'where it is mounted while it is open; default /run/vmcryptd/keystore/NAME'
+complete -c vmcryptctl -n '__fish_seen_subcommand_from keystore; and __fish_seen_subcommand_from init' -l mount -r -F -d 'where it is mounted while it is open; default /run/vmcryptd-keystore/NAME'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from keystore; and __fish_seen_subcommand_from init' -l key-file -r -F -d 'read the key from FILE instead of asking, to its end, newlines included; "-" is standard input'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from header; and __fish_seen_subcommand_from backup' -l help -d 'tell more about it'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from header; and __fish_seen_subcommand_from backup' -a '(vmcryptctl _names volumes 2>/dev/null)'

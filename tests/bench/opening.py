@@ -27,7 +27,7 @@ from tests.bench.machine import (
 
 PASSPHRASE = "benchmark-8-volumes"
 KEYSTORE_KEY = BENCH / "random"
-MOUNT = "/run/vmcryptd/keystore/keystore"
+MOUNT = "/run/vmcryptd-keystore/keystore"
 # What a person's passphrase gets (64 MiB, four passes: cryptsetup's two seconds on an emulated
 # machine), and what a key of full entropy needs.
 SLOW = "--pbkdf argon2id --pbkdf-memory 65536 --pbkdf-parallel 1 --pbkdf-force-iterations 4"

@@ -95,6 +95,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setattr(runner, "DIRECTORIES", (str(tmp_path / "bin"), *runner.DIRECTORIES))
     monkeypatch.setattr(files, "DIRECTORY", place.configuration)
     monkeypatch.setattr(keystore, "MAPPINGS", tmp_path / "mapper")
+    # The tests' own directory is below /tmp.
+    monkeypatch.setattr(keystore, "SWEPT", ("/run", f"{tmp_path}/swept"))
     yield place
     assert "canary" not in place.log
 
@@ -122,7 +124,7 @@ def test_in_a_file(start: Any, run: Any, place: Place, capfd: Any) -> None:
     assert (spec.name, spec.device, spec.mount) == (
         "keys",
         str(place.file),
-        "/run/vmcryptd/keystore/keys",
+        "/run/vmcryptd-keystore/keys",
     )
     assert (str(spec.content), str(spec.lock), spec.asks) == ("filesystem", "boot", True)
     uuid = subprocess.run(
@@ -242,6 +244,29 @@ def test_nothing_is_overwritten(start: Any, run: Any, place: Place) -> None:
 )
 def test_usage(arguments: list[str], place: Place) -> None:
     assert asyncio.run(place.init(*arguments)) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--file", "/var/lib/vmcryptd/keys.luks"],
+        ["--file", "/run/keys.luks"],
+        ["--file", "/tmp/keys.luks"],
+        ["--file", "LINK/keys.luks"],
+        ["--file", "/srv/keys.luks", "--mount", "/run/vmcryptd/keys"],
+        ["--device", "/dev/vg/keys", "--mount", "/var/tmp/keys"],
+    ],
+)
+def test_keys_are_put_nowhere_that_is_swept(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "link").symlink_to("/var/lib/vmcryptd")
+    # The tests' own directory is below /tmp.
+    kept = tuple(name for name in keystore.SWEPT if name != "/tmp" or "/tmp/keys.luks" in arguments)
+    monkeypatch.setattr(keystore, "SWEPT", kept)
+    arguments = [text.replace("LINK", f"{tmp_path}/link") for text in arguments]
+    assert main.main(["keystore", "init", "keys", *arguments]) == 2
+    assert "do not stay" in capfd.readouterr().err
 
 
 def test_without_a_daemon_nothing_is_made(place: Place) -> None:

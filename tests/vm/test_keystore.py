@@ -23,7 +23,7 @@ CONTROL = "control-Yk3mT8"  # what is planted to be found
 STORE, OTHER, LAST = (f"{CANARY}-{which}" for which in ("keystore", "other", "last"))
 
 FILE = "/var/lib/keys.luks"
-MOUNT = "/run/vmcryptd/keystore"
+MOUNT = "/run/vmcryptd-keystore"
 BEHIND = {"cr_mail": 0, "cr_web": 1, "cr_data": 2}  # volume → index of its disk
 LATE, GROUP, SWAP = 3, 4, 5  # indexes of disks; the first is plugged in by a test
 SOURCES = {name: f"file:{MOUNT}/keys/{name}.key" for name in BEHIND}

@@ -176,11 +176,19 @@ def test_an_upgrade_restarts_only_the_daemon(up: Vm) -> None:
 
 def test_removed_and_installed_again_under_a_running_guest(up: Vm) -> None:
     before = running(up), configuration(up)
+    # A keystore that is mounted below the daemon's own directory: its files are the keys of volumes.
+    mounted = "/run/vmcryptd/keystore/keys"
+    up.run(
+        f"mkdir -p {mounted} && mount -t tmpfs none {mounted} && echo precious >{mounted}/goals.json"
+    )
     said = dpkg(up, "--remove vmcryptd")
-    assert "running guests and open volumes are left as they are" in said
+    assert f"running guests and open volumes are left as they are. Open: {VOLUME}" in said
+    assert "/run/vmcryptd is left, something else is in it" in said
+    assert up.run(f"cat {mounted}/goals.json").out == "precious\n"
     assert (running(up), configuration(up)) == before
     assert_no_unit_is_left(up)
-    up.run("! test -e /run/vmcryptd")
+    assert up.run("find /run/vmcryptd -xdev -not -type d").out == ""
+    up.run(f"umount {mounted} && cd /run && rmdir -p vmcryptd/keystore/keys")
 
     dpkg(up, "--install", NEWER)
     assert_up(up)

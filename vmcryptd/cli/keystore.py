@@ -37,8 +37,12 @@ from vmcryptd.posix.memfd import MemfdKey
 from vmcryptd.posix.run import Completed, run
 
 SMALLEST = 20 << 20  # 16 MiB for the header, the rest for files
-MOUNTS = "/run/vmcryptd/keystore"  # below a directory of root alone
+MOUNTS = "/run/vmcryptd-keystore"  # not below /run/vmcryptd: the package removes that
 MAPPINGS = Path("/dev/mapper")
+# Emptied at boot or by age (tmpfiles.d), in memory, or removed with the package: no place for keys.
+SWEPT = ("/dev", "/proc", "/run", "/sys", "/tmp", "/var/cache", "/var/lib/vmcryptd", "/var/tmp")
+# A mount point may be in memory, but nothing may remove files from below it.
+SWEPT_MOUNTS = ("/run/vmcryptd", "/tmp", "/var/cache", "/var/lib/vmcryptd", "/var/tmp")
 FORMAT_S, LOOK_S, UNDO_S = 600.0, 60.0, 60.0
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -106,15 +110,28 @@ def _wanted(arguments: Namespace) -> Keystore:
     for path in (place, mount):
         if not path.startswith("/") or os.path.normpath(path) != path or not path.isprintable():
             raise UsageError(f"{path!r} is no absolute path without detours; give one")
+    _check_swept(mount, SWEPT_MOUNTS, "mounts no keystore")
     if arguments.device is not None:
         if arguments.size is not None:
             raise UsageError("--size is for --file: a device has the size it has")
         return Keystore(arguments.NAME, place, 0, mount, str(uuid.uuid4()))
+    _check_swept(place, SWEPT, "makes no keystore")
     match = re.fullmatch(r"(\d{1,12})([KMG]?)", arguments.size or "32M")
     size = int(match[1]) * _UNITS[match[2]] if match else 0
     if size < SMALLEST:
         raise UsageError(f'"{arguments.size}" is no size such as 32M, of at least 20M')
     return Keystore(arguments.NAME, place, size, mount, str(uuid.uuid4()))
+
+
+def _check_swept(path: str, swept: tuple[str, ...], refusal: str) -> None:
+    """Raises UsageError for a path, as given or behind its links, in a directory that something empties."""
+    for place in dict.fromkeys((path, os.path.realpath(path))):
+        for directory in swept:
+            if place == directory or place.startswith(f"{directory}/"):
+                raise UsageError(
+                    f"vmcryptd {refusal} at {path}: files in {directory} do not stay (they are removed at boot, by "
+                    "age or with the package), and the keys would be lost; name another place, such as /var/lib"
+                )
 
 
 def _check(keystore: Keystore) -> None:

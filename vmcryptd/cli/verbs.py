@@ -280,7 +280,7 @@ VERBS: tuple[Verb, ...] = (
             Argument("--size", "how large the file becomes; default 32M", value="SIZE"),
             Argument(
                 "--mount",
-                "where it is mounted while it is open; default /run/vmcryptd/keystore/NAME",
+                "where it is mounted while it is open; default /run/vmcryptd-keystore/NAME",
                 value="DIR",
                 completes="files",
             ),
