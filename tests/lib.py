@@ -174,7 +174,7 @@ class Running:
         self.shown = 0
         self.engine.changed = self._changed
         self.engine.start()
-        self.engine.world.watch_libvirt()
+        self.engine.inventory.watch_libvirt()
 
     def _changed(self) -> None:
         self.shown += 1

@@ -166,7 +166,7 @@ async def _serve(arguments: Arguments) -> int:
     # What was made by now lives as long as the process: the collector need not look at it again.
     gc.freeze()
     watchdog = asyncio.create_task(_watchdog())
-    engine.world.watch_libvirt()
+    engine.inventory.watch_libvirt()
     engine.resume()
     waits = [asyncio.create_task(stop.wait()), asyncio.create_task(connection.closed())]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -200,7 +200,7 @@ def shutdown_here() -> None:
         try:
             await engine.shutdown()
         finally:
-            await engine.settled()
+            await engine.background_done()
 
     asyncio.run(run())
 

@@ -97,7 +97,7 @@ class Real:
 
         async def played() -> Any:
             self.engine.start()
-            await self.engine.settled()
+            await self.engine.background_done()
             try:
                 return await scene()
             finally:
@@ -461,7 +461,7 @@ def test_a_rotation_that_was_cut_off_at_its_very_end(
     volume = real.engine.settings.volumes["mail"]
     if is_detached:
         volume = replace(volume, device="/dev/null", header=str(path))
-    asyncio.run(CryptsetupSlots(str(real.runtime)).settle(volume))
+    asyncio.run(CryptsetupSlots(str(real.runtime)).finish_rotation(volume))
     assert list(real.runtime.iterdir()) == []
     assert (opens(path, FIRST), opens(path, SECOND)) == (True, False)
     after = read_header(str(path))
@@ -493,7 +493,7 @@ def test_a_rotation_that_is_not_at_its_end_is_not_brought_to_it(
     assert not read_header(str(path)).is_moved
     volume = real.engine.settings.volumes["mail"]
     with pytest.raises(StorageError, match="of mail .*: its data is not all under the new"):
-        asyncio.run(CryptsetupSlots(str(real.runtime)).settle(volume))
+        asyncio.run(CryptsetupSlots(str(real.runtime)).finish_rotation(volume))
     assert path.read_bytes() == before
     assert list(real.runtime.iterdir()) == []
 

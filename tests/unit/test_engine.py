@@ -1343,5 +1343,5 @@ async def test_the_target_is_left_after_it_was_reached(run: Running) -> None:
     await run.until(lambda: run.state == "ready")
     await run.engine.shutdown()
     slow.set()
-    await run.engine.settled()
+    await run.engine.background_done()
     assert told == [True, False]

@@ -210,7 +210,7 @@ def test_whatever_is_on_the_disk(data: st.DataObject) -> None:
     with contextlib.suppress(NotLuksError):
         luks_header.parse(bytes(raw))
     with contextlib.suppress(DamagedHeaderError):
-        luks_header.settled(bytes(raw))
+        luks_header.rotation_finished(bytes(raw))
 
 
 @settings(max_examples=60, deadline=None)
@@ -256,12 +256,12 @@ def moved(path: str = "", value: object = None) -> dict[str, Any]:
 
 
 def test_what_only_lacks_its_end() -> None:
-    assert luks_header.header(UUID, moved()).is_moved
+    assert luks_header.header(UUID, moved()).data_reencrypted
     for size in (0x4000, 0x8000):
         both = [copy(at, size, metadata=moved()) for at in (0, size)]
         # One of the copies is enough.
         for sound in (both, [bytes(size), both[1]], [both[0], bytes(size)]):
-            written, areas = luks_header.settled(b"".join(sound))
+            written, areas = luks_header.rotation_finished(b"".join(sound))
             assert (len(written), areas) == (2 * size, [(32768, 4096)])
             found = [luks_header.parse(written), luks_header.parse(bytes(size) + written[size:])]
             assert [[slot.number for slot in header.slots] for header in found] == [[1], [1]]
@@ -291,9 +291,9 @@ def test_what_only_lacks_its_end() -> None:
 def test_what_lacks_more_than_its_end(path: str, value: object) -> None:
     metadata = moved(path, value)
     found = luks_header.header(UUID, metadata)
-    assert (found.is_reencrypting, found.is_moved) == (True, False)
+    assert (found.is_reencrypting, found.data_reencrypted) == (True, False)
     with pytest.raises(DamagedHeaderError, match="is not all under the new volume key"):
-        luks_header.settled(copy(metadata=metadata))
+        luks_header.rotation_finished(copy(metadata=metadata))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +302,6 @@ def test_what_lacks_more_than_its_end(path: str, value: object) -> None:
 def test_what_only_lacks_its_end_and_is_malformed(path: str, value: object) -> None:
     metadata = moved(path, value)
     with pytest.raises(DamagedHeaderError, match="malformed"):
-        luks_header.settled(copy(metadata=metadata))
+        luks_header.rotation_finished(copy(metadata=metadata))
     with pytest.raises(DamagedHeaderError, match="intact"):
-        luks_header.settled(bytes(0x8000))
+        luks_header.rotation_finished(bytes(0x8000))

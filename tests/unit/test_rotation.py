@@ -62,7 +62,7 @@ def shown(run: Running) -> str:
 @play(HOST)
 async def test_from_start_to_end(run: Running) -> None:
     before = descriptors()
-    run.engine.world.note_fitted("mail", "file:/key", 0)
+    run.engine.inventory.note_fitted("mail", "file:/key", 0)
     task = await begun(run)
     assert shown(run) == "running"
     assert not run.engine.state.startswith("unlock")  # nothing comes up by it
@@ -370,19 +370,19 @@ MOVED = HALF.replace("half_rotated = true", "half_rotated = true\nmoved = true")
 async def test_what_lacks_only_its_end_gets_it_when_the_volume_is_opened(run: Running) -> None:
     run.host.answer("one")
     await run.engine.unlock("mail")
-    assert run.host.done("settle", "open") == ["settle mail", "open mail"]
+    assert run.host.done("finish rotation", "open") == ["finish rotation mail", "open mail"]
     assert shown(run) == ""
     assert run.volume("mail").header_backup_due
     await run.engine.lock("mail")
     run.host.answer("one")
     await run.engine.unlock("mail")
-    assert run.host.done("settle") == ["settle mail"]
+    assert run.host.done("finish rotation") == ["finish rotation mail"]
 
 
 @play(MOVED)
 async def test_what_lacks_only_its_end_gets_it_when_it_is_gone_on_with(run: Running) -> None:
     await rotating(run)
-    assert run.host.done("settle", "rotate") == ["settle mail"]
+    assert run.host.done("finish rotation", "rotate") == ["finish rotation mail"]
     assert shown(run) == ""
 
 
@@ -394,7 +394,7 @@ def test_who_is_killed_with_only_the_end_left_has_not_failed(
 
     async def rotate(self: SimReencryption, volume: Any, *rest: Any) -> None:
         simulated = self.volumes[volume.name]
-        simulated.is_half_rotated = simulated.is_moved = True
+        simulated.is_half_rotated = simulated.data_reencrypted = True
         raise StorageError("it was killed")
 
     monkeypatch.setattr(SimReencryption, "rotate", rotate)
@@ -407,12 +407,12 @@ def test_who_is_killed_with_only_the_end_left_has_not_failed(
             await rotating(run)
         with pytest.raises(BusyError, match="gives errors.*`vmcryptctl lock mail`"):
             await rotating(run)
-        assert run.host.done("settle") == []
+        assert run.host.done("finish rotation") == []
         assert shown(run) == "unfinished"
-        run.host.volume("mail", is_moved=False)
+        run.host.volume("mail", data_reencrypted=False)
         torn = False
         await rotating(run)
-        assert run.host.done("settle") == ["settle mail"]
+        assert run.host.done("finish rotation") == ["finish rotation mail"]
         assert shown(run) == ""
 
     scene()

@@ -78,11 +78,13 @@ def header(uuid: str, metadata: object) -> Header:
     is_reencrypting = isinstance(slots, dict) and any(
         isinstance(slot, dict) and slot.get("type") == REENCRYPT for slot in slots.values()
     )
-    is_moved = is_reencrypting and isinstance(metadata, dict) and _old_digest(metadata) is not None
-    return Header(2, uuid, _slots(metadata), _tokens(metadata), is_reencrypting, is_moved)
+    data_reencrypted = (
+        is_reencrypting and isinstance(metadata, dict) and _old_digest(metadata) is not None
+    )
+    return Header(2, uuid, _slots(metadata), _tokens(metadata), is_reencrypting, data_reencrypted)
 
 
-def settled(data: bytes) -> tuple[bytes, list[tuple[int, int]]]:
+def rotation_finished(data: bytes) -> tuple[bytes, list[tuple[int, int]]]:
     """A header whose data is all under the new volume key, as cryptsetup leaves it at the end of a reencryption.
 
     cryptsetup (2.8 as well, reencrypt_teardown_ok) wipes the key slots of the old volume key first, and last it
@@ -119,7 +121,7 @@ def settled(data: bytes) -> tuple[bytes, list[tuple[int, int]]]:
 
 
 def _drop_old(metadata: dict[str, Any], old: str) -> list[tuple[int, int]]:
-    """Have the metadata say nothing any more of a reencryption and of its old volume key. Returns as `settled`."""
+    """Remove the reencryption and its old volume key from the metadata. Returns as `rotation_finished`."""
     slots, digests = metadata["keyslots"], metadata["digests"]
     gone = {n for n in slots if n in digests[old]["keyslots"] or slots[n]["type"] == REENCRYPT}
     removed = [slot for n in gone if (slot := slots.pop(n))["type"] != REENCRYPT]
@@ -160,7 +162,7 @@ def _old_digest(metadata: dict[str, Any]) -> str | None:
             [n for n, digest in digests.items() if one in digest["segments"]]
             for one in (final, previous)
         )
-        is_moved = (
+        data_reencrypted = (
             reencryption["mode"] == "reencrypt"
             and new != old
             and number in digests[new]["segments"]
@@ -170,7 +172,7 @@ def _old_digest(metadata: dict[str, Any]) -> str | None:
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    return old if is_moved else None
+    return old if data_reencrypted else None
 
 
 def _is_backup(segment: dict[str, Any]) -> bool:

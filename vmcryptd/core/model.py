@@ -419,7 +419,9 @@ class Header(NamedTuple):
     slots: tuple[KeySlot, ...] = ()
     tokens: tuple[Token, ...] = ()
     is_reencrypting: bool = False  # then a key has to fit a slot of the old and one of the new
-    is_moved: bool = False  # all data is under the new one by then, and what the header says of the old is left over
+    data_reencrypted: bool = (
+        False  # all data is under the new key; only the end of the rotation is missing
+    )
 
     @property
     def memory_kib(self) -> int:

@@ -45,7 +45,7 @@ class Blocks(Protocol):
     def observe(self, paths: Iterable[str]) -> Storage:
         """The devices and mounts now; `paths` are looked up into `links` and `files`."""
 
-    async def settle(self) -> None:
+    async def wait_udev(self) -> None:
         """Wait until udev has processed what is queued (bounded)."""
 
     async def activate(self, volume: VolumeSpec, mapping: str) -> None:
@@ -124,8 +124,8 @@ class Slots(Protocol):
     async def remove_token(self, volume: VolumeSpec, token: int) -> None:
         """Raises StorageError, DeviceMissingError."""
 
-    async def settle(self, volume: VolumeSpec) -> None:
-        """Bring a rotation to its end of which nothing but that is missing (`Header.is_moved`); it takes no key.
+    async def finish_rotation(self, volume: VolumeSpec) -> None:
+        """Finish a rotation whose data is all reencrypted (`Header.data_reencrypted`); takes no key.
 
         Raises StorageError, DeviceMissingError.
         """

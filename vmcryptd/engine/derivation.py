@@ -13,15 +13,15 @@ from vmcryptd.core.model import Header, KeySlot, VolumeSpec
 from vmcryptd.core.ports import Crypt, Key
 from vmcryptd.core.slot_order import Tried
 from vmcryptd.engine import kdf
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 
 
 class Attempts:
     """Tries keys, as many side by side as the budget allows."""
 
-    def __init__(self, crypt: Crypt, world: World) -> None:
+    def __init__(self, crypt: Crypt, inventory: Inventory) -> None:
         self._crypt = crypt
-        self._world = world
+        self._inventory = inventory
         self._budget = kdf.KdfBudget(crypt.available_memory_kib)
         self._heights: dict[str, int] = {}
         self._heights_of: Graph | None = None
@@ -39,7 +39,7 @@ class Attempts:
 
         Slots in `tried` are left out, and those that do not fit are added. Raises WrongKeyError if none fits.
         """
-        order = slot_order.order(header, self._world.fitted(spec.name, source))
+        order = slot_order.order(header, self._inventory.fitted(spec.name, source))
         if not order:
             return await self._derive(spec, key, None, header.memory_kib)
         if only is not None:
@@ -59,7 +59,7 @@ class Attempts:
                 error = wrong
             else:
                 if len(header.slots) > 1:  # of one alone the order is known
-                    self._world.note_fitted(spec.name, source, slot.number)
+                    self._inventory.note_fitted(spec.name, source, slot.number)
                 return None
         raise error
 
@@ -67,7 +67,7 @@ class Attempts:
         self, spec: VolumeSpec, key: Key, slot: KeySlot | None, memory_kib: int
     ) -> None:
         async with self._room(spec, memory_kib):
-            node = self._world.graph.volumes[spec.name]
+            node = self._inventory.graph.volumes[spec.name]
             number = None if slot is None else slot.number
             if node.is_open and node.suspended:
                 await self._crypt.resume(spec, node.mapping, key, number)
@@ -85,14 +85,14 @@ class Attempts:
 
     def derivation(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
         """Room in the budget for a key derivation that is none of an opening: it waits behind these."""
-        return self._budget.take(memory_kib, self._world.settings.daemon.kdf_memory, 0)
+        return self._budget.take(memory_kib, self._inventory.settings.daemon.kdf_memory, 0)
 
     def _room(self, spec: VolumeSpec, memory_kib: int) -> AbstractAsyncContextManager[None]:
-        share = self._world.settings.daemon.kdf_memory
+        share = self._inventory.settings.daemon.kdf_memory
         return self._budget.take(memory_kib, share, self._height(spec.name))
 
     def _height(self, name: str) -> int:
-        if self._heights_of is not self._world.graph:
-            self._heights_of = self._world.graph
-            self._heights = kdf.heights(self._world.graph)
+        if self._heights_of is not self._inventory.graph:
+            self._heights_of = self._inventory.graph
+            self._heights = kdf.heights(self._inventory.graph)
         return self._heights.get(name, 0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Executes plans: everything independent side by side, each step once however many callers wait for it.
 
-The engine looks at the world through the ports, builds the graph, and pursues goals: it plans, starts the steps that
-are new, and plans again when a step has ended or the world has changed, until nothing new is to be done.
+The engine pursues goals: it plans on the inventory's graph, starts the steps that are new, and plans again when a step
+has ended or the graph has changed, until nothing new is to be done.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from vmcryptd.core.states import (
     volume_state,
     volume_view,
 )
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, JobState, is_rising, outcome, together
 from vmcryptd.engine.key_management import KeySlots
 from vmcryptd.engine.panic import panic
@@ -72,8 +72,8 @@ class Engine:
     def __init__(
         self, settings: Settings, ports: Ports, changed: Callable[[], None] = lambda: None
     ) -> None:
-        self.world = World(settings, ports.blocks, ports.domains, ports.memory)
-        self.world.on_rebuilt = self._rebuilt_graph
+        self.inventory = Inventory(settings, ports.blocks, ports.domains, ports.memory)
+        self.inventory.on_rebuilt = self._rebuilt_graph
         self.jobs: dict[int, Job] = {}
         self.booted = False
         self.changed = changed
@@ -103,20 +103,20 @@ class Engine:
         self._activities = Activities(settings.volumes)
         self._steps = Steps(
             ports,
-            self.world,
+            self.inventory,
             self.prompt,
             self._activities,
             self._may_ask,
             self._touch,
             self._open_for,
-            self._settle_key,
-            self._settle_header,
+            self._stop_rotation,
+            self._finish_rotation,
         )
         derivation = self._steps.unlocker.derivation
-        self.key_slots = KeySlots(ports, self.world, derivation, self._touch)
+        self.key_slots = KeySlots(ports, self.inventory, derivation, self._touch)
         self.rotations = Rotations(
             ports,
-            self.world,
+            self.inventory,
             self.key_slots,
             derivation,
             self._begin_aside,
@@ -127,17 +127,17 @@ class Engine:
 
     @property
     def settings(self) -> Settings:
-        return self.world.settings
+        return self.inventory.settings
 
     @property
     def graph(self) -> Graph:
-        return self.world.graph
+        return self.inventory.graph
 
     # --- looking ---
 
     def start(self) -> None:
         """Look for the first time, and from then on whenever something changes."""
-        self.world.start()
+        self.inventory.start()
         self._sources = self._ports.memory.sources()
         for name, source in self._sources.items():
             if name in self.graph.volumes and self.graph.volumes[name].is_open:
@@ -158,7 +158,7 @@ class Engine:
 
     def configure(self, settings: Settings) -> None:
         """Take a new configuration. Raises GraphError, and then the old one stays."""
-        self.world.configure(settings)
+        self.inventory.configure(settings)
         for step_id, (task, job) in self._running.items():
             action, _, name = step_id.partition(":")
             if action in _RISING_VOLUME and name not in settings.volumes and job.is_rising:
@@ -192,7 +192,7 @@ class Engine:
                         error,
                     )
         if self._late:
-            self.world.changed()
+            self.inventory.changed()
 
     def _rebuilt_graph(self) -> None:
         self._after_look()
@@ -261,7 +261,7 @@ class Engine:
 
     def _touch(self) -> None:
         """Something visible changed: wake who waits for it, and tell the bus."""
-        self.world.moved()
+        self.inventory.moved()
         self._keep_sources()
         state = self.state
         if state is HostState.READY and self._target_reached is not True:
@@ -295,7 +295,7 @@ class Engine:
         finally:
             self._is_telling_target = False
 
-    async def settled(self) -> None:
+    async def background_done(self) -> None:
         """Wait until what goes on beside the jobs has ended."""
         while self._background:
             await asyncio.wait(self._background)
@@ -381,7 +381,7 @@ class Engine:
 
     def plan(self, goal: str) -> Plan:
         """What the goal would take now. Raises VmcryptdError."""
-        self.world.observe()
+        self.inventory.observe()
         return planner.plan(self.graph, goal)
 
     # --- the verbs ---
@@ -413,7 +413,7 @@ class Engine:
 
     async def unlock_all(self) -> None:
         """Open the whole boot set, asking where necessary."""
-        self.world.observe()
+        self.inventory.observe()
         volumes, _ = self.boot_set
         jobs = [
             self.begin(f"unlock:{name}", look=False)
@@ -427,14 +427,14 @@ class Engine:
 
     async def lock(self, name: str) -> None:
         """Close one volume that nothing uses. Raises BusyError naming the users."""
-        self.world.observe()
+        self.inventory.observe()
         planner.plan(self.graph, f"lock:{name}")
         await self._give_up(name)
         await self.pursue(f"lock:{name}")
 
     async def lock_all(self) -> None:
         """Close every volume; refused as a whole while anything is used. Raises BusyError naming the users."""
-        self.world.observe()
+        self.inventory.observe()
         planner.plan(self.graph, "lock-all")
         await self._cancel_rising()
         self._forget_boot()
@@ -449,7 +449,7 @@ class Engine:
         self._touch()
         self._forget_boot()
         await self._cancel_rising()
-        if self.world.needs_libvirt and not self._ports.domains.current().reachable:
+        if self.inventory.needs_libvirt and not self._ports.domains.current().reachable:
             try:
                 await self._ports.domains.refresh(LIBVIRT_TIMEOUT_S)
             except VmcryptdError as error:
@@ -457,7 +457,7 @@ class Engine:
                     "%s; guests cannot be stopped, what they do not hold is closed all the same",
                     error,
                 )
-        self.world.observe()
+        self.inventory.observe()
         now = asyncio.get_running_loop().time()
         job = self.begin("shutdown", deadline=now + self.settings.daemon.shutdown_timeout_s)
         await self.ended(job)
@@ -484,9 +484,9 @@ class Engine:
         self._forget_boot()
         self._stop_rising_jobs()
         await self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S)
-        self.world.observe()
+        self.inventory.observe()
         let_go = functools.partial(self.rotations.abort, grace_s=PANIC_CANCEL_S)
-        if errors := await panic(self.world, self._ports, let_go):
+        if errors := await panic(self.inventory, self._ports, let_go):
             raise BusyError("; ".join(errors))
 
     @property
@@ -523,7 +523,7 @@ class Engine:
         """
         self._check_may_begin(is_rising(goal))
         if look:
-            self.world.observe()
+            self.inventory.observe()
         for job in self.jobs.values():
             if job.goal == goal and not job.is_stopped:
                 job.may_ask = job.may_ask or may_ask
@@ -552,11 +552,11 @@ class Engine:
         self._check_may_begin(True)
         return self._register(Job(next(self._numbers), goal))
 
-    async def _settle_key(self, name: str) -> None:
+    async def _stop_rotation(self, name: str) -> None:
         await self.rotations.stop(name, GRACE_S)
 
-    async def _settle_header(self, spec: VolumeSpec, header: Header) -> Header:
-        return await self.key_slots.settle(spec, header)
+    async def _finish_rotation(self, spec: VolumeSpec, header: Header) -> Header:
+        return await self.key_slots.finish_rotation(spec, header)
 
     def _begin_quietly(self, goal: str) -> None:
         try:
@@ -752,7 +752,7 @@ class Engine:
         await self.wait(self.begin(f"unlock:{volume}", may_ask=job.may_ask))
 
     async def _libvirt_known(self) -> None:
-        if not self.world.needs_libvirt or self._ports.domains.current().reachable:
+        if not self.inventory.needs_libvirt or self._ports.domains.current().reachable:
             return
         try:
             await self._ports.domains.refresh(LIBVIRT_TIMEOUT_S)
@@ -760,7 +760,7 @@ class Engine:
         except VmcryptdError as error:
             self._libvirt_error = LibvirtError(f"{error}; guests start when it is back")
             log.error("%s", self._libvirt_error)
-        self.world.observe()
+        self.inventory.observe()
         self._replan()
 
     def is_running(self, step_id: str) -> bool:
@@ -785,7 +785,7 @@ class Engine:
 
     async def ended(self, job: Job) -> None:
         while job.id in self.jobs:
-            await self.world.move()
+            await self.inventory.move()
 
     async def wait(self, job: Job) -> None:
         await self.ended(job)

@@ -9,7 +9,7 @@ import logging
 from vmcryptd.core.errors import DeadlineError, GuestError, VmcryptdError
 from vmcryptd.core.model import GuestSpec, Infinity, OnStopTimeout, SourceType
 from vmcryptd.core.ports import Domains
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 
 log = logging.getLogger(__name__)
 
@@ -22,22 +22,24 @@ DISK_TIMEOUT_S = 30.0
 class Guests:
     """Carries the `start` and `stop` steps to libvirt."""
 
-    def __init__(self, domains: Domains, world: World) -> None:
+    def __init__(self, domains: Domains, inventory: Inventory) -> None:
         self._domains = domains
-        self._world = world
+        self._inventory = inventory
         self._waited_for: set[str] = set()  # running guests that are ready, or were given up
 
     async def start(self, name: str, wait_until_ready: bool) -> None:
         """Start a guest whose volumes are open. Raises GuestError."""
-        node = self._world.graph.guests[name]
+        node = self._inventory.graph.guests[name]
         if node.domain is None:
             raise GuestError(
                 f"guest {name}: libvirt knows no such domain; define it, or take it out of the configuration"
             )
         await self._ready_before(node.spec)
         disks = [source.path for source in node.domain.sources if source.type is SourceType.BLOCK]
-        if not all(map(self._world.exists, disks)):
-            await self._world.until(lambda: all(map(self._world.exists, disks)), DISK_TIMEOUT_S)
+        if not all(map(self._inventory.exists, disks)):
+            await self._inventory.until(
+                lambda: all(map(self._inventory.exists, disks)), DISK_TIMEOUT_S
+            )
         starting = asyncio.ensure_future(self._domains.start(name))
         try:
             await asyncio.shield(starting)
@@ -53,7 +55,7 @@ class Guests:
 
     async def _ready_before(self, guest: GuestSpec) -> None:
         """Guests that this one starts after, and that libvirt or somebody else has started."""
-        guests = self._world.graph.guests
+        guests = self._inventory.graph.guests
         nodes = [guests[other] for other in guest.after if other in guests]
         self._waited_for -= {node.spec.name for node in nodes if not node.is_running}
         waits = [
@@ -80,7 +82,7 @@ class Guests:
 
         Raises GuestError, and LibvirtError when nobody knows whether it runs.
         """
-        node = self._world.graph.guests[name]
+        node = self._inventory.graph.guests[name]
         now = asyncio.get_running_loop().time()
         timeout_s = min(
             node.spec.stop_timeout_s, max(deadline - now, 0.0) if deadline != Infinity else Infinity

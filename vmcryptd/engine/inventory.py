@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The world as it is now: looks through the ports, and keeps the graph built from what it saw."""
+"""The host as it is now: looks through the ports, and keeps the graph built from what it saw."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 COALESCE_S = 0.2
 
 
-class World:
+class Inventory:
     """Configuration and observation, and the graph of both."""
 
     def __init__(

@@ -28,7 +28,7 @@ from vmcryptd.core.errors import (
 )
 from vmcryptd.core.model import Header, KeySlot, Token, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,14 @@ class KeySlots:
     """Looks into headers and changes them, each volume's one thing at a time."""
 
     def __init__(
-        self, ports: Ports, world: World, derivation: Derivation, changed: Callable[[], None]
+        self,
+        ports: Ports,
+        inventory: Inventory,
+        derivation: Derivation,
+        changed: Callable[[], None],
     ) -> None:
         self._ports = ports
-        self._world = world
+        self._inventory = inventory
         self._derivation = derivation  # holds memory for a key derivation of so many KiB
         self._changed = changed
         self._due = ports.memory.backups_due()
@@ -77,7 +81,7 @@ class KeySlots:
                     "fitted_by": [
                         str(source)
                         for source in spec.keys
-                        if self._world.fitted(name, str(source)) == slot.number
+                        if self._inventory.fitted(name, str(source)) == slot.number
                     ],
                 }
                 for slot in header.slots
@@ -152,20 +156,20 @@ class KeySlots:
             finally:
                 new_key.close()
             source = f"file:{path}"
-            self._world.note_fitted(name, source, slot)
+            self._inventory.note_fitted(name, source, slot)
         return source
 
     def _place_in(self, keystore: str, name: str) -> str:
         """Where the keystore holds the volume's key. Raises NoSuchVolumeError, DependencyError, StorageError."""
-        self._world.observe()
-        planner.check_volume(self._world.graph, keystore)
-        node = self._world.graph.volumes[keystore]
+        self._inventory.observe()
+        planner.check_volume(self._inventory.graph, keystore)
+        node = self._inventory.graph.volumes[keystore]
         if node.spec.mount is None:
             raise StorageError(
                 f'volume {keystore} is no keystore: that has content = "filesystem" and a mount; '
                 "`vmcryptctl keystore init` makes one"
             )
-        if name in self._world.graph.beneath([keystore]):
+        if name in self._inventory.graph.beneath([keystore]):
             raise StorageError(
                 f"volume {keystore} needs {name} itself: the key of {name} would be locked in with it; "
                 "take another keystore"
@@ -232,7 +236,7 @@ class KeySlots:
         async with self.changing(spec, header):
             async with self._derivation(header.memory_kib):
                 await self._ports.slots.remove(spec, slot, key)
-            self._world.forget_fitted(spec.name, slot)
+            self._inventory.forget_fitted(spec.name, slot)
             log.info("key slot %s of volume %s is wiped", slot, spec.name)
             await self.drop_tokens(spec, [one for one in header.tokens if one.slots == (slot,)])
 
@@ -261,17 +265,17 @@ class KeySlots:
     async def header(self, spec: VolumeSpec) -> Header:
         """Read it; whether a rotation is half done is told from what was read last. Raises as `Crypt.header`."""
         header = await self._ports.crypt.header(spec)
-        self._world.note_header(spec.name, header)
+        self._inventory.note_header(spec.name, header)
         return header
 
-    async def settle(self, spec: VolumeSpec, header: Header) -> Header:
-        """Make up for the end that a rotation of the volume key was cut off at (`Header.is_moved`).
+    async def finish_rotation(self, spec: VolumeSpec, header: Header) -> Header:
+        """Make up for the end that a rotation of the volume key was cut off at (`Header.data_reencrypted`).
 
-        Returns the header as it is then. Raises as `Slots.settle`.
+        Returns the header as it is then. Raises as `Slots.finish_rotation`.
         """
         async with self.changing(spec, header):
-            await self._ports.slots.settle(spec)
-        self._world.forget_fitted(spec.name)
+            await self._ports.slots.finish_rotation(spec)
+        self._inventory.forget_fitted(spec.name)
         log.info(
             "the rotation of the volume key of %s, cut off at its very end, is complete", spec.name
         )
@@ -334,8 +338,8 @@ class KeySlots:
             yield self._spec(name)  # the configuration may be another by now
 
     def _spec(self, name: str) -> VolumeSpec:
-        planner.check_volume(self._world.graph, name)
-        return self._world.settings.volumes[name]
+        planner.check_volume(self._inventory.graph, name)
+        return self._inventory.settings.volumes[name]
 
 
 def check_removable(header: Header, name: str, slot: int) -> None:

@@ -10,13 +10,13 @@ from vmcryptd.core.errors import BusyError, DeviceMissingError, VmcryptdError, W
 from vmcryptd.core.model import Header, Unlock, VolumeSpec
 from vmcryptd.core.ports import Crypt, Keys
 from vmcryptd.engine.derivation import Attempts
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.opening import Opening
 from vmcryptd.engine.prompt import Answer, Prompt
 from vmcryptd.engine.tokens import Tokens
 
 # Makes up for the end that a rotation of the volume's key lacks. Returns the header as it is then.
-Settle = Callable[[VolumeSpec, Header], Awaitable[Header]]
+FinishRotation = Callable[[VolumeSpec, Header], Awaitable[Header]]
 
 
 class Unlocker:
@@ -25,28 +25,28 @@ class Unlocker:
     def __init__(
         self,
         crypt: Crypt,
-        settle: Settle,
+        finish_rotation: FinishRotation,
         keys: Keys,
         prompt: Prompt,
-        world: World,
+        inventory: Inventory,
         doing: Callable[[str, bool], None],
         told: Callable[[str, VmcryptdError], None],
     ) -> None:
         self._crypt = crypt
-        self._settle = settle
+        self._finish_rotation = finish_rotation
         self._keys = keys
         self._prompt = prompt
-        self._world = world
+        self._inventory = inventory
         self._doing = doing  # tells that a volume is busy (True) or waits (False)
         self._told = told  # tells why a volume waits
-        self._attempts = Attempts(crypt, world)
-        self._tokens = Tokens(crypt, world, self._attempts)
+        self._attempts = Attempts(crypt, inventory)
+        self._tokens = Tokens(crypt, inventory, self._attempts)
         self._openings: dict[str, Opening] = {}  # the latest of each volume
         self.absent: set[str] = set()  # volumes whose device is waited for
 
     async def open(self, name: str, may_ask: Callable[[], bool]) -> str:
         """Make the mapping. Returns the key source that fitted. Raises VmcryptdError."""
-        await self._wait_for_device(self._world.graph.volumes[name].spec)
+        await self._wait_for_device(self._inventory.graph.volumes[name].spec)
         self._prompt.fetching(name)
         return await self._open(name, lambda opening: opening.run(may_ask)) or ""
 
@@ -57,10 +57,10 @@ class Unlocker:
     async def _open(
         self, name: str, attempt: Callable[[Opening], Awaitable[str | None]]
     ) -> str | None:
-        spec = self._world.graph.volumes[name].spec
+        spec = self._inventory.graph.volumes[name].spec
         self._doing(name, True)
         header = await self._crypt.header(spec)
-        self._world.note_header(name, header)
+        self._inventory.note_header(name, header)
         if spec.uuid and header.uuid != spec.uuid:
             raise WrongUuidError(
                 f"volume {name}: the LUKS header on {spec.device} has the UUID {header.uuid}, the configuration says "
@@ -68,19 +68,19 @@ class Unlocker:
             )
         if self._is_usable(name):
             return ""  # somebody else was quicker
-        if taken_by := self._world.graph.volumes[name].taken_by:
+        if taken_by := self._inventory.graph.volumes[name].taken_by:
             raise BusyError(
                 f"volume {name}: the mapping name {name} is taken by something else ({taken_by}); "
                 f"`dmsetup info {name}` tells more, remove or rename it"
             )
-        if header.is_moved:
-            header = await self._settle(spec, header)
+        if header.data_reencrypted:
+            header = await self._finish_rotation(spec, header)
         opening = self._openings[name] = self._opening(spec, header)
         try:
             return await attempt(opening)
         except BusyError:
             # Somebody else may have been quicker just now.
-            self._world.observe()
+            self._inventory.observe()
             if self._is_usable(name):
                 return ""
             raise
@@ -100,7 +100,7 @@ class Unlocker:
             self._crypt,
             self._keys,
             self._prompt,
-            self._world,
+            self._inventory,
             self._attempts,
             self._tokens,
             doing=lambda is_busy: self._doing(name, is_busy),
@@ -108,7 +108,7 @@ class Unlocker:
         )
 
     def _is_usable(self, name: str) -> bool:
-        node = self._world.graph.volumes.get(name)
+        node = self._inventory.graph.volumes.get(name)
         return node is not None and node.is_usable
 
     def derivation(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
@@ -117,14 +117,14 @@ class Unlocker:
 
     async def _wait_for_device(self, spec: VolumeSpec) -> None:
         def is_there() -> bool:
-            node = self._world.graph.volumes[spec.name]
+            node = self._inventory.graph.volumes[spec.name]
             return bool(node.device) or node.is_open
 
         if is_there():
             return
         self.absent.add(spec.name)
         try:
-            if await self._world.until(is_there, spec.timeout_s):
+            if await self._inventory.until(is_there, spec.timeout_s):
                 return
         finally:
             self.absent.discard(spec.name)

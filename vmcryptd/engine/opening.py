@@ -21,7 +21,7 @@ from vmcryptd.core.model import Header, KeySource, SourceKind, Token, VolumeSpec
 from vmcryptd.core.ports import Crypt, Keys
 from vmcryptd.core.slot_order import Tried
 from vmcryptd.engine.derivation import Attempts
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.prompt import Answer, Prompt
 from vmcryptd.engine.tokens import Tokens, question
 
@@ -48,7 +48,7 @@ class Opening:
         crypt: Crypt,
         keys: Keys,
         prompt: Prompt,
-        world: World,
+        inventory: Inventory,
         attempts: Attempts,
         tokens: Tokens,
         doing: Callable[[bool], None],
@@ -60,7 +60,7 @@ class Opening:
         self._crypt = crypt
         self._keys = keys
         self._prompt = prompt
-        self._world = world
+        self._inventory = inventory
         self._attempts = attempts
         self._tokens = tokens
         self._doing = doing  # that it is busy (True) or waits for a person (False)
@@ -98,7 +98,7 @@ class Opening:
             return answer.source if await self._try_answer(answer) else None
 
     def _is_keystores(self, answer: Answer) -> bool:
-        node = self._world.graph.volumes.get(self._spec.name)
+        node = self._inventory.graph.volumes.get(self._spec.name)
         return node is not None and not answer.accepted.isdisjoint(node.keys_in)
 
     # --- sources that need nobody ---
@@ -347,7 +347,7 @@ class Opening:
 
     @property
     def _is_usable(self) -> bool:
-        node = self._world.graph.volumes.get(self._spec.name)
+        node = self._inventory.graph.volumes.get(self._spec.name)
         return node is not None and node.is_usable
 
     def _fail(self, source: str, error: VmcryptdError) -> None:

@@ -8,18 +8,20 @@ from collections.abc import Awaitable, Callable
 
 from vmcryptd.core.errors import VmcryptdError
 from vmcryptd.core.ports import Ports
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 
 # libvirt may hang while it kills; the keys do not wait for it longer than this.
 KILL_S = 5.0
 
 
-async def panic(world: World, ports: Ports, let_go: Callable[[str], Awaitable[None]]) -> list[str]:
+async def panic(
+    inventory: Inventory, ports: Ports, let_go: Callable[[str], Awaitable[None]]
+) -> list[str]:
     """Never stops at an error; returns a sentence for each.
 
     `let_go` ends what works on one volume, before that is closed and while the others are.
     """
-    graph = world.graph
+    graph = inventory.graph
     errors: list[str] = []
     tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -60,5 +62,5 @@ async def panic(world: World, ports: Ports, let_go: Callable[[str], Awaitable[No
             tasks[name] = asyncio.create_task(down(name))
     if tasks:
         await asyncio.wait(tasks.values())
-    world.observe()
+    inventory.observe()
     return errors

@@ -24,7 +24,7 @@ from vmcryptd.core.errors import (
 from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Header, Infinity, KeySlot, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, outcome
 from vmcryptd.engine.key_management import Derivation, KeySlots, opened_by
 
@@ -56,7 +56,7 @@ class Rotations:
     def __init__(
         self,
         ports: Ports,
-        world: World,
+        inventory: Inventory,
         key_slots: KeySlots,
         derivation: Derivation,
         begin: Callable[[str], Job],
@@ -65,7 +65,7 @@ class Rotations:
         changed: Callable[[], None],
     ) -> None:
         self._ports = ports
-        self._world = world
+        self._inventory = inventory
         self._key_slots = key_slots
         self._derivation = derivation
         self._begin_job = begin  # raises VmcryptdError while nothing new may begin
@@ -76,9 +76,9 @@ class Rotations:
 
     def start(self) -> None:
         """Follow those that run already, and find out which others were not finished."""
-        for name, spec in self._world.settings.volumes.items():
+        for name, spec in self._inventory.settings.volumes.items():
             if self._ports.reencryption.is_running(spec):
-                self._world.reencrypting.add(name)
+                self._inventory.reencrypting.add(name)
                 rotation = self._begin(spec, self._follow)
                 rotation.begun.set()
             elif self._key_slots.backup_due_since(name):
@@ -94,7 +94,7 @@ class Rotations:
         """As `VolumeView.rotation`."""
         if name in self._running:
             return "running"
-        return "unfinished" if name in self._world.reencrypting else ""
+        return "unfinished" if name in self._inventory.reencrypting else ""
 
     async def rotate(self, name: str, fd: int, *, drop_others: bool) -> None:
         """Put all data of an open volume under a new volume key, or go on with that; returns at the end.
@@ -136,7 +136,7 @@ class Rotations:
 
         Raises NoSuchVolumeError, StorageError.
         """
-        planner.check_volume(self._world.graph, name)
+        planner.check_volume(self._inventory.graph, name)
         if (rotation := self._running.get(name)) is not None:
             await self._stop(rotation, grace_s)
 
@@ -164,8 +164,8 @@ class Rotations:
             await asyncio.wait({rotation.task}, timeout=timeout)
 
     def _open_node(self, name: str) -> VolumeNode:
-        self._world.observe()
-        node = self._world.graph.volumes[name]
+        self._inventory.observe()
+        node = self._inventory.graph.volumes[name]
         if not node.is_usable:
             raise BusyError(
                 f"volume {name} is not open, and its key is rotated while it is: `vmcryptctl unlock {name}` first"
@@ -202,7 +202,7 @@ class Rotations:
         going = "goes on" if slot is None else "begins"
         log.info("the rotation of the volume key of %s %s", spec.name, going)
         async with self._key_slots.changing(spec, before):
-            if before.is_moved:
+            if before.data_reencrypted:
                 self._check_whole(spec, mapping)
             else:
                 await self._move(rotation, mapping, key, slot)
@@ -215,7 +215,7 @@ class Rotations:
             # Before it moves anything, cryptsetup opens the old volume key and the new one by this key.
             await reencryption.rotate(spec, mapping, key, slot, self._teller(rotation))
         except VmcryptdError:
-            if reencryption.is_torn(mapping) or not await self._is_moved(spec):
+            if reencryption.is_torn(mapping) or not await self._is_data_reencrypted(spec):
                 raise
 
     def _check_whole(self, spec: VolumeSpec, mapping: str) -> None:
@@ -226,10 +226,10 @@ class Rotations:
                 f"then `vmcryptctl lock {name}` and `vmcryptctl unlock {name}` put it right"
             )
 
-    async def _is_moved(self, spec: VolumeSpec) -> bool:
+    async def _is_data_reencrypted(self, spec: VolumeSpec) -> bool:
         """Whether what ended had nothing left to do but to say so."""
         try:
-            return (await self._key_slots.header(spec)).is_moved
+            return (await self._key_slots.header(spec)).data_reencrypted
         except VmcryptdError:
             return False
 
@@ -240,7 +240,7 @@ class Rotations:
         except VmcryptdError as error:
             # A disk at its limit is slow to answer. What runs on it runs all the same.
             log.warning("%s; tokens that lose their key slots by the rotation stay behind", error)
-        mapping = self._world.graph.volumes[rotation.name].mapping
+        mapping = self._inventory.graph.volumes[rotation.name].mapping
         await self._ports.reencryption.follow(rotation.spec, mapping, self._teller(rotation))
         await self._finish(rotation, before)
 
@@ -249,7 +249,7 @@ class Rotations:
             rotation.begun.set()
             if rotation.job.progress != progress:
                 rotation.job.progress = progress
-                self._world.reencrypting.add(rotation.name)
+                self._inventory.reencrypting.add(rotation.name)
                 self._changed()
 
         return told
@@ -257,8 +257,8 @@ class Rotations:
     async def _finish(self, rotation: _Rotation, before: Header | None) -> None:
         spec = rotation.spec
         header = await self._key_slots.header(spec)
-        if header.is_moved:
-            header = await self._key_slots.settle(spec, header)
+        if header.data_reencrypted:
+            header = await self._key_slots.finish_rotation(spec, header)
         if header.is_reencrypting:
             raise CancelledError(
                 f"the rotation of the volume key of {spec.name} has stopped before its end; nothing is lost, and it "
@@ -267,7 +267,7 @@ class Rotations:
         bound = {token.number for token in before.tokens if token.slots} if before else set()
         gone = [one for one in header.tokens if one.number in bound and not one.slots]
         await self._key_slots.drop_tokens(spec, gone)
-        self._world.forget_fitted(spec.name)
+        self._inventory.forget_fitted(spec.name)
         log.info("volume %s has a new volume key", spec.name)
 
     async def _look(self, spec: VolumeSpec) -> None:

@@ -14,9 +14,9 @@ from vmcryptd.core.model import Action, GuestState, Step, VolumeState
 from vmcryptd.core.ports import Ports
 from vmcryptd.core.states import Activities, Activity
 from vmcryptd.engine.guests import Guests
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, outcome
-from vmcryptd.engine.opener import Settle, Unlocker
+from vmcryptd.engine.opener import FinishRotation, Unlocker
 from vmcryptd.engine.prompt import Answer, Prompt
 
 log = logging.getLogger(__name__)
@@ -28,33 +28,33 @@ class Steps:
     def __init__(
         self,
         ports: Ports,
-        world: World,
+        inventory: Inventory,
         prompt: Prompt,
         activities: Activities,
         may_ask: Callable[[str], bool],
         touch: Callable[[], None],
         open_for: Callable[[Job, str], Awaitable[None]],
-        settle_key: Callable[[str], Awaitable[None]],
-        settle_header: Settle,
+        stop_rotation: Callable[[str], Awaitable[None]],
+        finish_rotation: FinishRotation,
     ) -> None:
         self.unlocker = Unlocker(
             ports.crypt,
-            settle_header,
+            finish_rotation,
             ports.keys,
             prompt,
-            world,
+            inventory,
             self._unlocking,
             self._still_locked,
         )
         self._ports = ports
-        self._world = world
+        self._inventory = inventory
         self._activities = activities
         self._prompt = prompt
         self._may_ask = may_ask
         self._touch = touch
         self._open_for = open_for
-        self._settle_key = settle_key
-        self._guests = Guests(ports.domains, world)
+        self._stop_rotation = stop_rotation
+        self._guests = Guests(ports.domains, inventory)
 
     async def run(self, job: Job, step: Step) -> None:
         """Raises VmcryptdError; DependencyError if something it needs failed."""
@@ -77,7 +77,7 @@ class Steps:
             raise
         finally:
             activity.doing = None
-            await self._world.look()
+            await self._inventory.look()
 
     async def _behind(self, job: Job, step: Step, activity: Activity) -> str | None:
         """Wait for the steps before this one. Raises DependencyError.
@@ -114,7 +114,7 @@ class Steps:
 
     def _is_left(self, job: Job, name: str, answer: Answer) -> bool:
         """Whether the answer opens none of the keystores that the volume waits for, as far as these are there."""
-        volumes = self._world.graph.volumes
+        volumes = self._inventory.graph.volumes
         if name not in volumes or not volumes[name].device:
             return False
 
@@ -150,7 +150,7 @@ class Steps:
             case Action.START:
                 self._show(activity, GuestState.STARTING)
                 await self._open_late_needs(job, step)
-                guests = self._world.graph.guests
+                guests = self._inventory.graph.guests
                 await self._guests.start(name, any(name in o.spec.after for o in guests.values()))
                 log.info("guest %s is started", name)
             case Action.STOP:
@@ -161,15 +161,15 @@ class Steps:
                 await domains.start_pool(name)
             case Action.STOP_POOL:
                 await domains.stop_pool(name)
-            case _ if name in self._world.graph.volumes:
-                await self._do_volume(step, self._world.graph.volumes[name], activity)
+            case _ if name in self._inventory.graph.volumes:
+                await self._do_volume(step, self._inventory.graph.volumes[name], activity)
 
     async def _open_late_needs(self, job: Job, step: Step) -> None:
         """What a disk image is backed by shows only once that can be read: when the plan is long made."""
         tried: set[str] = set()
         while True:
-            await self._world.chains_known()
-            graph = self._world.graph
+            await self._inventory.chains_known()
+            graph = self._inventory.graph
             needs = graph.guests[step.object].needs
             late = [
                 need
@@ -197,17 +197,17 @@ class Steps:
                 self._is_opened(name, source)
             case Action.ACTIVATE:
                 await blocks.activate(node.spec, node.mapping)
-                self._world.activated.add(name)
+                self._inventory.activated.add(name)
             case Action.MOUNT:
                 await blocks.mount(node.spec, node.mapping)
             case Action.UNMOUNT:
                 await blocks.unmount(node.spec, node.mapping)
             case Action.DEACTIVATE:
                 await blocks.deactivate(node.spec, node.mapping)
-                self._world.activated.discard(name)
+                self._inventory.activated.discard(name)
             case Action.LOCK if node.is_open:
                 self._show(activity, VolumeState.LOCKING)
-                await self._settle_key(name)
+                await self._stop_rotation(name)
                 await self._close(name, node.mapping)
                 log.info("volume %s is closed", name)
 

@@ -10,15 +10,15 @@ from vmcryptd.core.errors import KeyUnavailableError
 from vmcryptd.core.model import Header, KeySource, Token, VolumeSpec
 from vmcryptd.core.ports import Crypt, Key
 from vmcryptd.engine.derivation import Attempts
-from vmcryptd.engine.inventory import World
+from vmcryptd.engine.inventory import Inventory
 
 
 class Tokens:
     """Opens volumes by their tokens: one of a kind at a time, as there is one chip, and rarely a second stick."""
 
-    def __init__(self, crypt: Crypt, world: World, attempts: Attempts) -> None:
+    def __init__(self, crypt: Crypt, inventory: Inventory, attempts: Attempts) -> None:
         self._crypt = crypt
-        self._world = world
+        self._inventory = inventory
         self._attempts = attempts
         self._devices: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -42,7 +42,7 @@ class Tokens:
         """
         memory_kib = max((s.memory_kib for s in header.slots if s.number in token.slots), default=0)
         async with self._devices[token.kind], self._attempts.room(spec, memory_kib):
-            node = self._world.graph.volumes[spec.name]
+            node = self._inventory.graph.volumes[spec.name]
             suspended = node.mapping if node.is_open and node.suspended else ""
             await self._crypt.open_by_token(spec, token, pin, suspended)
 

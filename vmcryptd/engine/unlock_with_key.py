@@ -16,7 +16,7 @@ from vmcryptd.engine.prompt import Answer
 
 async def unlock(engine: Engine, name: str, fd: int) -> None:
     """Open one volume, and what it needs. `fd` is closed. Raises what kept the volume closed."""
-    engine.world.observe()
+    engine.inventory.observe()
     try:
         planner.check_volume(engine.graph, name)
     except VmcryptdError:
@@ -56,7 +56,7 @@ async def unlock_all(engine: Engine, fd: int) -> None:
     Raises WrongKeyError if it fits nothing, StillWaitingError if it fits some.
     """
     key = await engine.receive(fd)
-    engine.world.observe()
+    engine.inventory.observe()
     volumes, _ = engine.boot_set
     # What stands behind a keystore does not wait for a person itself, and may take an answer all the same.
     closed = _closed(engine, [*volumes, *engine.waiting, *sorted(engine.prompt.expected)])
@@ -140,4 +140,4 @@ async def _tried(
         )
 
     while any(job.id in engine.jobs for job in jobs) and not all(map(is_settled, volumes)):
-        await engine.world.move()
+        await engine.inventory.move()

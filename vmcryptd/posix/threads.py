@@ -35,7 +35,7 @@ class DaemonThreads:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 
-        def settle(result: T | None, error: BaseException | None) -> None:
+        def deliver(result: T | None, error: BaseException | None) -> None:
             if answer.done():
                 return
             if error is not None:
@@ -50,7 +50,7 @@ class DaemonThreads:
             except BaseException as error:  # noqa: BLE001 (handed on to the awaiting task)
                 failure = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, result, failure)
+                loop.call_soon_threadsafe(deliver, result, failure)
             # The error's traceback has this frame, which would keep it until a garbage collection.
             result = failure = None
 

@@ -63,10 +63,10 @@ class CryptsetupSlots:
     async def remove_token(self, volume: VolumeSpec, token: int) -> None:
         await self._keyless(["token", "remove", f"--token-id={token}"], volume)
 
-    async def settle(self, volume: VolumeSpec) -> None:
+    async def finish_rotation(self, volume: VolumeSpec) -> None:
         async with self._copy(volume) as copy:
             try:
-                _settle(copy)
+                _finish_rotation(copy)
             except DamagedHeaderError as error:
                 raise StorageError(
                     f"The end that the rotation of the volume key of {volume.name} lacks cannot be made up for: {error}"
@@ -199,11 +199,13 @@ def _path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-def _settle(copy: str) -> None:
+def _finish_rotation(copy: str) -> None:
     """In a file in memory. Raises OSError, DamagedHeaderError."""
     with open(copy, "r+b", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        written, areas = luks_header.settled(os.pread(file.fileno(), luks_header.WHOLE_SIZE, 0))
+        written, areas = luks_header.rotation_finished(
+            os.pread(file.fileno(), luks_header.WHOLE_SIZE, 0)
+        )
         if any(not len(written) <= start <= start + length <= size for start, length in areas):
             raise DamagedHeaderError("an old key slot lies outside of the header")
         os.pwrite(file.fileno(), written, 0)

@@ -84,7 +84,7 @@ class _Volume:
     tokens: tuple[_Token, ...] = ()
     rotates_in_s: float = 0.0
     is_half_rotated: bool = False
-    is_moved: bool = False
+    data_reencrypted: bool = False
     away: bool = False
     suspended: bool = False
     mounted: bool = False
@@ -211,7 +211,7 @@ class Simulation:
             self._volumes[lower].open for lower in volume.on if lower in self._volumes
         )
 
-    async def settle(self) -> None:
+    async def wait_udev(self) -> None:
         pass
 
     async def activate(self, volume: VolumeSpec, mapping: str) -> None:
@@ -266,7 +266,7 @@ class Simulation:
         bound = (n for n, slot in simulated.slots.items() if "clevis" in slot.sources)
         tokens += tuple(Token(len(tokens) + i, "clevis", (n,)) for i, n in enumerate(bound))
         uuid = f"{0:08x}-0000-0000-0000-{number:012x}"
-        return Header(2, uuid, slots, tokens, simulated.is_half_rotated, simulated.is_moved)
+        return Header(2, uuid, slots, tokens, simulated.is_half_rotated, simulated.data_reencrypted)
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         simulated = self._volumes[volume.name]
@@ -276,7 +276,7 @@ class Simulation:
                 f"volume {volume.name}: the key derivation ran out of memory (simulated)"
             )
         tried = [one for n, one in simulated.slots.items() if slot in (None, n)]
-        if simulated.is_moved or not any([await self._fits(one, key) for one in tried]):
+        if simulated.data_reencrypted or not any([await self._fits(one, key) for one in tried]):
             raise WrongKeyError(
                 f"volume {volume.name}: the key fits no key slot of {volume.device}"
             )
@@ -488,7 +488,7 @@ def _volume(entry: dict[str, Any]) -> _Volume:
         ),
         rotates_in_s=duration(entry.get("rotates_in", 0.1)),
         is_half_rotated=entry.get("half_rotated", False),
-        is_moved=entry.get("moved", False),
+        data_reencrypted=entry.get("moved", False),
         away=entry.get("away", False),
     )
 

@@ -46,7 +46,7 @@ class HasSlots(Protocol):
     slots: dict[int, SimSlot]
     rotates_in_s: float
     is_half_rotated: bool
-    is_moved: bool
+    data_reencrypted: bool
     fault: str
 
 
@@ -138,10 +138,10 @@ class SimSlots:
         self.calls.append(f"drop {path}")
         self.files.discard(path)
 
-    async def settle(self, volume: VolumeSpec) -> None:
-        self.calls.append(f"settle {volume.name}")
+    async def finish_rotation(self, volume: VolumeSpec) -> None:
+        self.calls.append(f"finish rotation {volume.name}")
         simulated = self.volumes[volume.name]
-        simulated.is_half_rotated = simulated.is_moved = False
+        simulated.is_half_rotated = simulated.data_reencrypted = False
 
     async def back_up(self, volume: VolumeSpec, fd: int) -> None:
         self.calls.append(f"back up {volume.name}")

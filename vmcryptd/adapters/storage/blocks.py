@@ -72,7 +72,7 @@ class SysfsBlocks:
     def observe(self, paths: Iterable[str]) -> Storage:
         return sysfs.observe(self._roots, paths, self._lasting)
 
-    async def settle(self) -> None:
+    async def wait_udev(self) -> None:
         try:
             done = await run(
                 ["udevadm", "settle", f"--timeout={SETTLE_S:.0f}"], timeout_s=SETTLE_S + 5
@@ -110,7 +110,7 @@ class SysfsBlocks:
             return
         if done.code != 0:
             raise StorageError(f"The volume group {name} cannot be activated: {done.complaint}")
-        await self.settle()
+        await self.wait_udev()
 
     async def deactivate(self, volume: VolumeSpec, mapping: str) -> None:
         # The kernel is asked what is active: that costs nothing, and never waits for a disk.
@@ -133,7 +133,7 @@ class SysfsBlocks:
                 group,
             ]
             if attempt:
-                await self.settle()  # udev may be looking into them (systemd#33129)
+                await self.wait_udev()  # udev may be looking into them (systemd#33129)
             done = await run(argv, timeout_s=LVM_S)
             if done.code == 0:
                 return
@@ -209,7 +209,7 @@ class SysfsBlocks:
         done = Completed(1)
         for attempt in range(BUSY_TRIES):
             if attempt:
-                await self.settle()
+                await self.wait_udev()
             done = await run(["umount", "--", mount.target], timeout_s=MOUNT_S)
             if done.code == 0 or "busy" not in done.err:
                 break
