@@ -1,5 +1,33 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fixtures: a machine for one test, or one that the tests of a module share."""
+"""Fixtures: a machine for one test, or one that the tests of a module share.
+
+Emulated, a boot takes one to two minutes, and going on from a snapshot two seconds. So boot only to test the boot:
+
+    def test_something(host: HostFactory) -> None:
+        with host(disks=["64M"]).resume() as vm:  # booted and settled, with the package; the disks are plugged in
+            lab.Lab(vm).encrypted_guest("imap", lab.disk(0))
+            …
+            vm.power_cut()
+        with vm.host.boot(wait=False) as vm:  # a real boot, from the same disks
+            …
+
+Tests that begin alike share what was prepared, and none sees what another did:
+
+    @pytest.fixture(scope="module")
+    def prepared(module_host: HostFactory) -> Snapshot:
+        with module_host(disks=["64M"]).resume() as vm:
+            …
+            return vm.save()
+
+    @pytest.fixture
+    def vm(host: HostFactory, prepared: Snapshot) -> Iterator[Vm]:
+        with host(snapshot=prepared).resume() as vm:
+            yield vm
+
+What ran when a machine was saved runs on: daemons, guests, open volumes, and each `lab.Caller` (make it again for the
+new Vm: it finds its other half). The machine's clock goes on from the time at which it was saved, so its files and its
+journal fit together; nothing in it may be compared with the time outside.
+"""
 
 import fcntl
 import functools

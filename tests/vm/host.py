@@ -10,17 +10,30 @@
         vm.console.type("secret\n")
         vm.poweroff()
 
+Emulated, a boot takes a minute or two. A test that needs a host which has booted, and not the boot itself, resumes a
+snapshot within a second or two:
+
+    with host.resume() as vm:  # booted and settled, nothing is configured, the host's disks are plugged in
+        …
+        kept = vm.save()  # ends this machine
+    with Host(image, Path("elsewhere"), snapshot=kept).resume() as vm:  # goes on from there, as often as wanted
+        …
+
 The host's directory keeps the console's and the journal's transcript of every boot.
 """
 
 import base64
 import contextlib
+import dataclasses
+import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +48,8 @@ from typing import Any, Literal, Self
 from tests.vm import guest
 
 PROJECT = Path(__file__).resolve().parents[2]
-HOTPLUG_SLOTS = 4
+# As many disks as a test plugs into a machine that runs.
+HOTPLUG_SLOTS = 24
 
 # A machine without KVM on a busy host is slow. These bound a hang; no test measures with them.
 BOOT_TIMEOUT_S = 180.0
@@ -54,6 +68,16 @@ CPU: dict[Accel, str] = {
     "kvm": "max",
     "tcg": "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+rdrand,+rdseed",
 }
+
+
+# Run once in a host that has just booted, before its snapshot is taken. Each of these is slow only the first time:
+# libvirt asks QEMU for its capabilities, the kernel loads modules, Python and the programs come from the disk.
+SETTLE = """
+modprobe -a dm_crypt af_alg algif_skcipher algif_hash
+virsh capabilities; virsh domcapabilities
+vmcryptctl status; busctl status org.vmcryptd1; cryptsetup --version; dmsetup ls; python3 -c 'import json, subprocess'
+udevadm settle; sync
+"""
 
 
 class VmError(Exception):
@@ -156,11 +180,12 @@ class CommandError(VmError):
 class Console:
     """The first serial line, as somebody sees it who sits in front of it."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, text: str = "", seen: int = 0) -> None:
         self._connection = connection
         self._changed = threading.Condition()
-        self._text = ""
-        self._seen = 0
+        # What was shown before, and how much of it was expected: a machine that is resumed goes on.
+        self._text = text
+        self.seen = seen
         self._closed = False
         # Called with what arrives, for somebody who watches.
         self.mirror: Callable[[bytes], None] = lambda data: None
@@ -188,9 +213,9 @@ class Console:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while True:
-                match = re.compile(pattern).search(self._text, self._seen)
+                match = re.compile(pattern).search(self._text, self.seen)
                 if match:
-                    self._seen = match.end()
+                    self.seen = match.end()
                     return match
                 left = deadline - time.monotonic()
                 if self._closed or left <= 0:
@@ -270,6 +295,21 @@ class Qmp:
             raise VmError(f"{command}: {answer['error']['desc']}")
         return answer["return"]
 
+    def migrate(self, command: str, memory: Path, timeout_s: float = 120) -> None:
+        """Write the machine's memory to a file, or read it: https://www.qemu.org/docs/master/devel/migration/mapped-ram.html"""
+        before = len(self.events)
+
+        def ended() -> list[str]:
+            changes = [e["data"] for e in self.events[before:] if e["event"] == "MIGRATION"]
+            return [c["status"] for c in changes if c["status"] in ("completed", "failed")]
+
+        capabilities = [{"capability": name, "state": True} for name in ("events", "mapped-ram")]
+        self.execute("migrate-set-capabilities", capabilities=capabilities)
+        self.execute(command, uri=f"file:{memory}")
+        self.channel.wait(lambda: bool(ended()), timeout_s, command)
+        if ended() != ["completed"]:
+            raise VmError(f"{command} of {memory} failed: {self.execute('query-migrate')}")
+
     def wait_event(self, name: str, timeout_s: float = 60, **data: object) -> Json:
         """The event of this name and data, also if it has already come."""
 
@@ -319,10 +359,13 @@ def _result(code: int, out: bytes, err: bytes) -> Result:
 class _Control:
     """The other end of the image's vm-control."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._numbers = itertools.count(1)
+    def __init__(
+        self, connection: socket.socket, boot_ids: Sequence[str] = (), first: int = 1
+    ) -> None:
+        # Commands that run in a machine while it is saved keep their numbers when it goes on.
+        self._numbers = itertools.count(first)
         self._answers: dict[int, Json] = {}
-        self.boot_ids: list[str] = []
+        self.boot_ids = list(boot_ids)
         self.channel = _Channel(connection, self._received)
 
     def _received(self, message: Json) -> None:
@@ -331,8 +374,12 @@ class _Control:
         elif "code" in message:
             self._answers[message["id"]] = message
 
+    def reserve(self) -> int:
+        """The next command's number."""
+        return next(self._numbers)
+
     def start(self, argv: Sequence[str], stdin: bytes, timeout_s: float | None) -> int:
-        number = next(self._numbers)
+        number = self.reserve()
         self.channel.send(
             {
                 "id": number,
@@ -362,13 +409,26 @@ def _argv(command: Command) -> list[str]:
 class Vm:
     """One boot of a host, from power on to power off."""
 
-    def __init__(self, host: "Host", process: subprocess.Popen[bytes], sockets: "_Sockets") -> None:
+    def __init__(
+        self,
+        host: "Host",
+        process: subprocess.Popen[bytes],
+        sockets: "_Sockets",
+        disks: Mapping[int, str],
+        saved: "_Saved | None" = None,
+    ) -> None:
         self.host = host
-        self.console = Console(sockets.console)
+        if saved:
+            text = host.console_path(host.boots).read_text(errors="replace")
+            self.console = Console(sockets.console, text, saved.console_seen)
+            self._control = _Control(sockets.control, [saved.boot_id], saved.next_command)
+        else:
+            self.console = Console(sockets.console)
+            self._control = _Control(sockets.control)
         self.qmp = Qmp(sockets.qmp)
-        self._control = _Control(sockets.control)
         self._process = process
-        self._slots = {f"slot{number}": "" for number in range(HOTPLUG_SLOTS)}
+        # Index of a disk that is plugged in → the bus that it is on.
+        self._buses = dict(disks)
 
     def __enter__(self) -> Self:
         return self
@@ -508,32 +568,101 @@ class Vm:
         for reader in (self.console, self.qmp.channel, self._control.channel):
             reader.reader.join()
 
+    # Snapshots
+
+    def save(self, directory: Path | None = None) -> "Snapshot":
+        """Keep the machine as it is at this moment, with its disks, and end it.
+
+        Commands in the background go on in the machine that is resumed; their answers get lost. The snapshot lies
+        in the host's directory unless another one is given.
+        """
+        directory = directory or self.host.directory / "kept"
+        unfinished = directory.with_name(directory.name + ".new")
+        unfinished.mkdir(parents=True)
+        saved = _Saved(
+            host=self.host.description(),
+            # As items: the keys of a JSON object are no numbers.
+            disks=list(self._buses.items()),
+            boot_id=self._control.boot_ids[0],
+            next_command=self._control.reserve(),
+            console_seen=self.console.seen,
+        )
+        (unfinished / _MACHINE).write_text(json.dumps(dataclasses.asdict(saved), indent=1))
+        self.qmp.execute("stop")
+        self.qmp.migrate("migrate", unfinished / _MEMORY)
+        self.qmp.execute("quit")
+        self.wait_off()
+        self.host.keep_files(unfinished)
+        unfinished.rename(directory)
+        return Snapshot(directory)
+
+    def load(self, snapshot: "Snapshot") -> None:
+        """The other end of save(), in a machine that waits for it."""
+        self.qmp.migrate("migrate-incoming", snapshot.directory / _MEMORY)
+        self.qmp.execute("cont")
+
     # Disks
 
     def plug_disk(self, index: int) -> str:
         """Plugs in one of the host's disks; it appears as /dev/disk/by-id/virtio-diskINDEX."""
-        slot = next((name for name, used in self._slots.items() if not used), None)
+        slot = next((name for name in _SLOTS if name not in self._buses.values()), None)
         if slot is None:
             raise VmError(f"all {HOTPLUG_SLOTS} slots are taken")
-        name = f"disk{index}"
         self.qmp.execute("blockdev-add", **self.host.block_device(index))
-        self.qmp.execute(
-            "device_add", driver="virtio-blk-pci", id=name, drive=name, serial=name, bus=slot
-        )
-        self._slots[slot] = name
-        return f"/dev/disk/by-id/virtio-{name}"
+        self.qmp.execute("device_add", **_disk_device(index, slot))
+        self._buses[index] = slot
+        return f"/dev/disk/by-id/virtio-disk{index}"
 
     def unplug_disk(self, index: int) -> None:
         """Pulls a plugged disk out as its tray's button does: the machine lets go of it first."""
         name = f"disk{index}"
-        slot = next((slot for slot, used in self._slots.items() if used == name), None)
-        if slot is None:
+        if self._buses.get(index) not in _SLOTS:
             raise VmError(f"{name} was not plugged in by plug_disk()")
         self.qmp.events.clear()
         self.qmp.execute("device_del", id=name)
         self.qmp.wait_event("DEVICE_DELETED", device=name)
         self.qmp.execute("blockdev-del", **{"node-name": name})
-        self._slots[slot] = ""
+        del self._buses[index]
+
+
+_MACHINE, _MEMORY = "machine.json", "memory"
+_SLOTS = [f"slot{number}" for number in range(HOTPLUG_SLOTS)]
+
+
+def _disk_device(index: int, slot: str) -> Json:
+    name = f"disk{index}"
+    return {"driver": "virtio-blk-pci", "id": name, "drive": name, "serial": name, "bus": slot}
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is to be known about a machine whose memory is in a file."""
+
+    host: Json
+    disks: Sequence[tuple[int, str]]
+    boot_id: str
+    next_command: int
+    console_seen: int
+
+    @property
+    def buses(self) -> dict[int, str]:
+        return dict(self.disks)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A machine that was saved: its memory, and its disks at that moment. It is never written to.
+
+    The clock of a machine that is resumed goes on from when it was saved.
+    """
+
+    directory: Path
+
+    def saved(self) -> _Saved:
+        return _Saved(**json.loads((self.directory / _MACHINE).read_text()))
+
+    def file(self, name: str) -> Path:
+        return self.directory / name
 
 
 @dataclass(frozen=True)
@@ -557,21 +686,50 @@ class Host:
     cpus: int = 2
     kernel_options: Sequence[str] = ()
     extra_qemu: Sequence[str] = ()
+    # What resume() goes on from, with the disks that belong to it. None: the image, booted and settled.
+    snapshot: Snapshot | None = None
     boots: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for index, size in enumerate(self.disks):
-            subprocess.run(["truncate", "-s", size, self.disk_path(index)], check=True)
+        if self.snapshot:
+            if self.disks or self.extra_qemu:
+                raise ValueError("a snapshot has its own disks and devices")
+            for name, value in self.snapshot.saved().host.items():
+                setattr(self, name, value)
         if not self.root_path.exists():
-            subprocess.run(
-                [
-                    *self.image.tool("qemu-img"),
-                    "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image.disk,
-                    self.root_path,
-                ],
-                check=True,
-            )  # fmt: skip
+            for index, size in enumerate(self.disks):
+                if self.snapshot:
+                    _copy(self.snapshot.file(self.disk_path(index).name), self.disk_path(index))
+                else:
+                    subprocess.run(["truncate", "-s", size, self.disk_path(index)], check=True)
+            self._overlay(self.snapshot)
+
+    def _overlay(self, snapshot: Snapshot | None) -> None:
+        """A root of this machine's own, over what it begins with."""
+        lower = (
+            ["qcow2", snapshot.file(self.root_path.name)] if snapshot else ["raw", self.image.disk]
+        )
+        subprocess.run(
+            [
+                *self.image.tool("qemu-img"),
+                "create", "-q", "-f", "qcow2", "-F", lower[0], "-b", lower[1], self.root_path,
+            ],
+            check=True,
+        )  # fmt: skip
+
+    def description(self) -> Json:
+        """The fields that a machine must have to be resumed from a snapshot of this one."""
+        names = ("disks", "plugged", "memory_mib", "cpus", "kernel_options")
+        return {name: getattr(self, name) for name in names}
+
+    def keep_files(self, directory: Path) -> None:
+        """What a machine that was saved leaves: its disks and its transcripts."""
+        self.root_path.rename(directory / self.root_path.name)
+        for index in range(len(self.disks)):
+            self.disk_path(index).rename(directory / self.disk_path(index).name)
+        for path in self._transcripts():
+            path.rename(directory / _transcript(path))
 
     @property
     def root_path(self) -> Path:
@@ -596,6 +754,9 @@ class Host:
         """The journal to the last line, also of a machine that went off."""
         return self.directory / f"journal-{boot}.log"
 
+    def _transcripts(self) -> list[Path]:
+        return [self.console_path(self.boots), self.journal_path(self.boots)]
+
     def boot(self, *, wait: bool = True) -> Vm:
         """Switches on and waits until the boot is complete.
 
@@ -616,13 +777,54 @@ class Host:
             vm.power_cut()
             self.boots -= 1
 
+    def resume(self) -> Vm:
+        """Go on from the host's snapshot, once; its clock goes on from when that was saved.
+
+        A host without one goes on from its image, booted and settled, and gets its disks plugged in.
+        """
+        if self.boots:
+            raise VmError(
+                "the disks of this host are not any more as the snapshot's memory knows them"
+            )
+        snapshot = self.snapshot or booted(self)
+        saved = snapshot.saved()
+        self.boots += 1
+        for path in self._transcripts():
+            shutil.copyfile(snapshot.file(_transcript(path)), path)
+        if not self.snapshot:
+            self.root_path.unlink()
+            self._overlay(snapshot)
+        vm = self._start(saved)
+        try:
+            vm.load(snapshot)
+            if not self.snapshot:
+                devices = [vm.plug_disk(index) for index in self._plugged()]
+                if devices:
+                    vm.wait_until(" && ".join(f"test -b {device}" for device in devices))
+        except BaseException:
+            vm.power_cut()
+            raise
+        return vm
+
     def switch_on(self) -> Vm:
         """The machine from its first moment on, for who watches."""
         self.boots += 1
+        for path in self._transcripts():
+            path.unlink(missing_ok=True)
+        return self._start()
+
+    def _start(self, saved: _Saved | None = None) -> Vm:
+        disks = saved.buses if saved else dict.fromkeys(self._plugged(), "pcie.0")
         pairs = {name: socket.socketpair() for name in _Sockets.__dataclass_fields__}
         inner = {name: pair[1].fileno() for name, pair in pairs.items()}
         # QEMU must not outlive a test run that was killed.
-        command = ["setpriv", "--pdeathsig", "KILL", "--", *self._qemu(inner)]
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "--",
+            *self._qemu(inner, disks, incoming=bool(saved)),
+        ]
         with (self.directory / f"qemu-{self.boots}.log").open("wb") as log:
             process = subprocess.Popen(
                 command,
@@ -636,14 +838,18 @@ class Host:
             end.close()
         ours = _Sockets(**{name: pair[0] for name, pair in pairs.items()})
         try:
-            return Vm(self, process, ours)
+            return Vm(self, process, ours, disks, saved)
         except VmError as error:
             process.kill()
             process.wait()
             said = (self.directory / f"qemu-{self.boots}.log").read_text()
             raise VmError(f"QEMU did not start: {error}\n{said}") from None
 
-    def _qemu(self, sockets: Mapping[str, int]) -> list[str]:
+    def _plugged(self) -> Sequence[int]:
+        return range(len(self.disks)) if self.plugged is None else self.plugged
+
+    def _machine(self) -> list[str]:
+        """The part of the command line that a machine and those that are resumed from it have in common."""
         accel = accelerator(self.image)
         options = [
             "root=LABEL=root",
@@ -662,9 +868,7 @@ class Host:
             *(("nohz=off", "highres=off") if accel == "tcg" and self.cpus > 1 else ()),
             *self.kernel_options,
         ]
-        plugged = range(len(self.disks)) if self.plugged is None else self.plugged
         return [
-            *self.image.qemu(),
             "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
             "-machine", "q35",
             "-accel", "kvm" if accel == "kvm" else "tcg,thread=multi",
@@ -674,32 +878,74 @@ class Host:
             "-kernel", f"{self.image.kernel}",
             "-initrd", f"{self.image.initrd}",
             "-append", " ".join(options),
-            "-blockdev",
-            f"driver=qcow2,node-name=root,file.driver=file,file.filename={self.root_path}",
             "-device", "virtio-blk-pci,drive=root,serial=root",
+            # Eight to a device: the guest finds and drives them as if each were one of its own.
             *(
                 word
-                for index in plugged
+                for number, slot in enumerate(_SLOTS)
                 for word in (
-                    "-blockdev", json.dumps(self.block_device(index)),
-                    "-device", f"virtio-blk-pci,drive=disk{index},serial=disk{index}",
+                    "-device",
+                    json.dumps({
+                        "driver": "pcie-root-port", "id": slot, "chassis": number + 1,
+                        "multifunction": True, "addr": f"{0x10 + number // 8:#x}.{number % 8}",
+                    }),
                 )
-            ),
-            *(
-                word
-                for slot in range(HOTPLUG_SLOTS)
-                for word in ("-device", f"pcie-root-port,id=slot{slot},chassis={slot + 1}")
             ),
             "-device", "virtio-rng-pci",
             "-device", "virtio-serial-pci",
-            "-chardev",
-            f"socket,id=console,fd={sockets['console']},logfile={self.console_path(self.boots)}",
             "-serial", "chardev:console",
-            "-chardev", f"socket,id=control,fd={sockets['control']}",
             "-device", "virtserialport,chardev=control,name=vm.control",
-            "-chardev", f"file,id=journal,path={self.journal_path(self.boots)}",
             "-device", "virtserialport,chardev=journal,name=vm.journal",
-            "-chardev", f"socket,id=qmp,fd={sockets['qmp']}",
-            "-mon", "chardev=qmp,mode=control",
             *self.extra_qemu,
         ]  # fmt: skip
+
+    def _qemu(
+        self, sockets: Mapping[str, int], disks: Mapping[int, str], *, incoming: bool
+    ) -> list[str]:
+        return [
+            *self.image.qemu(),
+            "-chardev",
+            f"socket,id=console,fd={sockets['console']},logfile={self.console_path(self.boots)},logappend=on",
+            "-chardev", f"socket,id=control,fd={sockets['control']}",
+            "-chardev", f"file,id=journal,path={self.journal_path(self.boots)},append=on",
+            "-chardev", f"socket,id=qmp,fd={sockets['qmp']}",
+            "-mon", "chardev=qmp,mode=control",
+            "-blockdev",
+            f"driver=qcow2,node-name=root,file.driver=file,file.filename={self.root_path}",
+            *self._machine(),
+            *(
+                word
+                for index, bus in disks.items()
+                for word in (
+                    "-blockdev", json.dumps(self.block_device(index)),
+                    "-device", json.dumps(_disk_device(index, bus)),
+                )
+            ),
+            *(("-incoming", "defer") if incoming else ()),
+        ]  # fmt: skip
+
+
+def booted(host: Host) -> Snapshot:
+    """The snapshot of a host's image after its boot, without disks: made once and kept beside the image."""
+    if host.extra_qemu:
+        raise VmError("a machine with devices of its own has no snapshot of its boot: boot it")
+    key = hashlib.sha256("\0".join([*host._machine(), SETTLE]).encode()).hexdigest()[:12]
+    directory = host.image.directory / f"booted-{key}"
+    with (host.image.directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run side by side boot one
+        if not directory.exists():
+            with tempfile.TemporaryDirectory(dir=host.image.directory, prefix="booting-") as name:
+                plain = dataclasses.replace(host, directory=Path(name), disks=(), plugged=None)
+                with plain.boot() as vm:
+                    vm.run(SETTLE)
+                    vm.save(directory)
+    return Snapshot(directory)
+
+
+def _copy(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "--reflink=auto", "--sparse=always", source, target], check=True)
+
+
+def _transcript(path: Path) -> str:
+    """console-3.log → console.log"""
+    return path.name.partition("-")[0] + path.suffix

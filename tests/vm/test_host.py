@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.vm import guest
-from tests.vm.host import CommandError, Console, Host, Image, Vm, _Control, build_image
+from tests.vm.host import CommandError, Console, Host, Image, Vm, VmError, _Control, build_image
 
 MAPPING = "/dev/mapper/cr_guest"
 PASSPHRASE = b"correct horse"
@@ -144,6 +144,37 @@ def test_one_machine_is_switched_on_twice(host: Callable[..., Host]) -> None:
         vm.run("virsh start guest")
         vm.wait_counters(MAPPING, guest.Counters(2, 1))
         assert vm.reboot() == "guest-reset"
+
+
+def test_a_machine_goes_on_from_where_it_was_saved(host: Callable[..., Host]) -> None:
+    """With what runs in it, and as often as wanted; none of those that go on sees what another did."""
+    with host(disks=["64M", "64M"], plugged=[1]).resume() as vm:
+        assert vm.wait_booted() == "running"
+        boot_id = vm.get("/proc/sys/kernel/random/boot_id")
+        device = vm.plug_disk(0)
+        vm.wait_until(f"test -b {device}")
+        vm.run(FORMAT, stdin=PASSPHRASE)
+        vm.run(OPEN, stdin=PASSPHRASE)
+        vm.run(f"echo saved >/root/file; echo saved | dd of={MAPPING} conv=fsync status=none")
+        vm.run("echo saved >/dev/ttyS0")
+        vm.console.expect("saved")
+        vm.background("echo $$ >/run/pid; exec sleep infinity")
+        vm.wait_until("pgrep -x sleep")
+        kept = vm.save()
+        assert not vm.on
+    for _ in range(2):
+        with host(snapshot=kept).resume() as vm:
+            assert vm.get("/proc/sys/kernel/random/boot_id") == boot_id
+            assert vm.get("/root/file") == b"saved\n"
+            assert vm.run(f"head -c 5 {MAPPING}").out == "saved"
+            vm.run("kill -0 $(cat /run/pid)")
+            vm.run(f"echo other >/root/file; echo other | dd of={MAPPING} conv=fsync status=none")
+            vm.run("sync; echo other >/dev/ttyS0")
+            vm.console.expect("other")
+            assert "saved" in vm.console.transcript
+            with pytest.raises(VmError, match="not any more"):
+                vm.host.resume()
+            vm.unplug_disk(1)
 
 
 def test_a_deaf_guest_does_not_hear_the_button(vm: Vm) -> None:
