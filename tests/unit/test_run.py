@@ -44,6 +44,10 @@ def test_environment_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_output_is_bounded() -> None:
     done = sh("head -c 3000000 /dev/zero; head -c 3000000 /dev/zero >&2")
     assert (done.code, len(done.out), len(done.err)) == (0, OUTPUT_LIMIT, OUTPUT_LIMIT)
+    assert done.is_cut
+    more = run(["head", "-c", "3000000", "/dev/zero"], timeout_s=5, output_limit=3_000_000)
+    assert len(asyncio.run(more).out) == 3_000_000
+    assert not asyncio.run(run(["echo"], timeout_s=5)).is_cut
 
 
 def test_descriptors() -> None:

@@ -33,6 +33,7 @@ class Completed(NamedTuple):
     code: int
     out: str = ""
     err: str = ""
+    is_cut: bool = False  # it wrote more than was kept
 
     @property
     def reason(self) -> str:
@@ -70,11 +71,13 @@ async def run(
     environment: Mapping[str, str] | None = None,
     stderr_to_journal: bool = False,
     expendable: bool = False,
+    output_limit: int = OUTPUT_LIMIT,
 ) -> Completed:
     """Run a program to its end. Raises CommandError, DeadlineError.
 
     `fds`: descriptors that the program has under the same numbers, as /proc/self/fd/N.
     `expendable`: it may need a lot of memory; when there is none left, it dies before all others.
+    `output_limit`: bytes of each output that are kept; the rest is dropped, and `is_cut` says so.
 
     Descriptors stay the caller's. When the deadline passes or the task is cancelled, the whole
     process group is killed and the child reaped.
@@ -84,7 +87,10 @@ async def run(
     # once the child's exec is done; vfork makes that short.
     path = program(argv[0])
     loop = asyncio.get_running_loop()
-    with _capture(loop, stdout is None) as out, _capture(loop, not stderr_to_journal) as err:
+    with (
+        _capture(loop, stdout is None, output_limit) as out,
+        _capture(loop, not stderr_to_journal, output_limit) as err,
+    ):
         try:
             child = subprocess.Popen(  # noqa: ASYNC220 (see above)
                 [path, *argv[1:]],
@@ -115,14 +121,16 @@ async def run(
                 await _kill(child, ended)
         if not in_time:
             raise DeadlineError(f"{argv[0]} did not end within {timeout_s:g} s and was stopped")
-        return Completed(child.wait(), out.text(), err.text())
+        return Completed(child.wait(), out.text(), err.text(), out.is_cut or err.is_cut)
 
 
 class _Output:
-    """The first 64 KiB of what a child writes; the rest is dropped, so that it never blocks."""
+    """The first bytes of what a child writes; the rest is dropped, so that it never blocks."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self._loop = loop
+        self._limit = limit
+        self.is_cut = False
         self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.reader, False)
         self._content = bytearray()
@@ -142,7 +150,9 @@ class _Output:
             block = os.read(self.reader, OUTPUT_LIMIT)
         except BlockingIOError:
             return False
-        self._content += block[: OUTPUT_LIMIT - len(self._content)]
+        room = self._limit - len(self._content)
+        self._content += block[:room]
+        self.is_cut = self.is_cut or len(block) > room
         if not block:
             self._loop.remove_reader(self.reader)
         return bool(block)
@@ -164,6 +174,7 @@ class _NoOutput:
     """Stands for an output that goes elsewhere."""
 
     writer = -1
+    is_cut = False
 
     def started(self) -> None: ...
 
@@ -172,11 +183,13 @@ class _NoOutput:
 
 
 @contextlib.contextmanager
-def _capture(loop: asyncio.AbstractEventLoop, wanted: bool) -> Iterator[_Output | _NoOutput]:
+def _capture(
+    loop: asyncio.AbstractEventLoop, wanted: bool, limit: int
+) -> Iterator[_Output | _NoOutput]:
     if not wanted:
         yield _NoOutput()
         return
-    output = _Output(loop)
+    output = _Output(loop, limit)
     try:
         yield output
     finally:
