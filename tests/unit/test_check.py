@@ -201,6 +201,13 @@ def test_findings(text: str, more: dict[str, Any], severity: str, words: str) ->
         ),
         (
             GOOD,
+            [guest("g", disk("/x"))],
+            {"unread_chains": {"/x": "too many snapshots"}},
+            WARNING,
+            "what its disk /x is backed by is not known: too many snapshots",
+        ),
+        (
+            GOOD,
             [guest("g", disk("/x"), running=True), guest("h", disk("/link-to-x"), running=True)],
             {},
             ERROR,

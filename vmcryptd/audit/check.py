@@ -257,6 +257,10 @@ def _guests(facts: Facts) -> Iterator[Finding]:
                 text = f"its disk {source.path} begins with a LUKS header that is no volume here"
                 advice = "if the guest itself encrypts it, this is right; else it will overwrite the header"
                 yield Finding(WARNING, where, text, advice)
+            if why := facts.unread_chains.get(source.path):
+                text = f"what its disk {source.path} is backed by is not known: {why}"
+                advice = f"name the volumes in needs = [...] of [guest.{name}]"
+                yield Finding(WARNING, where, text, advice)
         if not graph.libvirt_reachable:
             continue
         if guest.spec.configured and guest.domain is None:

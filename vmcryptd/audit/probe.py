@@ -71,6 +71,7 @@ class Facts:
     identities: Mapping[str, str] = field(
         default_factory=dict
     )  # a guest's path → what it really is
+    unread_chains: Mapping[str, str] = field(default_factory=dict)  # disk image → why
     luks_disks: frozenset[str] = frozenset()  # guests' disks that begin with a LUKS header
     files: Mapping[str, File] = field(default_factory=dict)  # those that exist
     credentials: frozenset[str] = frozenset()
@@ -87,13 +88,15 @@ class Facts:
 
 async def look(settings: Settings) -> Facts:
     """Raises GraphError."""
-    virtualisation, error, chains = Virtualisation(), "", {}
+    virtualisation, error = Virtualisation(), ""
+    chains: dict[str, tuple[str, ...]] = {}
+    unread: dict[str, str] = {}
     blocks = SysfsBlocks()
     if settings.volumes or settings.guests:
         libvirt = Libvirt(settings.daemon.libvirt_uri)
         try:
             virtualisation = await libvirt.refresh(LIBVIRT_S)
-            chains = await _chains(libvirt, virtualisation)
+            chains, unread = await _chains(libvirt, virtualisation)
         except VmcryptdError as failure:
             error = str(failure)
         finally:
@@ -108,6 +111,7 @@ async def look(settings: Settings) -> Facts:
         graph=graph,
         headers=await _headers(graph),
         identities=_identities(virtualisation, storage),
+        unread_chains=unread,
         luks_disks=frozenset(_luks_disks(graph, virtualisation, storage)),
         files=_files(settings),
         credentials=loaded | frozenset(_stored_credentials()),
@@ -123,14 +127,21 @@ async def look(settings: Settings) -> Facts:
     )
 
 
-async def _chains(libvirt: Libvirt, virtualisation: Virtualisation) -> dict[str, tuple[str, ...]]:
-    found = {}
+async def _chains(
+    libvirt: Libvirt, virtualisation: Virtualisation
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Disk image → what it is backed by; and the same for those that cannot be read → why."""
+    found, unread = {}, {}
     for domain in virtualisation.domains.values():
         for source in domain.sources:
             if source.type is SourceType.FILE and _is_file(source.path):
-                chain = await libvirt.chain(source)
+                try:
+                    chain = await libvirt.chain(source)
+                except VmcryptdError as error:
+                    unread[source.path] = str(error)
+                    continue
                 found[source.path] = tuple(member.path for member in chain if member.path)
-    return found
+    return found, unread
 
 
 async def _headers(graph: Graph) -> dict[str, Header | VmcryptdError]:

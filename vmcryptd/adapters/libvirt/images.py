@@ -14,66 +14,79 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from vmcryptd.core.errors import DeadlineError, VmcryptdError
+from vmcryptd.adapters.libvirt import names
+from vmcryptd.core.errors import DeadlineError, StorageError, VmcryptdError
 from vmcryptd.core.model import DiskSource, SourceType
 from vmcryptd.posix.run import run
 
 INFO_S = 20.0
-MOST_LAYERS = 200  # an end for chains that lead in circles through symbolic links
+# It lists all snapshots, each in about 350 bytes: there is room for ten thousand.
+INFO_LIMIT = 4 * 1024 * 1024
+# libvirt starts no guest with a longer one (src/qemu/qemu_domain.c,
+# QEMU_DOMAIN_STORAGE_SOURCE_CHAIN_MAX_DEPTH).
+MOST_LAYERS = 200
 
 
 async def chain(path: str, image_format: str) -> tuple[DiskSource, ...]:
     """The layers below the image, as far as they can be read now; none when qemu-img is missing.
 
-    Raises DeadlineError when the disk does not answer.
+    Raises DeadlineError when the disk does not answer, StorageError when there is more than is read.
     """
     found: dict[str, DiskSource] = {}
-    layer = path
-    while image_format not in ("", "raw") and len(found) < MOST_LAYERS:
+    left = [(path, image_format)]
+    while left:
+        layer, image_format = left.pop(0)
+        if image_format in ("", "raw"):
+            continue
         told = await _info(layer, image_format)
-        if data := _data_file(told, layer):
+        directory = os.path.dirname(layer)
+        for data, _ in names.images(_data_file(told), "raw", directory):
             found.setdefault(data, _source(data, writable=layer == path))
         # A layer that cannot be read, because what holds it is locked, is still named by the one
         # above.
-        below = _local(told.get("full-backing-filename") or told.get("backing-filename"), layer)
-        if not below or below == path or below in found:
-            break
-        found[below] = _source(below, writable=False)
-        layer, image_format = below, str(told.get("backing-filename-format") or "")
+        below = _text(told, "full-backing-filename") or _text(told, "backing-filename")
+        below_format = _text(told, "backing-filename-format")
+        for name, its_format in names.images(below, below_format, directory):
+            if name != path and name not in found:
+                found[name] = _source(name, writable=False)
+                left.append((name, its_format))
+        if len(found) > MOST_LAYERS:
+            raise StorageError(
+                f"the backing chain of {path} has more than {MOST_LAYERS} layers, which libvirt "
+                f"refuses: shorten it with `virsh blockpull` or `qemu-img rebase`"
+            )
     return tuple(found.values())
 
 
 async def _info(path: str, image_format: str) -> Mapping[str, Any]:
     argv = ["qemu-img", "info", "--force-share", "--output=json", "-f", image_format, "--", path]
     try:
-        done = await run(argv, timeout_s=INFO_S)
-        told = json.loads(done.out) if done.code == 0 else {}
+        done = await run(argv, timeout_s=INFO_S, output_limit=INFO_LIMIT)
     except DeadlineError:
         raise  # a disk that has just been switched on, say: later it may
-    except (VmcryptdError, ValueError):
+    except VmcryptdError:
+        return {}
+    if done.is_cut:
+        raise StorageError(
+            f"`qemu-img info {path}` says more than {INFO_LIMIT // 1024**2} MiB; delete snapshots "
+            f"of the image with `qemu-img snapshot -d`"
+        )
+    try:
+        told = json.loads(done.out) if done.code == 0 else {}
+    except (ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 
 
-def _data_file(told: Mapping[str, Any], overlay: str) -> str:
+def _data_file(told: Mapping[str, Any]) -> str:
     specific = told.get("format-specific")
     data = specific.get("data") if isinstance(specific, dict) else None
-    return _local(data.get("data-file") if isinstance(data, dict) else None, overlay)
+    return _text(data, "data-file") if isinstance(data, dict) else ""
 
 
-def _local(name: object, overlay: str) -> str:
-    """The path that a layer's name stands for, or an empty string when it is none of this host.
-
-    Names may be paths, relative to the overlay, or `protocol:…` with the colon before the first
-    slash (QEMU, block.c: path_has_protocol).
-    """
-    if not isinstance(name, str) or not name:
-        return ""
-    if name.startswith("file:"):
-        name = name.removeprefix("file:")
-    elif ":" in name.partition("/")[0]:
-        return ""
-    return os.path.join(os.path.dirname(overlay), name)
+def _text(told: Mapping[str, Any], key: str) -> str:
+    value = told.get(key)
+    return value if isinstance(value, str) else ""
 
 
 def _source(path: str, *, writable: bool) -> DiskSource:
