@@ -23,6 +23,7 @@ NODE = """<node>
     <name>imap</name>
     <uuid>11111111-1111-1111-1111-111111111111</uuid>
     <memory>32768</memory>
+    <sysinfo type="fwcfg"><entry name="opt/com.coreos/config" file="/srv/vm/imap.ign"/></sysinfo>
     <os><type>hvm</type>
       <loader readonly="yes" type="pflash">/usr/share/OVMF/OVMF_CODE.fd</loader>
       <nvram>/srv/vm/imap_VARS.fd</nvram></os>
@@ -33,6 +34,7 @@ NODE = """<node>
         <target dev="vdb"/></disk>
       <disk type="volume"><driver name="qemu" type="qcow2"/>
         <source pool="vault" volume="spool"/><target dev="vdc"/></disk>
+      <console type="pty"><log file="/srv/vm/imap.log"/></console>
     </devices>
   </domain>
   <pool type="dir">

@@ -40,6 +40,8 @@ def test_reads_sources_and_pools(run: Any, node: str) -> None:
                 DiskSource(SourceType.FILE, path="/srv/vm/imap.qcow2"),
                 DiskSource(SourceType.POOL, pool="vault", volume="spool"),
                 DiskSource(SourceType.FILE, path="/srv/vm/imap_VARS.fd"),
+                DiskSource(SourceType.FILE, path="/srv/vm/imap.ign", shareable=True),
+                DiskSource(SourceType.FILE, path="/srv/vm/imap.log", shareable=True),
             )
             assert known.domains["imap"].state is GuestState.RUNNING
             assert known.pools["vault"].path == "/srv/vault"

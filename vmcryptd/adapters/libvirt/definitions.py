@@ -11,13 +11,23 @@ from types import MappingProxyType
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from vmcryptd.adapters.libvirt import names
 from vmcryptd.core.model import DiskSource, SourceType
 
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
-# Files that QEMU reads when the guest starts. <loader> is left out: firmware comes with the host's
-# packages.
-BOOT_FILES = ("os/kernel", "os/initrd", "os/dtb", "os/shim", "os/acpi/table")
+# Whatever else names a host path counts as well, so that nothing that libvirt adds is missed. These
+# elements do not: they hold no path, or one inside the guest. <loader> is left out because firmware
+# comes with the host's packages; <mirror> because a guest does not need a copy in progress.
+NO_PATHS = {
+    *("name", "title", "description", "metadata", "seclabel", "resource", "cpu", "genid", "uuid"),
+    *("cmdline", "init", "initarg", "initdir", "initenv", "loader", "mirror", "alias"),
+}
+# They are made by the kernel, or name what it is asked for; nothing is stored there.
+KERNEL = ("/dev/pts/", "/proc/", "/sys/")
+ARGUMENTS = ("arg", "env")  # of <qemu:commandline> and its relatives
+# Where the state of an emulated TPM lies unless its <source> says otherwise.
+TPM_STATE = "/var/lib/libvirt/swtpm"
 
 
 class Contents(NamedTuple):
@@ -42,14 +52,17 @@ class PoolPlace(NamedTuple):
 
 
 def domain(*texts: str) -> Contents:
-    """The inactive and the live description of a domain, merged: first mention first."""
+    """The inactive and the live description of a domain, merged: first mention first.
+
+    A source that is no disk is shareable: a log or a socket may well serve several guests.
+    """
     merged: dict[tuple[str, ...], tuple[DiskSource, str]] = {}
     agent = False
     for text in texts:
         root = ElementTree.fromstring(text)
         agent = agent or _agent_connected(root)
         for source, image_format in _domain_sources(root):
-            key = (source.type, source.path, source.pool, source.volume)
+            key = (source.path, source.pool, source.volume)
             known, known_format = merged.get(key, (source, image_format))
             merged[key] = (
                 known._replace(
@@ -87,6 +100,17 @@ def pool(text: str) -> PoolPlace:
 
 
 def _domain_sources(root: ElementTree.Element) -> Iterator[tuple[DiskSource, str]]:
+    found = list(_storage(root))
+    yield from found
+    known = {source.path for source, _ in found}
+    for path in _named_paths(root):
+        if path not in known:
+            known.add(path)
+            yield DiskSource(SourceType.FILE, path=path, shareable=True), ""
+
+
+def _storage(root: ElementTree.Element) -> Iterator[tuple[DiskSource, str]]:
+    """What the guest keeps its data in, with the format where one is named."""
     for disk in root.iterfind("devices/disk"):
         yield from _disk(disk)
     for filesystem in root.iterfind("devices/filesystem"):
@@ -99,14 +123,31 @@ def _domain_sources(root: ElementTree.Element) -> Iterator[tuple[DiskSource, str
             yield source, nvram.get("format", "")
         if path := (nvram.text or "").strip():
             yield _by_path(path), nvram.get("format", "")
-    for name in BOOT_FILES:
-        for element in root.iterfind(name):
-            if path := (element.text or "").strip():
-                yield DiskSource(SourceType.FILE, path=path, writable=False), ""
-    # State of an emulated TPM may be told to lie beside the disk (since libvirt 10.9).
-    for element in root.iterfind("devices/tpm/backend/source"):
-        if path := element.get("path", ""):
+    for backend in root.iterfind("devices/tpm/backend[@type='emulator']"):
+        place = backend.find("source")  # since libvirt 10.9
+        uuid = _text(root, "uuid")
+        path = f"{TPM_STATE}/{uuid}" if uuid else ""
+        if path := path if place is None else place.get("path", ""):
             yield DiskSource(SourceType.FILE, path=path), ""
+
+
+def _named_paths(root: ElementTree.Element) -> Iterator[str]:
+    """Every host path that the description names, those of disks included."""
+    left = [(root, "")]
+    while left:
+        element, within = left.pop()
+        tag = element.tag.rpartition("}")[2]
+        # A target is in the guest: an LXC guest's mount point, a device's name. A lease's is not.
+        if tag in NO_PATHS or (tag == "target" and within != "lease"):
+            continue
+        texts = list(element.attrib.values())
+        if tag != "entry":  # that is content: of an SMBIOS table, or of a file that the guest sees
+            texts.append((element.text or "").strip())
+        in_text = names.paths_in_option if tag in ARGUMENTS else names.paths
+        for path in (path for text in texts for path in in_text(text)):
+            if not path.startswith(KERNEL):
+                yield path
+        left += [(child, tag) for child in reversed(element)]
 
 
 def _disk(disk: ElementTree.Element) -> Iterator[tuple[DiskSource, str]]:
@@ -154,7 +195,7 @@ def _located(
         place = DiskSource(SourceType.FILE, path=path)
     elif (pool_name := source.get("pool", "")) and (volume := source.get("volume", "")):
         place = DiskSource(SourceType.POOL, pool=pool_name, volume=volume)
-    if place is not None:
+    if place is not None and (place.pool or place.path.startswith("/")):
         yield place._replace(writable=writable, shareable=shareable)
 
 
