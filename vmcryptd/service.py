@@ -15,7 +15,8 @@ from typing import NamedTuple
 from vmcryptd import __version__
 from vmcryptd.bus.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
 from vmcryptd.bus.transport import object_path
-from vmcryptd.core.model import Infinity, Plan
+from vmcryptd.core.goals import Goal, Plan
+from vmcryptd.core.model import Infinity
 from vmcryptd.core.states import GuestView, VolumeView
 from vmcryptd.engine import unlock_with_key
 from vmcryptd.engine.engine import Engine
@@ -86,12 +87,12 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     @exported(action=GUESTS)
     async def StartGuest(self, guest: str) -> None:
         """Open the guest's volumes, then start it."""
-        await self._engine.pursue(f"start:{guest}")
+        await self._engine.start_guest(guest)
 
     @exported(action=GUESTS)
     async def StopGuest(self, guest: str) -> None:
         """Stop the guest, then close the volumes whose `lock` says so."""
-        await self._engine.pursue(f"stop:{guest}")
+        await self._engine.stop_guest(guest)
 
     @exported(action=UNLOCK)
     async def Boot(self) -> ObjectPath:
@@ -111,7 +112,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     @exported(action=None)
     def Plan(self, goal: str) -> str:
         """The steps that a goal would take, as JSON; does nothing."""
-        return plan_json(self._engine.plan(goal))
+        return plan_json(self._engine.plan(Goal.parse(goal)))
 
     @exported(action=None)
     async def ListKeys(self, volume: str) -> str:
@@ -203,12 +204,12 @@ def plan_json(plan: Plan) -> str:
         {
             "action": step.action,
             "object": step.object,
-            "after": [*step.after, *step.order],
+            "after": [str(other) for other in (*step.after, *step.order)],
             "reason": step.reason,
         }
         for step in plan.steps
     ]
-    return json.dumps({"goal": plan.goal, "steps": steps})
+    return json.dumps({"goal": str(plan.goal), "steps": steps})
 
 
 def job_path(job: Job) -> str:
@@ -313,7 +314,7 @@ class Service:
             self._told_at = asyncio.get_running_loop().time()
         engine = self._engine
         jobs = [
-            JobView(str(job.id), job.goal, str(job.state), job.progress, str(job.error or ""))
+            JobView(str(job.id), str(job.goal), str(job.state), job.progress, str(job.error or ""))
             for job in engine.jobs.values()
         ]
         views: list[View] = [*engine.volume_views(), *engine.guest_views(), *jobs]

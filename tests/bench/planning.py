@@ -6,6 +6,7 @@ import time
 from statistics import median
 
 from vmcryptd.core import graph, planner
+from vmcryptd.core.goals import BOOT
 from vmcryptd.core.model import (
     BlockDevice,
     DiskSource,
@@ -55,7 +56,7 @@ def plan_s(count: int) -> float:
     gc.collect()
     gc.freeze()  # as the daemon does when it has started
     begun = time.process_time()
-    plan = planner.plan(graph.build(settings, observation), "boot")
+    plan = planner.plan(graph.build(settings, observation), BOOT)
     taken = time.process_time() - begun
     gc.unfreeze()
     if len(plan.steps) != 2 * count:

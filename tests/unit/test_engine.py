@@ -24,6 +24,7 @@ from vmcryptd.core.errors import (
     VmcryptdError,
     WrongKeyError,
 )
+from vmcryptd.core.goals import BOOT
 from vmcryptd.core.model import GuestState, Settings
 from vmcryptd.engine import panic, prompt, unlock_with_key
 from vmcryptd.engine.prompt import Held
@@ -259,7 +260,7 @@ async def test_a_guest_that_does_not_start(run: Running) -> None:
     assert (run.state, run.guest("g").error) == (
         "degraded", "guest g could not be started: no such network"
     )  # fmt: skip
-    assert isinstance(await failure(run.engine.pursue("start:g")), GuestError)
+    assert isinstance(await failure(run.engine.start_guest("g")), GuestError)
 
 
 @play(
@@ -492,7 +493,7 @@ async def test_what_was_put_down_stays_so_when_a_device_appears(run: Running) ->
     run.engine.boot()
     run.host.answer("alpha")
     await run.idle()
-    await run.engine.pursue("stop:on-b")
+    await run.engine.stop_guest("on-b")
     await run.engine.lock("c")
     run.host.volume("a", present=True)
     await run.until(lambda: len(run.host.questions) == 2)
@@ -726,9 +727,9 @@ async def test_what_was_closed_meanwhile_is_opened_by_who_joins(run: Running) ->
 @play(volume("a") + guest("g", "a", sim=""))
 async def test_a_guest_that_nobody_starts_at_boot(run: Running) -> None:
     run.host.answer("alpha")
-    await run.engine.pursue("start:g")
+    await run.engine.start_guest("g")
     assert (run.guests(), run.state) == ({"g": "running"}, "ready")
-    await run.engine.pursue("stop:g")
+    await run.engine.stop_guest("g")
     assert (run.guests(), run.volumes()) == ({"g": "off"}, {"a": "unlocked"})
 
 
@@ -965,7 +966,7 @@ async def test_lock_is_refused_while_in_use(run: Running) -> None:
         error = await failure(work)
         assert isinstance(error, BusyError)
         assert who in str(error)
-    await run.engine.pursue("stop:g")
+    await run.engine.stop_guest("g")
     await run.engine.lock("a")
     await run.engine.lock("low")
     await run.engine.lock("low")
@@ -1027,9 +1028,9 @@ async def test_lock_while_a_guest_starts(run: Running) -> None:
 )
 async def test_the_last_guest_closes_its_volume(run: Running) -> None:
     run.host.answer("alpha")
-    await run.engine.pursue("start:g")
-    await run.engine.pursue("start:h")
-    await run.engine.pursue("stop:g")
+    await run.engine.start_guest("g")
+    await run.engine.start_guest("h")
+    await run.engine.stop_guest("g")
     assert run.volumes() == {"a": "unlocked"}
     run.host.guest("h", GuestState.OFF)  # shut down from inside
     await run.until(lambda: run.volumes() == {"a": "locked"})
@@ -1070,9 +1071,9 @@ async def test_libvirt_away_is_not_a_guest_that_stopped(run: Running) -> None:
 @play(volume("a", "open = true") + guest("g", "a"))
 async def test_stop_while_a_guest_starts(run: Running) -> None:
     run.host.hold("starting g")
-    starting = asyncio.ensure_future(run.engine.pursue("start:g"))
+    starting = asyncio.ensure_future(run.engine.start_guest("g"))
     await run.until(lambda: run.guests()["g"] == "starting")
-    stopping = asyncio.ensure_future(run.engine.pursue("stop:g"))
+    stopping = asyncio.ensure_future(run.engine.stop_guest("g"))
     await run.until(lambda: True)
     run.host.release("starting g")
     await stopping
@@ -1323,7 +1324,7 @@ async def test_nothing_is_configured(run: Running) -> None:
 
 @play(volume("a") + guest("g", "a", after=["x"]))
 async def test_plans_do_nothing(run: Running) -> None:
-    assert [step.id for step in run.engine.plan("boot").steps] == ["unlock:a", "start:g"]
+    assert [str(step.id) for step in run.engine.plan(BOOT).steps] == ["unlock:a", "start:g"]
     assert (run.host.calls, run.engine.jobs) == ([], {})
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from vmcryptd.core import gcpause, planner
 from vmcryptd.core import graph as graphs
 from vmcryptd.core.errors import BusyError, GoalError, NoSuchGuestError, NoSuchVolumeError
+from vmcryptd.core.goals import BOOT, SHUTDOWN, Action, Goal, Plan
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
-    Action,
     BlockDevice,
     Content,
     DiskSource,
@@ -27,7 +28,6 @@ from vmcryptd.core.model import (
     Lock,
     Mount,
     Observation,
-    Plan,
     Pool,
     Remembered,
     Settings,
@@ -124,7 +124,7 @@ class Host:
         )
 
     def plan(self, goal: str) -> Plan:
-        plan = planner.plan(self.graph(), goal)
+        plan = planner.plan(self.graph(), Goal.parse(goal))
         places = {step.id: place for place, step in enumerate(plan.steps)}
         assert len(places) == len(plan.steps)
         for step in plan.steps:
@@ -133,7 +133,7 @@ class Host:
         return plan
 
     def ids(self, goal: str) -> list[str]:
-        return [step.id for step in self.plan(goal).steps]
+        return [str(step.id) for step in self.plan(goal).steps]
 
     def apply(self, plan: Plan) -> None:
         """Each step must be possible when its turn comes."""
@@ -192,6 +192,12 @@ class Host:
         assert graph.users(name) == []
 
 
+def written(plan: Plan) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """Each step, what it stands behind, and what it only comes after, as text."""
+    for step in plan.steps:
+        yield str(step.id), tuple(map(str, step.after)), tuple(map(str, step.order))
+
+
 def test_the_way_up() -> None:
     host = (
         Host()
@@ -202,7 +208,7 @@ def test_the_way_up() -> None:
         .guest("manual", "inner", auto=False)
     )
     plan = host.plan("boot")
-    assert [(step.id, step.after, step.order, step.reason) for step in plan.steps] == [
+    assert [(*row, step.reason) for row, step in zip(written(plan), plan.steps, strict=True)] == [
         ("unlock:outer", (), (), "in the boot set"),
         ("activate:outer", ("unlock:outer",), (), "volume group on outer"),
         ("unlock:inner", ("unlock:outer", "activate:outer"), (), "in the boot set"),
@@ -210,7 +216,7 @@ def test_the_way_up() -> None:
         ("start:mail", ("unlock:inner",), ("start:dns",), "autostart is set"),
     ]
     host.apply(plan)
-    assert host.plan("boot") == Plan("boot")
+    assert host.plan("boot") == Plan(BOOT)
 
 
 def test_the_way_down() -> None:
@@ -223,7 +229,7 @@ def test_the_way_down() -> None:
     )
     host.apply(host.plan("boot"))
     plan = host.plan("shutdown")
-    assert {step.id: (step.after, step.order) for step in plan.steps} == {
+    assert {step: tuple(behind) for step, *behind in written(plan)} == {
         "stop:mail": ((), ()),
         "stop:dns": ((), ("stop:mail",)),
         "unmount:inner": (("stop:dns",), ()),
@@ -233,14 +239,14 @@ def test_the_way_down() -> None:
     }
     host.apply(plan)
     assert (host.open, host.running) == (set(), set())
-    assert host.plan("shutdown") == Plan("shutdown")
+    assert host.plan("shutdown") == Plan(SHUTDOWN)
 
 
 def test_guests_stop_in_levels() -> None:
     host = Host().guest("a", start=Start.ALWAYS).guest("b", after=("a",)).guest("c", after=("b",))
     host.guest("d", after=("a",))
     host.running = {"a", "b", "c", "d"}
-    orders = {step.object: set(step.order) for step in host.plan("shutdown").steps}
+    orders = {step.object: set(map(str, step.order)) for step in host.plan("shutdown").steps}
     assert orders == {"a": {"stop:b", "stop:d"}, "b": {"stop:c"}, "c": set(), "d": set()}
     host.running = {"a", "c"}
     assert {step.object for step in host.plan("shutdown").steps} == {"a", "c"}
@@ -313,7 +319,7 @@ def keystore(**more: Any) -> Host:
 def test_a_keystore_is_closed_when_the_boot_set_is_open() -> None:
     host = keystore()
     plan = host.plan("boot")
-    assert {step.id: step.after for step in plan.steps} == {
+    assert {step: after for step, after, _ in written(plan)} == {
         "unlock:store": (),
         "mount:store": ("unlock:store",),
         "unlock:a": (),
@@ -323,8 +329,8 @@ def test_a_keystore_is_closed_when_the_boot_set_is_open() -> None:
     }
     # Waited for, but were it lost, other keys may open them.
     for step in plan.steps[2:4]:
-        assert step.order == ("unlock:store", "mount:store")
-    assert {"unlock:a", "unlock:b"} <= set(plan.steps[-1].order)
+        assert tuple(map(str, step.order)) == ("unlock:store", "mount:store")
+    assert {"unlock:a", "unlock:b"} <= set(map(str, plan.steps[-1].order))
     assert plan.steps[0].reason == "a comes after it"
     host.apply(plan)
     assert host.open == {"a", "b"}
@@ -442,7 +448,7 @@ def test_a_suspended_volume_is_unlocked_again() -> None:
     assert host.ids("boot") == ["unlock:low", "unlock:a", "start:g"]
     host.suspended = {"low"}
     plan = host.plan("boot")
-    assert plan.steps[-1].after == ("unlock:low",)
+    assert tuple(map(str, plan.steps[-1].after)) == ("unlock:low",)
     assert set(host.ids("lock-all")) == {"lock:a", "lock:low"}
 
 
@@ -466,12 +472,12 @@ def with_pool(**more: Any) -> Host:
 @pytest.mark.parametrize(("active", "autostart"), [(True, False), (False, True), (False, False)])
 def test_a_pool_comes_after_all_it_lies_on(active: bool, autostart: bool) -> None:
     host = with_pool(active=active, autostart=autostart)
-    steps = {step.id: step for step in host.plan("boot").steps}
-    assert steps["start-pool:p"].after == ("unlock:a", "unlock:b")
-    assert set(steps["start:g"].after) == {"unlock:a", "unlock:b", "start-pool:p"}
+    after = {step: after for step, after, _ in written(host.plan("boot"))}
+    assert after["start-pool:p"] == ("unlock:a", "unlock:b")
+    assert set(after["start:g"]) == {"unlock:a", "unlock:b", "start-pool:p"}
     host.apply(host.plan("boot"))
     assert host.ids("boot") == []
-    assert {step.id: (step.after, step.order) for step in host.plan("shutdown").steps} == {
+    assert {step: tuple(behind) for step, *behind in written(host.plan("shutdown"))} == {
         "stop:g": ((), ()),
         "stop-pool:p": ((), ("stop:g",)),
         "lock:a": (("stop:g",), ("stop-pool:p",)),
@@ -589,7 +595,7 @@ def test_a_plan_that_ran_leaves_nothing_to_do(host: Host, data: st.DataObject) -
     goals += [f"{verb}:{name}" for name in host.disks for verb in ("start", "stop")]
     goal = data.draw(st.sampled_from(goals))
     host.apply(host.plan(goal))
-    assert host.plan(goal) == Plan(goal)
+    assert host.plan(goal) == Plan(Goal.parse(goal))
     graph = host.graph()
     match goal.partition(":")[0]:
         case "boot":
@@ -648,7 +654,7 @@ def test_each_volume_is_walked_a_bounded_number_of_times(monkeypatch: pytest.Mon
             host.volume(f"v{i}", after=("store",)).guest(f"g{i}", f"v{i}")
         graph = host.graph()
         walked = 0
-        assert len(planner.plan(graph, "boot").steps) == 2 * size + 2
+        assert len(planner.plan(graph, BOOT).steps) == 2 * size + 2
         counts.append(walked)
     assert counts[1] <= 12 * counts[0]
 
@@ -667,7 +673,7 @@ def test_a_tower_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return tuple(needs(node))
 
     monkeypatch.setattr(graphs.VolumeNode, "needs", property(counted))
-    assert len(planner.plan(graph, "boot").steps) == 300
+    assert len(planner.plan(graph, BOOT).steps) == 300
     assert looks <= 300 * 6
 
 

@@ -14,6 +14,7 @@ from tests.unit.test_prompt import Person, Token
 from vmcryptd.adapters.luks.mappings import Cryptsetup
 from vmcryptd.core import graph, luks_header, planner
 from vmcryptd.core.errors import BusyError, NotLuksError
+from vmcryptd.core.goals import SHUTDOWN, Goal
 from vmcryptd.core.model import (
     BlockDevice,
     Content,
@@ -62,12 +63,15 @@ def test_what_somebody_else_mounted_is_not_unmounted_by_a_lock(
     )
     seen = graph.build(Settings(volumes={"a": spec}), Observation(storage=storage))
     if users is None:
-        assert [step.id for step in planner.plan(seen, "lock:a").steps] == ["unmount:a", "lock:a"]
+        assert [str(step.id) for step in planner.plan(seen, Goal.parse("lock:a")).steps] == [
+            "unmount:a",
+            "lock:a",
+        ]
         return
     for goal in ("lock:a", "lock-all"):
         with pytest.raises(BusyError, match=users):
-            planner.plan(seen, goal)
-    assert [step.id for step in planner.plan(seen, "shutdown").steps] == ["unmount:a", "lock:a"]
+            planner.plan(seen, Goal.parse(goal))
+    assert [str(step.id) for step in planner.plan(seen, SHUTDOWN).steps] == ["unmount:a", "lock:a"]
 
 
 def test_a_child_that_may_need_much_memory_is_the_first_to_die() -> None:

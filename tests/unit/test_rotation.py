@@ -52,7 +52,9 @@ async def begun(run: Running) -> asyncio.Task[None]:
 
 
 def progress(run: Running) -> float | None:
-    return next((j.progress for j in run.engine.jobs.values() if j.goal == "rotate:mail"), None)
+    return next(
+        (j.progress for j in run.engine.jobs.values() if str(j.goal) == "rotate:mail"), None
+    )
 
 
 def shown(run: Running) -> str:
@@ -160,7 +162,7 @@ async def test_it_is_stopped_before_its_volume_is_closed(run: Running) -> None:
 
 @play(LONG)
 async def test_who_uses_the_volume_keeps_it_open_and_the_rotation_going(run: Running) -> None:
-    await run.engine.pursue("start:imap")
+    await run.engine.start_guest("imap")
     task = await begun(run)
     with pytest.raises(BusyError, match="imap"):
         await run.engine.lock("mail")

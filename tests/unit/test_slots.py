@@ -9,6 +9,7 @@ from dataclasses import replace
 from tests.lib import Host, Running, handed_in, key, opened_by, play
 from vmcryptd.core import slot_order
 from vmcryptd.core.errors import OutOfMemoryError, VmcryptdError, WrongKeyError
+from vmcryptd.core.goals import Goal
 from vmcryptd.core.model import Header, KeySlot, Token
 from vmcryptd.engine import unlock_with_key
 from vmcryptd.engine.kdf import heights
@@ -133,12 +134,12 @@ async def test_an_answer_is_not_derived_twice_for_a_slot(run: Running) -> None:
         await opened(volume, key, slot)  # type: ignore[arg-type]
 
     run.host.open = poor  # type: ignore[method-assign]
-    job = run.engine.begin("unlock:a", may_ask=False)
+    job = run.engine.begin(Goal.parse("unlock:a"), may_ask=False)
     await run.engine.ended(job)
     assert isinstance(job.error, OutOfMemoryError)
     assert run.host.done("try") == ["try a 0"]
     run.host.open = opened  # type: ignore[method-assign]
-    await run.engine.wait(run.engine.begin("unlock:a", may_ask=False))
+    await run.engine.wait(run.engine.begin(Goal.parse("unlock:a"), may_ask=False))
     assert run.host.done("try") == ["try a 0", "try a 1"]
     run.engine.prompt.withdraw(answer)
 

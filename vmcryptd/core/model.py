@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The vocabulary: what the configuration says, what was observed, what is to be done. Values only, no I/O."""
+"""The vocabulary: what the configuration says, what was observed. Values only, no I/O."""
 
 from __future__ import annotations
 
@@ -333,44 +333,7 @@ class Observation(NamedTuple):
     activated: frozenset[str] = frozenset()
 
 
-# --- what is to be done --------------------------------------------------------------------
-
-
-class Action(StrEnum):
-    UNLOCK = "unlock"
-    ACTIVATE = "activate"  # the volume group on a volume
-    MOUNT = "mount"
-    START_POOL = "start-pool"
-    START = "start"
-    STOP = "stop"
-    STOP_POOL = "stop-pool"
-    UNMOUNT = "unmount"
-    DEACTIVATE = "deactivate"
-    LOCK = "lock"
-
-
-class Step(NamedTuple):
-    """One thing to do to one object, once all steps named in `after` are done.
-
-    `after` holds steps that must have succeeded; `order` holds steps that must have ended, however.
-    """
-
-    action: Action
-    object: str
-    after: tuple[str, ...] = ()
-    order: tuple[str, ...] = ()
-    reason: str = ""
-
-    @property
-    def id(self) -> str:
-        return f"{self.action}:{self.object}"
-
-
-class Plan(NamedTuple):
-    """Ordered steps; each stands behind all that it names."""
-
-    goal: str
-    steps: tuple[Step, ...] = ()
+# --- LUKS headers ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

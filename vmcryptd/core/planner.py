@@ -11,41 +11,40 @@ from collections.abc import Container, Iterable
 
 from vmcryptd.core import gcpause
 from vmcryptd.core.errors import BusyError, GoalError, NoSuchGuestError, NoSuchVolumeError, nearest
+from vmcryptd.core.goals import GOALS, Action, Goal, Plan, Step, StepId, Verb
 from vmcryptd.core.graph import Graph, VolumeNode
-from vmcryptd.core.model import Action, Content, Lock, Plan, Step, Unlock
-
-GOALS = ("boot", "shutdown", "lock-all", "unlock:NAME", "lock:NAME", "start:NAME", "stop:NAME")
+from vmcryptd.core.model import Content, Lock, Unlock
 
 
 @gcpause.paused
-def plan(graph: Graph, goal: str, without: Container[str] = ()) -> Plan:
+def plan(graph: Graph, goal: Goal, without: Container[StepId] = ()) -> Plan:
     """The steps that reach the goal. Raises GoalError, NoSuchVolumeError, NoSuchGuestError, BusyError.
 
     `without`: these steps of boot are not begun for their own sake, but only where another step needs them.
     """
-    verb, _, name = goal.partition(":")
+    name = goal.name
     steps = _Steps(graph)
-    match verb:
-        case "boot" if not name:
+    match goal.verb:
+        case Verb.BOOT:
             _boot(graph, steps, without)
-        case "shutdown" if not name:
+        case Verb.SHUTDOWN:
             _shutdown(graph, steps)
-        case "lock-all" if not name:
+        case Verb.LOCK_ALL:
             _lock(graph, steps, [volume for volume, node in graph.volumes.items() if node.is_open])
-        case "unlock":
+        case Verb.UNLOCK:
             check_volume(graph, name)
             steps.up(name, "asked for")
-        case "lock":
+        case Verb.LOCK:
             check_volume(graph, name)
             _lock(graph, steps, [name])
-        case "start":
+        case Verb.START:
             check_guest(graph, name)
             steps.start(name, "asked for")
-        case "stop":
+        case Verb.STOP:
             check_guest(graph, name)
             _stop(graph, steps, name)
         case _:
-            raise GoalError(f'"{goal}" is no goal; expected one of {", ".join(GOALS)}')
+            raise GoalError(f'"{goal}" has no plan; expected one of {", ".join(GOALS)}')
     return Plan(goal, steps.sorted())
 
 
@@ -127,11 +126,13 @@ class _Steps:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._steps: dict[str, Step] = {}
-        self._tops: dict[str, tuple[str, ...]] = {}  # volume → the steps that complete its way up
+        self._steps: dict[StepId, Step] = {}
+        self._tops: dict[
+            str, tuple[StepId, ...]
+        ] = {}  # volume → the steps that complete its way up
         self._pools: dict[str, str] = {}  # pool → volume on its way up that it lies on
 
-    def __contains__(self, step_id: str) -> bool:
+    def __contains__(self, step_id: StepId) -> bool:
         return step_id in self._steps
 
     def add(
@@ -139,23 +140,26 @@ class _Steps:
         action: Action,
         name: str,
         reason: str,
-        after: Iterable[str] = (),
-        order: Iterable[str] = (),
-    ) -> str:
-        step = Step(action, name, tuple(dict.fromkeys(after)), tuple(dict.fromkeys(order)), reason)
-        return self._steps.setdefault(step.id, step).id
+        after: Iterable[StepId] = (),
+        order: Iterable[StepId] = (),
+    ) -> StepId:
+        step_id = StepId(action, name)
+        if step_id not in self._steps:
+            behind = tuple(dict.fromkeys(after)), tuple(dict.fromkeys(order))
+            self._steps[step_id] = Step(step_id, *behind, reason)
+        return step_id
 
     def sorted(self) -> tuple[Step, ...]:
         """In an order in which they could be taken one by one; what a step names but the plan does not hold is done."""
         self._start_pools()
         known = self._steps
-        placed: set[str] = set()
+        placed: set[StepId] = set()
         is_sorted = True  # as they were added, which they are on most ways up
         for step_id, step in known.items():
             after = tuple(other for other in step.after if other in known)
             order = tuple(other for other in step.order if other in known and other not in after)
             if (after, order) != (step.after, step.order):
-                known[step_id] = Step(step.action, step.object, after, order, step.reason)
+                known[step_id] = Step(step_id, after, order, step.reason)
             is_sorted = is_sorted and placed.issuperset(after) and placed.issuperset(order)
             placed.add(step_id)
         if is_sorted:
@@ -165,7 +169,7 @@ class _Steps:
         )
         return tuple(known[step_id] for step_id in sorter.static_order())
 
-    def up(self, volume: str, reason: str) -> tuple[str, ...]:
+    def up(self, volume: str, reason: str) -> tuple[StepId, ...]:
         """Open a volume, all it needs, and what the host brings up on it. Returns the steps to wait for."""
         if volume in self._tops:
             return self._tops[volume]
@@ -180,7 +184,7 @@ class _Steps:
             self._tops[name] = self._one_up(name, reasons[name])
         return self._tops[volume]
 
-    def _one_up(self, name: str, reason: str) -> tuple[str, ...]:
+    def _one_up(self, name: str, reason: str) -> tuple[StepId, ...]:
         node = self._graph.volumes[name]
         # A keystore that is lost does not keep what has other keys closed: it is only waited for.
         needs = {lower: lower not in node.keys_in for lower in node.still_needs}
@@ -219,9 +223,9 @@ class _Steps:
             if not self._graph.pools[pool].pool.active:
                 self._pools.setdefault(pool, f"guest {guest} has a disk in it")
         pools = [pool for need in node.needs for pool in self._graph.pools_on.get(need, ())]
-        before += [f"{Action.START_POOL}:{pool}" for pool in (*node.pools, *pools)]
+        before += [StepId(Action.START_POOL, pool) for pool in (*node.pools, *pools)]
         if not node.is_running:
-            order = [f"{Action.START}:{other}" for other in node.spec.after]
+            order = [StepId(Action.START, other) for other in node.spec.after]
             self.add(Action.START, guest, reason, before, order)
 
     def stop(self, guest: str, reason: str) -> None:
@@ -229,29 +233,27 @@ class _Steps:
 
     def order_stops(self, guests: Iterable[str]) -> None:
         """A guest stops when all guests after it have."""
-        later: dict[str, list[str]] = {}
+        later: dict[str, list[StepId]] = {}
         for name in guests:
             for earlier in self._graph.guests[name].spec.after:
-                later.setdefault(earlier, []).append(f"{Action.STOP}:{name}")
+                later.setdefault(earlier, []).append(StepId(Action.STOP, name))
         for earlier, stops in later.items():
-            step = self._steps.get(f"{Action.STOP}:{earlier}")
+            step = self._steps.get(StepId(Action.STOP, earlier))
             if step is not None:
-                self._steps[step.id] = Step(
-                    step.action, step.object, step.after, tuple(stops), step.reason
-                )
+                self._steps[step.id] = step._replace(order=tuple(stops))
 
     def down(self, volume: str, reason: str) -> None:
         """Close one open volume: what is named here but not part of the plan counts as done."""
         node = self._graph.volumes[volume]
-        above = [f"{Action.STOP}:{guest}" for guest in self._graph.guests_on.get(volume, ())]
-        above += [f"{Action.LOCK}:{upper}" for upper in self._graph.standing_on.get(volume, ())]
+        above = [StepId(Action.STOP, guest) for guest in self._graph.guests_on.get(volume, ())]
+        above += [StepId(Action.LOCK, upper) for upper in self._graph.standing_on.get(volume, ())]
         for pool in self._graph.pools_on.get(volume, ()):
             if self._graph.pools[pool].pool.active:
                 # A pool that does not stop holds nothing open by itself; what does is told by the unmounting.
                 self.add(
                     Action.STOP_POOL, pool, f"{volume} is to be closed", order=self._on_pool(pool)
                 )
-        pools = [f"{Action.STOP_POOL}:{pool}" for pool in self._graph.pools_on.get(volume, ())]
+        pools = [StepId(Action.STOP_POOL, pool) for pool in self._graph.pools_on.get(volume, ())]
         last = above
         if node.mounts:
             last = [self.add(Action.UNMOUNT, volume, f"{volume} is to be closed", last, pools)]
@@ -259,7 +261,7 @@ class _Steps:
             last = [self.add(Action.DEACTIVATE, volume, f"{volume} is to be closed", last, pools)]
         self.add(Action.LOCK, volume, reason, last, pools)
 
-    def _on_pool(self, pool: str) -> list[str]:
+    def _on_pool(self, pool: str) -> list[StepId]:
         """The steps that take down what uses a pool."""
         needs = self._graph.pools[pool].needs
         guests = dict.fromkeys(self._graph.guests_in.get(pool, ()))
@@ -268,19 +270,19 @@ class _Steps:
             guests.update(dict.fromkeys(self._graph.guests_on.get(need, ())))
             uppers.update(dict.fromkeys(self._graph.standing_on.get(need, ())))
         beneath = set(self._graph.beneath(needs))
-        return [f"{Action.STOP}:{guest}" for guest in guests] + [
-            f"{Action.LOCK}:{upper}" for upper in uppers if upper not in beneath
+        return [StepId(Action.STOP, guest) for guest in guests] + [
+            StepId(Action.LOCK, upper) for upper in uppers if upper not in beneath
         ]
 
 
-def _boot(graph: Graph, steps: _Steps, without: Container[str]) -> None:
+def _boot(graph: Graph, steps: _Steps, without: Container[StepId]) -> None:
     volumes, guests = boot_set(graph)
     for name in volumes:
-        unlock = f"{Action.UNLOCK}:{name}"
+        unlock = StepId(Action.UNLOCK, name)
         if graph.volumes[name].spec.unlock is Unlock.BOOT and unlock not in without:
             steps.up(name, "in the boot set")
     for name in guests:
-        if f"{Action.START}:{name}" not in without:
+        if StepId(Action.START, name) not in without:
             is_always = graph.guests[name].spec.start == "always"
             steps.start(name, "always started" if is_always else "autostart is set")
     _close_keystores(graph, steps, volumes)
@@ -290,7 +292,7 @@ def _close_keystores(graph: Graph, steps: _Steps, volumes: list[str]) -> None:
     """Close what is only needed to open the boot set (lock = "boot"), once that is open."""
     reason = "the boot set is open"
     keystores = [name for name, node in graph.volumes.items() if node.spec.lock is Lock.BOOT]
-    unlocks = [f"{Action.UNLOCK}:{name}" for name in (*volumes, *keystores)]
+    unlocks = [StepId(Action.UNLOCK, name) for name in (*volumes, *keystores)]
     closing: set[str] = set()
     for name in reversed(graph.beneath(keystores)):
         if name not in keystores:
@@ -301,22 +303,22 @@ def _close_keystores(graph: Graph, steps: _Steps, volumes: list[str]) -> None:
         is_used = (
             any(graph.volumes[upper].is_open for upper in uppers)
             or any(graph.guests[guest].is_running for guest in guests)
-            or any(f"{Action.UNLOCK}:{upper}" in steps for upper in uppers)
-            or any(f"{Action.START}:{guest}" in steps for guest in guests)
+            or any(StepId(Action.UNLOCK, upper) in steps for upper in uppers)
+            or any(StepId(Action.START, guest) in steps for guest in guests)
             or name in graph.pools_on
         )
-        if is_used or not (node.is_open or f"{Action.UNLOCK}:{name}" in steps):
+        if is_used or not (node.is_open or StepId(Action.UNLOCK, name) in steps):
             continue
         closing.add(name)
         ends = [
             *unlocks,
-            *(f"{Action.LOCK}:{upper}" for upper in graph.standing_on.get(name, ())),
-            *(f"{action}:{name}" for action in (Action.ACTIVATE, Action.MOUNT)),
+            *(StepId(Action.LOCK, upper) for upper in graph.standing_on.get(name, ())),
+            *(StepId(action, name) for action in (Action.ACTIVATE, Action.MOUNT)),
         ]
-        last: list[str] = []
-        if node.mounts or f"{Action.MOUNT}:{name}" in steps:
+        last: list[StepId] = []
+        if node.mounts or StepId(Action.MOUNT, name) in steps:
             last = [steps.add(Action.UNMOUNT, name, reason, (), ends)]
-        if node.is_active or f"{Action.ACTIVATE}:{name}" in steps:
+        if node.is_active or StepId(Action.ACTIVATE, name) in steps:
             last = [steps.add(Action.DEACTIVATE, name, reason, last, ends)]
         steps.add(Action.LOCK, name, reason, last, ends)
 

@@ -26,14 +26,13 @@ from vmcryptd.core.errors import (
     ShuttingDownError,
     VmcryptdError,
 )
+from vmcryptd.core.goals import BOOT, LOCK_ALL, SHUTDOWN, Action, Goal, Plan, StepId, Verb
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
-    Action,
     Header,
     HostState,
     Infinity,
     Lock,
-    Plan,
     Settings,
     Unlock,
     VolumeSpec,
@@ -50,7 +49,7 @@ from vmcryptd.core.states import (
     volume_view,
 )
 from vmcryptd.engine.inventory import Inventory
-from vmcryptd.engine.jobs import Job, JobState, is_rising, outcome, together
+from vmcryptd.engine.jobs import Job, JobState, outcome, together
 from vmcryptd.engine.key_management import KeySlots
 from vmcryptd.engine.panic import panic
 from vmcryptd.engine.prompt import Prompt
@@ -63,6 +62,8 @@ LIBVIRT_TIMEOUT_S = 30.0
 # Whatever does not end within this is left to end by itself: the keys do not wait for it.
 PANIC_CANCEL_S = 2.0
 
+# What is kept beside goals: that boot was asked for, and the volumes that it opens when their device appears.
+_UP, _LATE = "up", "late:"
 _RISING_VOLUME = (Action.UNLOCK, Action.ACTIVATE, Action.MOUNT)
 
 
@@ -79,11 +80,11 @@ class Engine:
         self.changed = changed
         self._ports = ports
         self._numbers = itertools.count(1)
-        self._running: dict[str, tuple[asyncio.Task[None], Job]] = {}
+        self._running: dict[StepId, tuple[asyncio.Task[None], Job]] = {}
         # Volumes of the boot set that are opened when their device appears.
         self._late: set[str] = set()
         # What boot brings up and has been up since it was asked for, as steps: whoever took it down again meant it.
-        self._came_up: set[str] = set()
+        self._came_up: set[StepId] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._libvirt_error: VmcryptdError | None = None
         self._was_running: dict[str, tuple[str, ...]] = {}  # guest → what it needs
@@ -160,8 +161,8 @@ class Engine:
         """Take a new configuration. Raises GraphError, and then the old one stays."""
         self.inventory.configure(settings)
         for step_id, (task, job) in self._running.items():
-            action, _, name = step_id.partition(":")
-            if action in _RISING_VOLUME and name not in settings.volumes and job.is_rising:
+            gone = step_id.object not in settings.volumes
+            if gone and step_id.action in _RISING_VOLUME and job.is_rising:
                 task.cancel()
         self._configured()
         self._keep_goals()
@@ -178,19 +179,19 @@ class Engine:
     def resume(self) -> None:
         """Take up again what an earlier run of the daemon was about to do."""
         goals = self._ports.memory.goals()
-        self.booted = "up" in goals or "boot" in goals
-        self._late.update(goal.removeprefix("late:") for goal in goals if goal.startswith("late:"))
-        self._late &= set(self.settings.volumes)
-        for goal in goals:
-            if goal == "boot" or goal.startswith(("unlock:", "start:")):
-                try:
-                    self.begin(goal)
-                except VmcryptdError as error:
-                    log.warning(
-                        "%s was not finished before the restart and is not taken up again: %s",
-                        goal,
-                        error,
-                    )
+        self.booted = not {_UP, str(BOOT)}.isdisjoint(goals)
+        self._late = {name for name in self.settings.volumes if f"{_LATE}{name}" in goals}
+        for text in goals:
+            if text == _UP or text.startswith(_LATE):
+                continue
+            try:
+                self.begin(Goal.parse(text))
+            except VmcryptdError as error:
+                log.warning(
+                    "%s was not finished before the restart and is not taken up again: %s",
+                    text,
+                    error,
+                )
         if self._late:
             self.inventory.changed()
 
@@ -221,19 +222,19 @@ class Engine:
         if self._libvirt_error is not None and self.graph.libvirt_reachable:
             self._libvirt_error = None
             if self.booted:
-                self._begin_quietly("boot")
+                self._begin_quietly(BOOT)
 
     def _note_up(self) -> None:
         if not self.booted:
             return
         volumes, guests = self.graph.volumes.items(), self.graph.guests.items()
-        self._came_up.update(f"{Action.UNLOCK}:{name}" for name, node in volumes if node.is_open)
-        self._came_up.update(f"{Action.START}:{name}" for name, node in guests if node.is_running)
+        self._came_up.update(StepId(Action.UNLOCK, name) for name, node in volumes if node.is_open)
+        self._came_up.update(StepId(Action.START, name) for name, node in guests if node.is_running)
 
     def _open_late(self) -> None:
         if self.booted and any(self.graph.volumes[name].device for name in self._late):
             self._late = {name for name in self._late if not self.graph.volumes[name].device}
-            self._begin_quietly("boot")
+            self._begin_quietly(BOOT)
 
     def _after_guests(self) -> None:
         running = {name: node.needs for name, node in self.graph.guests.items() if node.is_running}
@@ -257,7 +258,7 @@ class Engine:
             node, activity = self.graph.guests[name], self._activities.guest(name)
             failed = isinstance(activity.error, DependencyError) and activity.doing is None
             if failed and node.starts_at_boot and usable.issuperset(node.needs):
-                self._begin_quietly(f"start:{name}")
+                self._begin_quietly(Goal(Verb.START, name))
 
     def _touch(self) -> None:
         """Something visible changed: wake who waits for it, and tell the bus."""
@@ -333,7 +334,7 @@ class Engine:
         return (
             (bool(self.prompt.expected) or self.prompt.is_asking_pin)
             and not self.prompt.declined
-            and any(j.goal == "boot" for j in self.jobs.values())
+            and any(j.goal == BOOT for j in self.jobs.values())
         )
 
     @property
@@ -379,7 +380,7 @@ class Engine:
             guest_view(self.graph, name, self._activities.guest(name)) for name in self.graph.guests
         ]
 
-    def plan(self, goal: str) -> Plan:
+    def plan(self, goal: Goal) -> Plan:
         """What the goal would take now. Raises VmcryptdError."""
         self.inventory.observe()
         return planner.plan(self.graph, goal)
@@ -390,7 +391,7 @@ class Engine:
         """Bring up the boot set; returns at once."""
         before, self.booted = self.booted, True
         try:
-            job = self.begin("boot")
+            job = self.begin(BOOT)
         except VmcryptdError:
             self.booted = before
             raise
@@ -401,22 +402,27 @@ class Engine:
 
     async def unlock(self, name: str) -> None:
         """Open a volume and what it needs, asking where necessary. Raises what kept it closed."""
-        await self.pursue(f"unlock:{name}")
+        await self.pursue(Goal(Verb.UNLOCK, name))
 
-    async def pursue(self, goal: str) -> None:
+    async def start_guest(self, name: str) -> None:
+        """Open what a guest needs, then start it. Raises what kept it off."""
+        await self.pursue(Goal(Verb.START, name))
+
+    async def stop_guest(self, name: str) -> None:
+        """Stop a guest, then close what only it kept open. Raises what kept it up."""
+        await self._cancel({StepId(Action.START, name)})
+        await self.pursue(Goal(Verb.STOP, name))
+
+    async def pursue(self, goal: Goal) -> None:
         """Reach a goal and wait for its end. Raises what it failed by."""
-        verb, _, name = goal.partition(":")
-        if verb == "stop":
-            await self._cancel({f"{Action.START}:{name}"})
-        job = self.begin(goal)
-        await self.wait(job)
+        await self.wait(self.begin(goal))
 
     async def unlock_all(self) -> None:
         """Open the whole boot set, asking where necessary."""
         self.inventory.observe()
         volumes, _ = self.boot_set
         jobs = [
-            self.begin(f"unlock:{name}", look=False)
+            self.begin(Goal(Verb.UNLOCK, name), look=False)
             for name in volumes
             if not self.graph.volumes[name].is_open
         ]
@@ -428,17 +434,18 @@ class Engine:
     async def lock(self, name: str) -> None:
         """Close one volume that nothing uses. Raises BusyError naming the users."""
         self.inventory.observe()
-        planner.plan(self.graph, f"lock:{name}")
+        goal = Goal(Verb.LOCK, name)
+        planner.plan(self.graph, goal)
         await self._give_up(name)
-        await self.pursue(f"lock:{name}")
+        await self.pursue(goal)
 
     async def lock_all(self) -> None:
         """Close every volume; refused as a whole while anything is used. Raises BusyError naming the users."""
         self.inventory.observe()
-        planner.plan(self.graph, "lock-all")
+        planner.plan(self.graph, LOCK_ALL)
         await self._cancel_rising()
         self._forget_boot()
-        await self.pursue("lock-all")
+        await self.pursue(LOCK_ALL)
 
     async def shutdown(self) -> None:
         """The whole way down. What fails is told at the end; the rest is closed all the same."""
@@ -459,7 +466,7 @@ class Engine:
                 )
         self.inventory.observe()
         now = asyncio.get_running_loop().time()
-        job = self.begin("shutdown", deadline=now + self.settings.daemon.shutdown_timeout_s)
+        job = self.begin(SHUTDOWN, deadline=now + self.settings.daemon.shutdown_timeout_s)
         await self.ended(job)
         failures = job.failures()
         for step_id, failure in failures.items():
@@ -513,7 +520,7 @@ class Engine:
         self.prompt.wipe()
 
     def begin(
-        self, goal: str, *, may_ask: bool = True, deadline: float = Infinity, look: bool = True,
+        self, goal: Goal, *, may_ask: bool = True, deadline: float = Infinity, look: bool = True,
         is_asked: bool = True,
     ) -> Job:  # fmt: skip
         """Pursue a goal, or join who pursues it; `look` first, unless that was just done.
@@ -521,7 +528,7 @@ class Engine:
         Boot that nobody asked for goes on where the last one ended: what was up since then stays as it is.
         Raises VmcryptdError.
         """
-        self._check_may_begin(is_rising(goal))
+        self._check_may_begin(goal.is_rising)
         if look:
             self.inventory.observe()
         for job in self.jobs.values():
@@ -547,7 +554,7 @@ class Engine:
         if rising and self._is_stopping:
             raise BusyError("everything is being stopped and closed; try again when that is done")
 
-    def _begin_aside(self, goal: str) -> Job:
+    def _begin_aside(self, goal: Goal) -> Job:
         """A job that takes no steps, and ends by `_finish`. Raises VmcryptdError."""
         self._check_may_begin(True)
         return self._register(Job(next(self._numbers), goal))
@@ -558,7 +565,7 @@ class Engine:
     async def _finish_rotation(self, spec: VolumeSpec, header: Header) -> Header:
         return await self.key_slots.finish_rotation(spec, header)
 
-    def _begin_quietly(self, goal: str) -> None:
+    def _begin_quietly(self, goal: Goal) -> None:
         try:
             self.begin(goal, is_asked=False)
         except VmcryptdError as error:
@@ -572,15 +579,15 @@ class Engine:
     def _keep_goals(self) -> None:
         if self._is_closed:
             return
-        goals = [job.goal for job in self.jobs.values() if job.is_rising and job.may_ask]
-        goals += [f"late:{name}" for name in sorted(self._late)]
+        goals = [str(job.goal) for job in self.jobs.values() if job.is_rising and job.may_ask]
+        goals += [f"{_LATE}{name}" for name in sorted(self._late)]
         if self.booted:
-            goals.append("up")
+            goals.append(_UP)
         self._ports.memory.keep_goals(goals)
 
     async def _pursue(self, job: Job) -> None:
         libvirt = None
-        if job.goal == "boot":
+        if job.goal == BOOT:
             libvirt = asyncio.create_task(self._libvirt_known())
             libvirt.add_done_callback(lambda _: self._replan())
         try:
@@ -604,7 +611,7 @@ class Engine:
                 libvirt.cancel()
             self._finish(job)
 
-    def _needless(self, job: Job) -> set[str]:
+    def _needless(self, job: Job) -> set[StepId]:
         """Steps of the job that its goal can do without: of keystores, once other keys have opened what it wants."""
         volumes = self.graph.volumes
         keystores = {name for node in volumes.values() for name in node.keys_in}
@@ -613,23 +620,21 @@ class Engine:
             return set()
         needed = self.graph.bearing(wanted).union(self.graph.beneath(wanted, still=True))
         needless = set(self.graph.beneath(keystores)) - needed
-        parts = {step_id: step_id.partition(":") for step_id in job.tasks}
         return {
             step_id
-            for step_id, (action, _, volume) in parts.items()
-            if action in _RISING_VOLUME and volume in needless
+            for step_id in job.tasks
+            if step_id.action in _RISING_VOLUME and step_id.object in needless
         }
 
-    def _wanted(self, goal: str) -> tuple[str, ...]:
+    def _wanted(self, goal: Goal) -> tuple[str, ...]:
         """The volumes that a goal is to have open at its end."""
-        verb, _, name = goal.partition(":")
-        if verb == "boot":
+        if goal == BOOT:
             volumes, guests = self.boot_set
             needs = [need for guest in guests for need in self.graph.guests[guest].needs]
             return (*volumes, *needs)
-        if verb == "start" and name in self.graph.guests:
-            return self.graph.guests[name].needs
-        return (name,) if verb == "unlock" else ()
+        if goal.verb is Verb.START and goal.name in self.graph.guests:
+            return self.graph.guests[goal.name].needs
+        return (goal.name,) if goal.verb is Verb.UNLOCK else ()
 
     def _call_off_needless(self) -> None:
         """A keystore is not asked for any more once other keys have opened all that it is wanted for."""
@@ -643,39 +648,40 @@ class Engine:
         for job, without in needless:
             for step_id in without:
                 if job.tasks[step_id] not in wanted:
-                    self._call_off(job.tasks[step_id])
+                    self._call_off(step_id, job.tasks[step_id])
 
-    def _call_off(self, step: asyncio.Task[None]) -> None:
-        action, _, name = step.get_name().partition(":")
-        if step.cancel() and action == Action.UNLOCK:
+    def _call_off(self, step_id: StepId, task: asyncio.Task[None]) -> None:
+        if task.cancel() and step_id.action is Action.UNLOCK:
             # At once, or the question would come again before the step has ended.
-            self.prompt.release(name)
+            self.prompt.release(step_id.object)
 
     def _is_undone(self, job: Job) -> bool:
         """Whether what the job wants to be up is open still, but just being closed."""
-        verb, _, name = job.goal.partition(":")
-        if verb != "unlock" or name not in self.graph.volumes:
+        verb, name = job.goal
+        if verb is not Verb.UNLOCK or name not in self.graph.volumes:
             return False
         closing = (Action.UNMOUNT, Action.DEACTIVATE, Action.LOCK)
         # A keystore is closed when it has done its work; what it opened does not wait for that.
         wanted = self.graph.beneath([name], still=True)
-        return any(f"{action}:{volume}" in self._running for action in closing for volume in wanted)
+        return any(
+            StepId(action, volume) in self._running for action in closing for volume in wanted
+        )
 
     def _finish(self, job: Job) -> None:
         job.state = JobState.FAILED if job.error else JobState.DONE
         self.jobs.pop(job.id, None)
-        if undone := [task for task in job.tasks.values() if not task.done()]:
+        if undone := {step: task for step, task in job.tasks.items() if not task.done()}:
             others = {task for other in self.jobs.values() for task in other.tasks.values()}
-            for task in undone:
+            for step_id, task in undone.items():
                 if task not in others:
-                    self._call_off(task)
-        if job.is_rising and job.goal != "boot":
+                    self._call_off(step_id, task)
+        if job.is_rising and job.goal != BOOT:
             self._keystores.update(
                 name
                 for name, node in self.graph.volumes.items()
                 if node.spec.lock is Lock.BOOT
-                and f"{Action.UNLOCK}:{name}" in job.tasks
-                and job.goal != f"unlock:{name}"
+                and StepId(Action.UNLOCK, name) in job.tasks
+                and job.goal != Goal(Verb.UNLOCK, name)
             )
         if self._keystores and not any(job.is_rising for job in self.jobs.values()):
             keystores, self._keystores = self._keystores, set()
@@ -706,23 +712,22 @@ class Engine:
                 continue
             running = self._running.get(step.id)
             if running is None or running[0].done():
-                task = asyncio.create_task(self._steps.run(job, step), name=step.id)
+                task = asyncio.create_task(self._steps.run(job, step))
                 self._running[step.id] = (task, job)
-                task.add_done_callback(self._step_done)
+                task.add_done_callback(functools.partial(self._step_done, step.id))
                 if step.action is Action.UNLOCK and self.settings.volumes[step.object].asks:
                     self.prompt.expect(step.object)
             else:
                 task, _ = running
             job.tasks[step.id] = task
 
-    def _step_done(self, task: asyncio.Task[None]) -> None:
-        step_id = task.get_name()
+    def _step_done(self, step_id: StepId, task: asyncio.Task[None]) -> None:
         if self._running.get(step_id, (task,))[0] is not task:
             return  # begun again meanwhile
         self._running.pop(step_id, None)
         self._note_late(step_id, task)
-        action, _, name = step_id.partition(":")
-        if action == Action.UNLOCK:
+        action, name = step_id
+        if action is Action.UNLOCK:
             if name in self.graph.volumes and self.graph.volumes[name].keys_in:
                 self._call_off_needless()
             self.prompt.release(name)
@@ -733,12 +738,12 @@ class Engine:
             and (error := task.exception()) is not None
             and not isinstance(error, VmcryptdError)
         ):
-            log.error("%s failed by a fault of vmcryptd", task.get_name(), exc_info=error)
+            log.error("%s failed by a fault of vmcryptd", step_id, exc_info=error)
 
-    def _note_late(self, step_id: str, task: asyncio.Task[None]) -> None:
+    def _note_late(self, step_id: StepId, task: asyncio.Task[None]) -> None:
         """A volume of the boot set whose device did not come in time is opened when it comes."""
-        action, _, name = step_id.partition(":")
-        if self.booted and action == Action.UNLOCK and name in self.graph.volumes:
+        action, name = step_id
+        if self.booted and action is Action.UNLOCK and name in self.graph.volumes:
             missing = isinstance(outcome(task), DeviceMissingError)
             if missing and name in self.boot_set[0]:
                 self._late.add(name)
@@ -747,9 +752,9 @@ class Engine:
 
     async def _open_for(self, job: Job, volume: str) -> None:
         """Open a volume that a step of the job turned out to need."""
-        if job.goal == "boot" and self.settings.volumes[volume].unlock is Unlock.MANUAL:
+        if job.goal == BOOT and self.settings.volumes[volume].unlock is Unlock.MANUAL:
             raise KeyUnavailableError(f"{volume} is opened only when told to")
-        await self.wait(self.begin(f"unlock:{volume}", may_ask=job.may_ask))
+        await self.wait(self.begin(Goal(Verb.UNLOCK, volume), may_ask=job.may_ask))
 
     async def _libvirt_known(self) -> None:
         if not self.inventory.needs_libvirt or self._ports.domains.current().reachable:
@@ -763,11 +768,11 @@ class Engine:
         self.inventory.observe()
         self._replan()
 
-    def is_running(self, step_id: str) -> bool:
+    def is_running(self, step_id: StepId) -> bool:
         return step_id in self._running
 
     @property
-    def running(self) -> Iterable[str]:
+    def running(self) -> Iterable[StepId]:
         """The steps under way."""
         return self._running.keys()
 
@@ -807,13 +812,13 @@ class Engine:
         above = [volume]
         for name in above:
             above += [u for u in self.graph.standing_on.get(name, ()) if u not in above]
-        steps = {f"{action}:{name}" for name in above for action in _RISING_VOLUME}
+        steps = {StepId(action, name) for name in above for action in _RISING_VOLUME}
         steps |= {
-            f"{Action.START}:{g}" for name in above for g in self.graph.guests_on.get(name, ())
+            StepId(Action.START, g) for name in above for g in self.graph.guests_on.get(name, ())
         }
         await self._cancel(steps)
 
-    async def _cancel(self, step_ids: set[str], timeout_s: float = Infinity) -> None:
+    async def _cancel(self, step_ids: set[StepId], timeout_s: float = Infinity) -> None:
         tasks = [task for step_id, (task, _) in self._running.items() if step_id in step_ids]
         for task in tasks:
             task.cancel()
@@ -825,7 +830,7 @@ class Engine:
         for name in volumes:
             log.info("volume %s is closed: %s", name, why)
             try:
-                await self.pursue(f"lock:{name}")
+                await self.pursue(Goal(Verb.LOCK, name))
             except VmcryptdError as error:
                 log.warning("%s", error)
 
@@ -836,5 +841,5 @@ class Engine:
                 self.settings.daemon.on_waiting, {"VMCRYPTD_WAITING": " ".join(names)}
             )
 
-    def _may_ask(self, step_id: str) -> bool:
+    def _may_ask(self, step_id: StepId) -> bool:
         return any(job.may_ask for job in self.jobs.values() if step_id in job.tasks)

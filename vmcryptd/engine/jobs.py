@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vmcryptd.core.errors import CancelledError, DependencyError, InternalError, VmcryptdError
+from vmcryptd.core.goals import Goal, Plan, StepId
 from vmcryptd.core.graph import Graph
-from vmcryptd.core.model import Infinity, Plan
+from vmcryptd.core.model import Infinity
 
 
 class JobState(StrEnum):
@@ -24,11 +25,11 @@ class Job:
     """One goal that is pursued, and how far it has come."""
 
     id: int
-    goal: str
+    goal: Goal
     may_ask: bool = True  # a person may be asked for what it opens
-    without: frozenset[str] = frozenset()  # steps of boot that nobody asked for again
+    without: frozenset[StepId] = frozenset()  # steps of boot that nobody asked for again
     deadline: float = Infinity  # event loop time, for stopping guests
-    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # step → what carries it out
+    tasks: dict[StepId, asyncio.Task[None]] = field(default_factory=dict)
     state: JobState = JobState.RUNNING
     error: VmcryptdError | None = None
     progress: float = -1.0  # 0 to 1, where that can be told
@@ -38,13 +39,13 @@ class Job:
 
     @property
     def is_rising(self) -> bool:
-        return is_rising(self.goal)
+        return self.goal.is_rising
 
-    def is_idle_but(self, needless: Container[str]) -> bool:
+    def is_idle_but(self, needless: Container[StepId]) -> bool:
         """Whether nothing is under way for it, but for these steps."""
         return all(task.done() for step_id, task in self.tasks.items() if step_id not in needless)
 
-    def forget(self, to_be_done: Container[str]) -> None:
+    def forget(self, to_be_done: Container[StepId]) -> None:
         """What failed may be tried again, and what was done and has been undone since may be done again."""
         self.tasks = {
             step_id: task
@@ -52,7 +53,7 @@ class Job:
             if not (task.done() and (step_id in to_be_done or outcome(task)))
         }
 
-    def failures(self) -> dict[str, VmcryptdError]:
+    def failures(self) -> dict[StepId, VmcryptdError]:
         """Step → why it failed, without those that only failed because another did, if it is among them."""
         found = {
             step_id: error
@@ -68,11 +69,6 @@ def together(errors: Iterable[VmcryptdError]) -> VmcryptdError:
     first, *more = errors
     told = dict.fromkeys(str(error) for error in (first, *more))
     return type(first)("; ".join(told)) if more else first
-
-
-def is_rising(goal: str) -> bool:
-    """Whether a goal brings something up."""
-    return goal.partition(":")[0] in ("boot", "unlock", "start")
 
 
 def outcome(task: asyncio.Task[None]) -> VmcryptdError | None:

@@ -21,6 +21,7 @@ from vmcryptd.core.errors import (
     StorageError,
     VmcryptdError,
 )
+from vmcryptd.core.goals import Goal, Verb
 from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Header, Infinity, KeySlot, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
@@ -30,7 +31,6 @@ from vmcryptd.engine.key_management import Derivation, KeySlots, opened_by
 
 log = logging.getLogger(__name__)
 
-GOAL = "rotate"
 # It stops between two pieces of some MiB. Where that takes so long, the disk is about to be given up.
 GRACE_S = 60.0
 
@@ -47,7 +47,8 @@ class _Rotation:
 
     @property
     def task(self) -> asyncio.Task[None]:
-        return self.job.tasks[GOAL]
+        assert self.job.task is not None
+        return self.job.task
 
 
 class Rotations:
@@ -59,7 +60,7 @@ class Rotations:
         inventory: Inventory,
         key_slots: KeySlots,
         derivation: Derivation,
-        begin: Callable[[str], Job],
+        begin: Callable[[Goal], Job],
         end: Callable[[Job], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         changed: Callable[[], None],
@@ -175,11 +176,11 @@ class Rotations:
     def _begin(
         self, spec: VolumeSpec, work: Callable[[_Rotation], Coroutine[None, None, None]]
     ) -> _Rotation:
-        rotation = _Rotation(spec, self._begin_job(f"{GOAL}:{spec.name}"))
+        rotation = _Rotation(spec, self._begin_job(Goal(Verb.ROTATE, spec.name)))
         self._running[spec.name] = rotation
         self._key_slots.rotating.add(spec.name)
         task = asyncio.create_task(work(rotation))
-        rotation.job.tasks[GOAL] = task
+        rotation.job.task = task
         task.add_done_callback(lambda _: self._ended(rotation))
         self._changed()
         return rotation

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from vmcryptd.core import planner
 from vmcryptd.core.errors import BusyError, DependencyError, LibvirtError, VmcryptdError
+from vmcryptd.core.goals import Action, Goal, Step, StepId, Verb
 from vmcryptd.core.graph import VolumeNode
-from vmcryptd.core.model import Action, GuestState, Step, VolumeState
+from vmcryptd.core.model import GuestState, VolumeState
 from vmcryptd.core.ports import Ports
 from vmcryptd.core.states import Activities, Activity
 from vmcryptd.engine.guests import Guests
@@ -31,7 +32,7 @@ class Steps:
         inventory: Inventory,
         prompt: Prompt,
         activities: Activities,
-        may_ask: Callable[[str], bool],
+        may_ask: Callable[[StepId], bool],
         touch: Callable[[], None],
         open_for: Callable[[Job, str], Awaitable[None]],
         stop_rotation: Callable[[str], Awaitable[None]],
@@ -121,7 +122,7 @@ class Steps:
         def leaves(keystore: str) -> bool:
             if volumes[keystore].is_usable:
                 return False  # the key in it comes next
-            unlocking = job.tasks.get(f"{Action.UNLOCK}:{keystore}")
+            unlocking = job.tasks.get(StepId(Action.UNLOCK, keystore))
             if unlocking is None or unlocking.done() or keystore in self.unlocker.absent:
                 return True
             is_tried = answer.is_for(keystore) and (
@@ -174,7 +175,7 @@ class Steps:
             late = [
                 need
                 for need in needs
-                if need not in tried and planner.plan(graph, f"unlock:{need}").steps
+                if need not in tried and planner.plan(graph, Goal(Verb.UNLOCK, need)).steps
             ]
             if not late:
                 return
@@ -237,25 +238,23 @@ class Steps:
 
 def _is_told(job: Job, step: Step, error: VmcryptdError) -> bool:
     """Whether it failed because an earlier step of the same volume did: that one has told why."""
-    before = [other for other in step.after if other.partition(":")[2] == step.object]
+    before = [other for other in step.after if other.object == step.object]
     return isinstance(error, DependencyError) and any(
         outcome(job.tasks[other]) for other in before if other in job.tasks
     )
 
 
-async def _precede(job: Job, step: Step, before: Iterable[str]) -> None:
+async def _precede(job: Job, step: Step, before: Iterable[StepId]) -> None:
     """Wait for these steps, which come before this one. Raises DependencyError."""
     tasks = {other: job.tasks[other] for other in before if other in job.tasks}
     if tasks:
         await asyncio.wait(tasks.values())
     for other in step.after:
         if other in tasks and (error := outcome(tasks[other])) is not None:
-            if isinstance(error, LibvirtError) and other.startswith(
-                (f"{Action.STOP}:", f"{Action.STOP_POOL}:")
-            ):
+            if isinstance(error, LibvirtError) and other.action in (Action.STOP, Action.STOP_POOL):
                 # libvirt does not say whether it has stopped. The kernel does: it closes nothing that is in use.
                 continue
             raise DependencyError(
                 f"{step.action} {step.object} was not tried, "
-                f"because {other.replace(':', ' ', 1)} failed: {error}"
+                f"because {other.action} {other.object} failed: {error}"
             )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from vmcryptd.core import planner
 from vmcryptd.core.errors import StillWaitingError, VmcryptdError
-from vmcryptd.core.model import Action, Lock
+from vmcryptd.core.goals import Action, Goal, StepId, Verb
+from vmcryptd.core.model import Lock
 from vmcryptd.engine.engine import Engine
 from vmcryptd.engine.jobs import Job
 from vmcryptd.engine.prompt import Answer
@@ -33,11 +34,11 @@ async def unlock(engine: Engine, name: str, fd: int) -> None:
     try:
         if not closed:
             return
-        job = engine.begin(f"unlock:{name}", may_ask=False)
+        job = engine.begin(Goal(Verb.UNLOCK, name), may_ask=False)
         await _tried(engine, [job], answer, closed, patient=True)
         if name in answer.accepted:
             await engine.wait(job)
-        elif not engine.is_running(f"{Action.UNLOCK}:{name}"):
+        elif not engine.is_running(StepId(Action.UNLOCK, name)):
             await engine.ended(job)
     finally:
         engine.prompt.withdraw(answer)
@@ -64,7 +65,7 @@ async def unlock_all(engine: Engine, fd: int) -> None:
     try:
         # Whoever needs a keystore has begun to open it, and may find another key meanwhile.
         jobs = [
-            engine.begin(f"unlock:{name}", may_ask=False, look=False)
+            engine.begin(Goal(Verb.UNLOCK, name), may_ask=False, look=False)
             for name in closed
             if engine.settings.volumes[name].lock is not Lock.BOOT
         ]
@@ -116,7 +117,7 @@ async def _tried(
     is_behind = engine.prompt.is_behind  # a keystore, and has tried what that left to it
 
     def is_settled(name: str) -> bool:
-        if not engine.is_running(f"{Action.UNLOCK}:{name}"):
+        if not engine.is_running(StepId(Action.UNLOCK, name)):
             return True
         if answer.only is None and engine.is_stuck(name) and name not in engine.prompt.expected:
             return True  # it asks nobody, and waits for a server
@@ -130,7 +131,7 @@ async def _tried(
         if is_absent(name):
             # What comes up now may bring its device.
             return not any(
-                step.startswith((Action.ACTIVATE, Action.MOUNT)) for step in engine.running
+                step.action in (Action.ACTIVATE, Action.MOUNT) for step in engine.running
             )
         # That this key does not open a keystore is no reason not to try it on the volume.
         bearing = engine.graph.bearing([name])

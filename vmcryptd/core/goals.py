@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is to be reached, and the steps that reach it. Values only; text at the edges (bus, JSON, state files)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple, Self
+
+from vmcryptd.core.errors import GoalError
+
+
+class Verb(StrEnum):
+    BOOT = "boot"
+    SHUTDOWN = "shutdown"
+    LOCK_ALL = "lock-all"
+    UNLOCK = "unlock"
+    LOCK = "lock"
+    START = "start"
+    STOP = "stop"
+    ROTATE = "rotate"  # a new volume key: a job without a plan
+
+
+_OF_THE_HOST = (Verb.BOOT, Verb.SHUTDOWN, Verb.LOCK_ALL)
+_OF_ONE = (Verb.UNLOCK, Verb.LOCK, Verb.START, Verb.STOP)
+_RISING = frozenset((Verb.BOOT, Verb.UNLOCK, Verb.START))
+GOALS = (*map(str, _OF_THE_HOST), *(f"{verb}:NAME" for verb in _OF_ONE))
+
+
+class Goal(NamedTuple):
+    """A verb, and the volume or guest that it is about; empty where it is about the host."""
+
+    verb: Verb
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.verb}:{self.name}" if self.name else str(self.verb)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The goal that a caller or state file names: `boot`, `unlock:NAME`. Raises GoalError."""
+        word, _, name = text.partition(":")
+        known = _OF_ONE if name else (*_OF_THE_HOST, *_OF_ONE)
+        for verb in known:
+            if verb == word:
+                return cls(verb, name)
+        raise GoalError(f'"{text}" is no goal; expected one of {", ".join(GOALS)}')
+
+    @property
+    def is_rising(self) -> bool:
+        """Whether it brings something up."""
+        return self.verb in _RISING
+
+
+BOOT = Goal(Verb.BOOT)
+SHUTDOWN = Goal(Verb.SHUTDOWN)
+LOCK_ALL = Goal(Verb.LOCK_ALL)
+
+
+class Action(StrEnum):
+    UNLOCK = "unlock"
+    ACTIVATE = "activate"  # the volume group on a volume
+    MOUNT = "mount"
+    START_POOL = "start-pool"
+    START = "start"
+    STOP = "stop"
+    STOP_POOL = "stop-pool"
+    UNMOUNT = "unmount"
+    DEACTIVATE = "deactivate"
+    LOCK = "lock"
+
+
+class StepId(NamedTuple):
+    """One thing to do to one object. No two steps of a plan have the same."""
+
+    action: Action
+    object: str
+
+    def __str__(self) -> str:
+        return f"{self.action}:{self.object}"
+
+
+class Step(NamedTuple):
+    """One thing to do to one object, once all steps named in `after` are done.
+
+    `after` holds steps that must have succeeded; `order` holds steps that must have ended, however.
+    """
+
+    id: StepId
+    after: tuple[StepId, ...] = ()
+    order: tuple[StepId, ...] = ()
+    reason: str = ""
+
+    @property
+    def action(self) -> Action:
+        return self.id.action
+
+    @property
+    def object(self) -> str:
+        return self.id.object
+
+
+class Plan(NamedTuple):
+    """Ordered steps; each stands behind all that it names."""
+
+    goal: Goal
+    steps: tuple[Step, ...] = ()
