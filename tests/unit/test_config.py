@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from vmcryptd.core.model import (
     Start,
     Unlock,
     VolumeSpec,
+    udev_encoded,
 )
 
 MAIN = "vmcryptd.toml"
@@ -348,5 +350,18 @@ def test_unreadable_files_are_refused(folder: Path) -> None:
 
 
 def test_a_label_is_looked_up_as_udev_links_it() -> None:
-    settings = schema.parse({"f": '[volume.a]\ndevice = "LABEL=my disk (é)"\n'})
-    assert settings.volumes["a"].device_path == r"/dev/disk/by-label/my\x20disk\x20\x28é\x29"
+    settings = schema.parse({"f": '[volume.a]\ndevice = "LABEL=my disk (é–) "\n'})
+    assert settings.volumes["a"].device_path == r"/dev/disk/by-label/my\x20disk\x20\x28é–\x29"
+
+
+def test_labels_are_encoded_as_libblkid_does() -> None:
+    """Every code point: what libblkid's own function makes of it."""
+    encode = ctypes.CDLL("libblkid.so.1").blkid_encode_string
+    encoded = ctypes.create_string_buffer(64)
+    points = [*range(1, 0xD800), *range(0xE000, 0x11000), *range(0x1FFF0, 0x20010), 0x10FFFF]
+    wrong = []
+    for point in points:
+        assert encode(chr(point).encode(), encoded, len(encoded)) == 0
+        if udev_encoded(chr(point)) != encoded.value.decode():
+            wrong.append(point)
+    assert wrong == []

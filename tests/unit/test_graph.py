@@ -210,6 +210,34 @@ def test_mapping_of_a_locked_volume_as_a_disk() -> None:
     assert graph.guests_on == {"a": ("g",)}
 
 
+@pytest.mark.parametrize(
+    ("path", "needs"),
+    [
+        ("/dev/disk/by-id/dm-name-cr_a", ("cr_a",)),
+        ("/dev/disk/by-id/dm-name-cr_a-part1", ("cr_a",)),
+        ("/dev/disk/by-id/dm-uuid-CRYPT-LUKS2-" + UUID.replace("-", "") + "-cr_a", ("cr_a",)),
+        ("/dev/disk/by-id/dm-uuid-part1-CRYPT-LUKS2-" + UUID.replace("-", "") + "-cr_a1", ("cr_a",)),
+        ("/dev/disk/by-id/dm-name-vg-lv", ("group",)),
+        ("/dev/mapper/cr_a1", ("cr_a",)),
+        ("/dev/mapper/cr_ap12", ("cr_a",)),
+        ("/dev/mapper/cr_a-part1", ("cr_a",)),
+        ("/dev/mapper/cr_s2p1", ("cr_s2",)),
+        ("/dev/mapper/cr_s21", ()),  # of a name that ends in a digit kpartx makes none such
+        ("/dev/mapper/vmp1", ("vmp",)),
+        ("/dev/mapper/other1", ()),
+        ("/dev/disk/by-id/wwn-cr_a", ()),
+        ("/dev/disk/by-id/dm-uuid-mpath-cr_a", ()),
+    ],
+)  # fmt: skip
+def test_names_of_a_locked_mapping_and_of_partitions_on_it(
+    path: str, needs: tuple[str, ...]
+) -> None:
+    specs = (volume("cr_a"), volume("cr_s2"), volume("vmp"))
+    group = volume("group", content=Content.LVM, vg="vg")
+    graph = build(settings(*specs, group), known=libvirt(guest("g", path)))
+    assert graph.guests["g"].needs == needs
+
+
 def test_a_path_that_leads_elsewhere() -> None:
     graph = build(
         settings(volume("m", content=Content.FILESYSTEM, mount="/srv/vm")),

@@ -8,6 +8,7 @@ configuration (`vg`, `mount`, `after`), and then from what was seen at an earlie
 from __future__ import annotations
 
 import graphlib
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from vmcryptd.core.model import (
     VolumeSpec,
 )
 
+_BY_CRYPT_UUID = re.compile(r"dm-uuid-(?:part\d+-)?CRYPT-[^-]+-[0-9a-f]{32}-(?P<name>.+)")
 _PIECE = "CRYPT-SUBDEV-"  # what cryptsetup puts beneath a volume while its key is rotated
 
 
@@ -311,10 +313,10 @@ class _Places:
     def _by_name(self, path: str) -> str | None:
         """What the configuration says of a path that cannot be looked up: mapping, group, or mount."""
         parts = tuple(path.split("/"))
-        if parts[:3] == ("", "dev", "mapper") and len(parts) == 4:
-            if parts[3] in self._volumes:
-                return parts[3]
-            group = parts[3].replace("--", "\0").partition("-")[0].replace("\0", "-")
+        if dm_name := _dm_name(parts):
+            if volume := self._volume_of(dm_name):
+                return volume
+            group = dm_name.replace("--", "\0").partition("-")[0].replace("\0", "-")
             return self._groups.get(group)
         if parts[:2] == ("", "dev"):
             return self._groups.get(parts[2]) if len(parts) == 4 else None
@@ -322,6 +324,30 @@ class _Places:
             if parts[:size] in self._mounts:
                 return self._mounts[parts[:size]]
         return None
+
+    def _volume_of(self, dm_name: str) -> str | None:
+        """The volume of a mapping's name, or of that of a partition on it as kpartx forms it."""
+        # Without a separator, of a name that ends in a digit it would not show where the number begins.
+        disk = dm_name.rstrip("0123456789")
+        names = (dm_name, disk, disk.removesuffix("p"), disk.removesuffix("-part"))
+        return next((name for name in names if name in self._volumes), None)
+
+
+def _dm_name(parts: tuple[str, ...]) -> str:
+    """The device-mapper name in a path that is made of one; empty for other paths.
+
+    Besides /dev/mapper/NAME, udev's rules link dm-name-NAME and dm-uuid-UUID in /dev/disk/by-id, and for partitions
+    dm-uuid-partN-UUID (multipath-tools, kpartx.rules). cryptsetup's UUIDs end in the mapping's name.
+    """
+    if parts[:3] == ("", "dev", "mapper") and len(parts) == 4:
+        return parts[3]
+    if parts[:4] != ("", "dev", "disk", "by-id") or len(parts) != 5:
+        return ""
+    if parts[4].startswith("dm-name-"):
+        return parts[4].removeprefix("dm-name-")
+    if match := _BY_CRYPT_UUID.match(parts[4]):
+        return match["name"]
+    return ""
 
 
 @gcpause.paused

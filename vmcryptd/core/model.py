@@ -103,10 +103,22 @@ class OnStopTimeout(StrEnum):
     LEAVE = "leave"
 
 
-def _udev_encoded(value: str) -> str:
-    """As udev writes a label into the name of a link (libudev, udev_util_encode_string)."""
-    safe = "#+-.:=@_"
-    return "".join(c if c.isalnum() or c in safe else f"\\x{ord(c):02x}" for c in value)
+def udev_encoded(value: str) -> str:
+    """A tag's value as udev writes it into the name of a link (libblkid, blkid_encode_string).
+
+    Valid UTF-8 stays. Of ASCII only letters, digits and a few signs do; the rest is escaped byte by byte, as are the
+    code points that Unicode says are no characters.
+    """
+    return "".join(map(_udev_encoded, value))
+
+
+def _udev_encoded(char: str) -> str:
+    code = ord(char)
+    if code < 0x80:
+        is_kept = char.isalnum() or char in "#+-.:=@_"
+    else:
+        is_kept = not (0xFDD0 <= code <= 0xFDEF or code & 0xFFFF == 0xFFFF)
+    return char if is_kept else "".join(f"\\x{byte:02x}" for byte in char.encode())
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,9 @@ class VolumeSpec:
         tag, sep, value = self.device.partition("=")
         if not sep:
             return self.device
-        return f"/dev/disk/by-{tag.lower()}/{_udev_encoded(value)}"
+        if tag == "LABEL":
+            value = value.rstrip(" \t\n\v\f\r")  # as libblkid does (blkid_probe_set_label)
+        return f"/dev/disk/by-{tag.lower()}/{udev_encoded(value)}"
 
     @property
     def header_path(self) -> str:
