@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.bus.test_cli import Terminal, needs_ask_password
+from tests.bus.simulated import Terminal
 from tests.bus.test_service import PROJECT, Daemon, handed_in, opened_by, start, with_daemon
 from tests.scan_memory import found_in
 from vmcryptd.cli import main
@@ -150,7 +150,6 @@ async def test_key_test(daemon: Daemon) -> None:
     assert "there is no terminal" in shown.err
 
 
-@needs_ask_password
 @with_daemon(HOST)
 async def test_a_key_is_asked_for_until_it_fits(daemon: Daemon) -> None:
     def dialogue() -> int:
@@ -268,7 +267,6 @@ async def test_keys_from_files(daemon: Daemon) -> None:
     assert shown.code == 2
 
 
-@needs_ask_password
 @with_daemon(HOST)
 async def test_a_change_on_a_terminal(daemon: Daemon) -> None:
     def dialogue() -> int:
@@ -291,7 +289,6 @@ async def test_a_change_on_a_terminal(daemon: Daemon) -> None:
     assert await refused(daemon, "TestKey", "sh", "mail", 0, keys=[ALPHA]) == "WrongKey"
 
 
-@needs_ask_password
 @with_daemon(HOST)
 async def test_a_removal_on_a_terminal(daemon: Daemon) -> None:
     def dialogue() -> int:
@@ -307,7 +304,6 @@ async def test_a_removal_on_a_terminal(daemon: Daemon) -> None:
     assert await asyncio.to_thread(dialogue) == 0
 
 
-@needs_ask_password
 @with_daemon(HOST)
 async def test_a_question_that_is_declined_changes_nothing(daemon: Daemon) -> None:
     def dialogue() -> int:
@@ -427,7 +423,6 @@ async def test_a_keystore_opens_what_it_has_a_key_of_and_closes(daemon: Daemon) 
     await daemon.unlock("above", ALPHA)
 
 
-@needs_ask_password
 @with_daemon(STORE)
 async def test_who_opens_a_volume_is_asked_for_its_keystore(daemon: Daemon) -> None:
     await daemon.unlock("keys", GAMMA)

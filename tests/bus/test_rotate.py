@@ -10,7 +10,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-from tests.bus.test_cli import Terminal, needs_ask_password
+from tests.bus.simulated import Terminal
 from tests.bus.test_keys import ALPHA, BETA, call, ctl, refused
 from tests.bus.test_service import (
     JOB,
@@ -170,7 +170,6 @@ async def test_who_waits_learns_that_it_was_stopped(daemon: Daemon) -> None:
     assert "goes on by itself" not in shown.err
 
 
-@needs_ask_password
 @with_daemon(HOST)
 async def test_on_a_terminal(daemon: Daemon) -> None:
     def dialogue() -> int:
