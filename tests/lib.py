@@ -172,7 +172,7 @@ class Running:
         self.host = host
         self.engine = Engine(host.settings, host.ports())
         self.shown = 0
-        self.engine.changed = self._changed
+        self.engine.changes.watch(self._changed)
         self.engine.start()
         self.engine.inventory.watch_libvirt()
 

@@ -160,7 +160,7 @@ async def _serve(arguments: Arguments) -> int:
             host.ready()
 
     shown = service.Service(engine, objects, reload)
-    engine.changed = shown.changed
+    engine.changes.watch(shown.changed)
     await objects.serve(service.NAME)
     host.ready()
     # What was made by now lives as long as the process: the collector need not look at it again.

@@ -246,7 +246,7 @@ async def test_who_was_opened_meanwhile_wants_no_answer(asked: Prompt, person: P
     task = asyncio.create_task(asked.next(spec("a"), lambda: wanted))
     await turns()
     wanted = False
-    asked.look_again()
+    asked.changes.notify()
     assert await task is None
     assert asked.waiting == []
 
@@ -425,7 +425,7 @@ def test_no_moment_is_missed_at_which_a_question_becomes_needless(
             return task
 
         monkeypatch.setattr(asyncio, "ensure_future", begin_and_release)
-        asked.look_again()
+        asked.changes.notify()
         await turns()
         assert person.interrupted == 1
 

@@ -270,7 +270,7 @@ async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -
     volumes = run.engine.graph.volumes
     await run.until(lambda: all(run.engine.graph.volumes[name].is_usable for name in volumes))
     for _ in range(50):  # turns of the loop, in which nobody may call it off
-        run.engine.prompt.look_again()
+        run.engine.prompt.changes.notify()
         await asyncio.sleep(0)
     ended.set()
     await run.idle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from vmcryptd.core.errors import (
     VmcryptdError,
     subclasses,
 )
+from vmcryptd.posix.changes import Changes
 
 NAME = "org.vmcryptd1"
 ROOT = "/org/vmcryptd1"
@@ -101,7 +103,7 @@ class Client:
         self.jobs: dict[str, Properties] = {}
         self._paths: dict[str, tuple[str, str]] = {}  # object path → kind, name
         self._early: list[Signal] = []  # what arrived before the objects were known
-        self._moved = asyncio.Event()
+        self._changes = Changes()
         self._changed: Callable[[Change], None] = lambda change: None
         self._reloading: asyncio.Task[None] | None = None
 
@@ -147,7 +149,7 @@ class Client:
             self._apply(signal)
         self._early.clear()
         self.present = True
-        self._move()
+        self._changes.notify()
 
     async def follow(self, changed: Callable[[Change], None] | None = None) -> None:
         """Load, and from then on keep up with what changes, also across restarts of the daemon."""
@@ -169,21 +171,19 @@ class Client:
         Raises UnreachableError when the bus hangs up. While the daemon is away nothing is so.
         """
         lost = asyncio.ensure_future(self.connection.closed())
+        lost.add_done_callback(lambda _: self._changes.notify())
+
+        def is_so() -> bool:
+            return self.present and predicate()
+
         try:
-            async with asyncio.timeout(timeout_s):
-                while not (self.present and predicate()):
-                    if lost.done():
-                        raise UnreachableError("the connection to the bus is lost")
-                    moved = asyncio.ensure_future(self._moved.wait())
-                    try:
-                        await asyncio.wait({moved, lost}, return_when=asyncio.FIRST_COMPLETED)
-                    finally:
-                        moved.cancel()
-        except TimeoutError:
-            return False
+            limit_s = math.inf if timeout_s is None else timeout_s
+            await self._changes.until(lambda: is_so() or lost.done(), limit_s)
+            if lost.done() and not is_so():
+                raise UnreachableError("the connection to the bus is lost")
         finally:
             lost.cancel()
-        return True
+        return is_so()
 
     async def close(self) -> None:
         if self._reloading is not None:
@@ -205,10 +205,6 @@ class Client:
     def _table(self, kind: str) -> dict[str, Properties]:
         return {"volume": self.volumes, "guest": self.guests, "job": self.jobs}[kind]
 
-    def _move(self) -> None:
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
-
     def _add(self, path: str, interfaces: dict[str, Properties]) -> tuple[str, str] | None:
         for interface, values in interfaces.items():
             if kind := KINDS.get(interface):
@@ -222,7 +218,7 @@ class Client:
         if not self.present:
             self._early.append(signal)
         elif change := self._apply(signal):
-            self._move()
+            self._changes.notify()
             self._changed(change)
 
     def _apply(self, signal: Signal) -> Change | None:
@@ -254,7 +250,7 @@ class Client:
             self._changed(Change("daemon", NAME, "down", {}))
         if signal.body[2]:
             self._reloading = asyncio.create_task(self._reload())
-        self._move()
+        self._changes.notify()
 
     async def _reload(self) -> None:
         # It may be gone again already; the next owner starts this anew.

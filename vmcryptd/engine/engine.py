@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any
 
 from vmcryptd.core import planner
@@ -55,6 +55,7 @@ from vmcryptd.engine.panic import panic
 from vmcryptd.engine.prompt import Prompt
 from vmcryptd.engine.rotation import GRACE_S, Rotations
 from vmcryptd.engine.steps import Steps
+from vmcryptd.posix.changes import Changes
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +71,13 @@ _RISING_VOLUME = (Action.UNLOCK, Action.ACTIVATE, Action.MOUNT)
 class Engine:
     """All volumes and guests of one host."""
 
-    def __init__(
-        self, settings: Settings, ports: Ports, changed: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, settings: Settings, ports: Ports) -> None:
         self.inventory = Inventory(settings, ports.blocks, ports.domains, ports.memory)
-        self.inventory.on_rebuilt = self._rebuilt_graph
+        self.inventory.rebuilt.watch(self._rebuilt_graph)
+        self.changes = self.inventory.changes
+        self.changes.watch(self._announce)
         self.jobs: dict[int, Job] = {}
         self.booted = False
-        self.changed = changed
         self._ports = ports
         self._numbers = itertools.count(1)
         self._running: dict[StepId, tuple[asyncio.Task[None], Job]] = {}
@@ -95,12 +95,12 @@ class Engine:
         self._target_reached: bool | None = None
         self._target_told: bool | None = None
         self._is_telling_target = False
-        self._rebuilt = asyncio.Event()
+        self._replans = Changes()
         self._stopping = 0  # requests to go down that are under way
         self._is_closed = False
         self._told_status = ""
         self._sources: dict[str, str] = {}  # as kept for the next daemon
-        self.prompt = Prompt(ports.keys, self._touch, self._on_waiting)
+        self.prompt = Prompt(ports.keys, self.changes.notify, self._on_waiting)
         self._activities = Activities(settings.volumes)
         self._steps = Steps(
             ports,
@@ -108,13 +108,13 @@ class Engine:
             self.prompt,
             self._activities,
             self._may_ask,
-            self._touch,
+            self.changes.notify,
             self._open_for,
             self._stop_rotation,
             self._finish_rotation,
         )
         derivation = self._steps.unlocker.derivation
-        self.key_slots = KeySlots(ports, self.inventory, derivation, self._touch)
+        self.key_slots = KeySlots(ports, self.inventory, derivation, self.changes.notify)
         self.rotations = Rotations(
             ports,
             self.inventory,
@@ -123,7 +123,7 @@ class Engine:
             self._begin_aside,
             self._finish,
             self._spawn,
-            self._touch,
+            self.changes.notify,
         )
 
     @property
@@ -155,7 +155,7 @@ class Engine:
             task.cancel()
         self.rotations.close()
         self.prompt.close()
-        self._replan()
+        self._replans.notify()
 
     def configure(self, settings: Settings) -> None:
         """Take a new configuration. Raises GraphError, and then the old one stays."""
@@ -166,7 +166,7 @@ class Engine:
                 task.cancel()
         self._configured()
         self._keep_goals()
-        self._replan()
+        self._replans.notify()
 
     def _configured(self) -> None:
         settings = self.settings
@@ -174,7 +174,7 @@ class Engine:
         self._activities.configure(settings.volumes)
         self._late &= set(settings.volumes)
         self._after_look()
-        self._touch()
+        self.changes.notify()
 
     def resume(self) -> None:
         """Take up again what an earlier run of the daemon was about to do."""
@@ -197,13 +197,7 @@ class Engine:
 
     def _rebuilt_graph(self) -> None:
         self._after_look()
-        self._touch()
-        self._replan()
-
-    def _replan(self) -> None:
-        """Let every job plan again."""
-        rebuilt, self._rebuilt = self._rebuilt, asyncio.Event()
-        rebuilt.set()
+        self._replans.notify()
 
     def _after_look(self) -> None:
         for name, node in self.graph.volumes.items():
@@ -217,7 +211,7 @@ class Engine:
         self._note_up()
         self._after_guests()
         self._after_opening()
-        self.prompt.look_again()  # what waits may have been opened by hand
+        self.prompt.changes.notify()  # what waits may have been opened by hand
         self._open_late()
         if self._libvirt_error is not None and self.graph.libvirt_reachable:
             self._libvirt_error = None
@@ -260,9 +254,8 @@ class Engine:
             if failed and node.starts_at_boot and usable.issuperset(node.needs):
                 self._begin_quietly(Goal(Verb.START, name))
 
-    def _touch(self) -> None:
-        """Something visible changed: wake who waits for it, and tell the bus."""
-        self.inventory.moved()
+    def _announce(self) -> None:
+        """Tell systemd, and keep for the next daemon, what is different."""
         self._keep_sources()
         state = self.state
         if state is HostState.READY and self._target_reached is not True:
@@ -272,7 +265,6 @@ class Engine:
         if (line := self.status_line(state)) != self._told_status:
             self._told_status = line
             self._ports.host.status(line)
-        self.changed()
 
     def _keep_sources(self) -> None:
         volumes = self._activities.volumes.items()
@@ -453,7 +445,7 @@ class Engine:
             await self._shutdown()
 
     async def _shutdown(self) -> None:
-        self._touch()
+        self.changes.notify()
         self._forget_boot()
         await self._cancel_rising()
         if self.inventory.needs_libvirt and not self._ports.domains.current().reachable:
@@ -487,7 +479,7 @@ class Engine:
             await self._panic()
 
     async def _panic(self) -> None:
-        self._touch()
+        self.changes.notify()
         self._forget_boot()
         self._stop_rising_jobs()
         await self._cancel(set(self._running), timeout_s=PANIC_CANCEL_S)
@@ -507,7 +499,7 @@ class Engine:
             yield
         finally:
             self._stopping -= 1
-            self._touch()
+            self.changes.notify()
 
     # --- jobs ---
 
@@ -538,14 +530,14 @@ class Engine:
                     job.without, job.planned = frozenset(), None
                 again = self._plan_again(job).steps if is_asked else ()
                 job.forget({step.id for step in again})
-                self._replan()
+                self._replans.notify()
                 return job
         without = frozenset() if is_asked else frozenset(self._came_up)
         first = planner.plan(self.graph, goal, without)
         job = self._register(Job(next(self._numbers), goal, may_ask, without, deadline))
         self._add_steps(job, first)
         job.task = asyncio.create_task(self._pursue(job))
-        self._touch()
+        self.changes.notify()
         return job
 
     def _check_may_begin(self, rising: bool) -> None:
@@ -589,10 +581,9 @@ class Engine:
         libvirt = None
         if job.goal == BOOT:
             libvirt = asyncio.create_task(self._libvirt_known())
-            libvirt.add_done_callback(lambda _: self._replan())
+            libvirt.add_done_callback(lambda _: self._replans.notify())
         try:
             while True:
-                rebuilt = self._rebuilt
                 self._add_steps(job, self._plan_again(job))
                 is_known = libvirt is None or libvirt.done()
                 needless = self._needless(job)
@@ -600,7 +591,7 @@ class Engine:
                     job.is_stopped or (is_known and not self._is_undone(job))
                 ):
                     break
-                await rebuilt.wait()
+                await self._replans.wait()
             failures = job.failures()
             job.error = next((failures[one] for one in failures if one not in needless), None)
         except Exception:
@@ -695,7 +686,7 @@ class Engine:
                 ]
                 self._spawn(self._lock_idle(idle, "nothing is opened with it any more"))
         self._keep_goals()
-        self._touch()
+        self.changes.notify()
 
     def _plan_again(self, job: Job) -> Plan:
         if job.planned is not None and job.planned[0] is self.graph:
@@ -731,8 +722,8 @@ class Engine:
             if name in self.graph.volumes and self.graph.volumes[name].keys_in:
                 self._call_off_needless()
             self.prompt.release(name)
-        self._touch()
-        self._replan()
+        self.changes.notify()
+        self._replans.notify()
         if (
             not task.cancelled()
             and (error := task.exception()) is not None
@@ -766,7 +757,7 @@ class Engine:
             self._libvirt_error = LibvirtError(f"{error}; guests start when it is back")
             log.error("%s", self._libvirt_error)
         self.inventory.observe()
-        self._replan()
+        self._replans.notify()
 
     def is_running(self, step_id: StepId) -> bool:
         return step_id in self._running
@@ -789,8 +780,7 @@ class Engine:
         return await self._ports.keys.receive(fd)
 
     async def ended(self, job: Job) -> None:
-        while job.id in self.jobs:
-            await self.inventory.move()
+        await self.changes.until(lambda: job.id not in self.jobs)
 
     async def wait(self, job: Job) -> None:
         await self.ended(job)
@@ -824,7 +814,7 @@ class Engine:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=None if timeout_s == Infinity else timeout_s)
-        self._replan()
+        self._replans.notify()
 
     async def _lock_idle(self, volumes: Iterable[str], why: str) -> None:
         for name in volumes:

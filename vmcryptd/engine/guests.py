@@ -37,7 +37,7 @@ class Guests:
         await self._ready_before(node.spec)
         disks = [source.path for source in node.domain.sources if source.type is SourceType.BLOCK]
         if not all(map(self._inventory.exists, disks)):
-            await self._inventory.until(
+            await self._inventory.changes.until(
                 lambda: all(map(self._inventory.exists, disks)), DISK_TIMEOUT_S
             )
         starting = asyncio.ensure_future(self._domains.start(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from vmcryptd.core import graph as graphs
 from vmcryptd.core.errors import DeadlineError, VmcryptdError
@@ -13,13 +13,13 @@ from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
     DiskSource,
     Header,
-    Infinity,
     Observation,
     Remembered,
     Settings,
     SourceType,
 )
 from vmcryptd.core.ports import Blocks, Domains, Memory
+from vmcryptd.posix.changes import Changes
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class Inventory:
         self.uuids: dict[str, str] = {}  # volume → UUID, as its header says
         self.reencrypting: set[str] = set()  # volumes whose header says that this is unfinished
         self.activated: set[str] = set()  # volumes whose group was activated since they were opened
-        self.on_rebuilt: Callable[[], None] = lambda: None
+        self.changes = Changes()  # of anything that is shown
+        self.rebuilt = Changes()  # of the graph
         self._blocks = blocks
         self._domains = domains
         self._memory = memory
@@ -49,7 +50,6 @@ class Inventory:
         self._chains_read: dict[str, frozenset[str]] = {}
         self._observation = Observation()
         self._may_follow_libvirt = False
-        self._moved = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
         self._shared: asyncio.Future[None] | None = None
         self._reading: set[asyncio.Task[None]] = set()
@@ -127,8 +127,8 @@ class Inventory:
                 self.activated.discard(name)
         self._remember()
         self._read_chains()
-        self.on_rebuilt()
-        self.moved()
+        self.rebuilt.notify()
+        self.changes.notify()
 
     def note_header(self, name: str, header: Header) -> None:
         """Keep what is to be known of a volume's header without reading it again."""
@@ -161,25 +161,6 @@ class Inventory:
         if left != known:
             self._fitted = {**self._fitted, volume: left}
             self._memory.keep_fitted(self._fitted)
-
-    def moved(self) -> None:
-        """Wake everybody who waits in `until` or `move`."""
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
-
-    async def move(self) -> None:
-        """Wait until something, anything, has happened."""
-        await self._moved.wait()
-
-    async def until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until it is so; False when that took too long."""
-        try:
-            async with asyncio.timeout(None if timeout_s == Infinity else timeout_s):
-                while not predicate():
-                    await self._moved.wait()
-        except TimeoutError:
-            return predicate()
-        return True
 
     def _observe(self, settings: Settings) -> Observation:
         virtualisation = self._domains.current()

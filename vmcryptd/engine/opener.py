@@ -124,7 +124,7 @@ class Unlocker:
             return
         self.absent.add(spec.name)
         try:
-            if await self._inventory.until(is_there, spec.timeout_s):
+            if await self._inventory.changes.until(is_there, spec.timeout_s):
                 return
         finally:
             self.absent.discard(spec.name)

@@ -236,7 +236,7 @@ class Opening:
         while not self._is_over:
             answer = self._prompt.untried(self._spec.name)
             if answer is None:
-                await self._prompt.move()
+                await self._prompt.changes.wait()
             elif await self._try_late_answer(answer):
                 return answer.source if self._spec.name in answer.accepted else ""
             else:
@@ -332,7 +332,7 @@ class Opening:
             async with self._one:
                 yield
         finally:
-            self._prompt.look_again()  # who saw the mapping appear has waited for this
+            self._prompt.changes.notify()  # who saw the mapping appear has waited for this
 
     @property
     def _is_over(self) -> bool:

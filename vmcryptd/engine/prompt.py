@@ -14,6 +14,7 @@ from vmcryptd.core.errors import CancelledError, VmcryptdError
 from vmcryptd.core.model import Infinity, VolumeSpec
 from vmcryptd.core.ports import Key, Keys
 from vmcryptd.core.slot_order import Tried
+from vmcryptd.posix.changes import Changes
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Prompt:
         self._pins: list[str] = []  # volumes that the PIN of a token is asked for
         self._answers: list[Answer] = []
         self._timers: dict[Answer, asyncio.TimerHandle] = {}
-        self._moved = asyncio.Event()  # any of the above changed
+        self.changes = Changes()  # there may be another answer, or none be wanted any more
         self._asking: asyncio.Task[None] | None = None
         self._is_closed = False
         self.key_cache_s = 0.0
@@ -125,12 +126,12 @@ class Prompt:
         """The volume tries its other sources, until it asks for an answer."""
         self._fetching.add(volume)
         self._passed_on.discard(volume)
-        self._notify()
+        self.changes.notify()
 
     def _tries(self, volume: str, is_trying: bool) -> None:
         self._fetching.discard(volume)
         (self._trying.add if is_trying else self._trying.discard)(volume)
-        self._notify()
+        self.changes.notify()
 
     def untried(self, volume: str) -> Answer | None:
         is_expected = volume in self._expected
@@ -150,7 +151,7 @@ class Prompt:
                 self._asking = asyncio.create_task(self._ask())
                 self._asking.add_done_callback(self._asked)
             self._changed()
-            await self.move()
+            await self.changes.wait()
         self._waiting.pop(spec.name, None)
         self._tries(spec.name, True)
         self._changed()
@@ -172,9 +173,9 @@ class Prompt:
     async def passed_on(self, volume: str) -> Answer:
         """The next answer that is left to a volume behind a keystore; it tries this from now on."""
         self._passed_on.discard(volume)
-        self._notify()
+        self.changes.notify()
         while (answer := self._left(volume)) is None:
-            await self.move()
+            await self.changes.wait()
         self._passed_on.add(volume)
         return answer
 
@@ -197,17 +198,6 @@ class Prompt:
             self._pins.remove(spec.name)
             self._changed()
 
-    def move(self) -> Coroutine[None, None, object]:
-        """To be awaited: until there may be another answer, or none is wanted any more.
-
-        From now on, and not from when a task that is to await it gets to run: a move in between is the last, perhaps.
-        """
-        return self._moved.wait()
-
-    def look_again(self) -> None:
-        """What waits may want no answer any more."""
-        self._notify()
-
     def refuse(self, volume: str, answer: Answer, error: VmcryptdError) -> None:
         answer.refused[volume] = error
         self.drop_unneeded()
@@ -215,7 +205,7 @@ class Prompt:
 
     def accept(self, volume: str, answer: Answer) -> None:
         answer.accepted.add(volume)
-        self._notify()
+        self.changes.notify()
         self._changed()
 
     # --- the person's side ---
@@ -226,7 +216,7 @@ class Prompt:
         """Hand in a key that somebody brought; it is held until everything expected has tried it."""
         answer = Answer(key, source, only, target)
         self._answers.append(answer)
-        self._notify()
+        self.changes.notify()
         self._changed()
         return answer
 
@@ -237,7 +227,7 @@ class Prompt:
         if answer in self._answers:
             self._answers.remove(answer)
         answer.key.close()
-        self._notify()
+        self.changes.notify()
         self._changed()
 
     def cache(self, seconds: float) -> None:
@@ -264,7 +254,7 @@ class Prompt:
                 self._changed()
             elif not needed and not answer.until:
                 self._let_go(answer)
-        self._notify()
+        self.changes.notify()
 
     def _let_go(self, answer: Answer) -> None:
         """Nothing needs it any more: now, or when late comers have had their time."""
@@ -292,15 +282,11 @@ class Prompt:
 
     # --- inside ---
 
-    def _notify(self) -> None:
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
-
     def _asked(self, task: asyncio.Task[None]) -> None:
         self._asking = None
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("asking for a passphrase failed", exc_info=error)
-        self._notify()  # who began to wait just now asks again
+        self.changes.notify()  # who began to wait just now asks again
         self._changed()
 
     async def _ask(self) -> None:
@@ -340,12 +326,12 @@ class Prompt:
         await self._until_all_wait()
         while self._is_trying and not first:
             await (
-                self.move()
+                self.changes.wait()
             )  # who is asked again is told which volumes it is that the answer did not fit
         try:
             async with asyncio.timeout(PASSED_ON_S):
                 while self._passed_on or any(map(self._left, self._behind)):
-                    await self.move()  # it may open all that the keystore is wanted for
+                    await self.changes.wait()  # it may open all that the keystore is wanted for
         except TimeoutError:
             pass
 
@@ -354,7 +340,7 @@ class Prompt:
         try:
             async with asyncio.timeout(GATHER_S):
                 while self._fetching or self._is_trying:
-                    await self.move()
+                    await self.changes.wait()
         except TimeoutError:
             pass  # a slow source must not hold up the question
 
@@ -374,7 +360,7 @@ class Prompt:
         asking = asyncio.ensure_future(self._keys.ask(message))
         try:
             while not asking.done() and any(name in self._expected for name in names):
-                await _first(asking, self.move())
+                await _first(asking, self.changes.wait())
                 if not asking.done() and not announced.issuperset(self._waiting):
                     await _first(asking, self._until_all_wait())
                     if not asking.done():
@@ -389,7 +375,7 @@ class Prompt:
         try:
             async with asyncio.timeout(seconds):
                 while self._waiting:
-                    await self.move()
+                    await self.changes.wait()
         except TimeoutError:
             pass
 

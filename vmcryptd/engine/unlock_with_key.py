@@ -140,5 +140,6 @@ async def _tried(
             for lower in engine.graph.beneath([name])[:-1]
         )
 
-    while any(job.id in engine.jobs for job in jobs) and not all(map(is_settled, volumes)):
-        await engine.inventory.move()
+    await engine.inventory.changes.until(
+        lambda: not any(job.id in engine.jobs for job in jobs) or all(map(is_settled, volumes))
+    )

@@ -19,6 +19,7 @@ from vmcryptd.adapters.libvirt.session import Event, Reading, Refused, Session
 from vmcryptd.core.errors import DeadlineError, LibvirtError
 from vmcryptd.core.model import DiskSource, Virtualisation
 from vmcryptd.core.ports import Changed
+from vmcryptd.posix.changes import Changes
 from vmcryptd.posix.threads import DaemonThreads
 
 P = ParamSpec("P")
@@ -52,9 +53,9 @@ class Link:
         self.known = Virtualisation()
         self.formats: dict[str, Mapping[DiskSource, str]] = {}  # by domain
         self.agents: set[str] = set()  # domains whose guest agent is connected
-        self._watchers: list[Changed] = []
+        self.learnt = Changes()  # of all that is known, different or not
+        self._different = Changes()
         self._told = True  # no call of the watchers is queued
-        self._update = asyncio.Event()  # set, and replaced, whenever something is known anew
         self._keeper: asyncio.Task[None] | None = None
         self._session: Session | None = None
         self._lost = False
@@ -69,7 +70,7 @@ class Link:
         self._partings: set[asyncio.Task[None]] = set()  # connections being closed
 
     def watch(self, changed: Changed) -> None:
-        self._watchers.append(changed)
+        self._different.watch(changed)
         self._keep()
 
     async def refresh(self, timeout_s: float) -> Virtualisation:
@@ -196,7 +197,7 @@ class Link:
         before = self._failed
         if not enough():
             self._hurry.set()
-        await self.until(lambda: enough() or self._failed != before, math.inf)
+        await self.learnt.until(lambda: enough() or self._failed != before)
         if not enough():
             raise self._unreachable(self._failure)
 
@@ -282,23 +283,14 @@ class Link:
 
     def learn(self, known: Virtualisation) -> None:
         different, self.known = known != self.known, known
-        update, self._update = self._update, asyncio.Event()
-        update.set()
+        self.learnt.notify()
         if different and self._told:
             self._told = False
             asyncio.get_running_loop().call_soon(self._tell)
 
     def _tell(self) -> None:
         self._told = True
-        for changed in self._watchers:
-            changed()
-
-    async def until(self, done: Callable[[], bool], timeout_s: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_finite(timeout_s)):
-                while not done():
-                    await self._update.wait()
-        return done()
+        self._different.notify()
 
 
 def _finite(timeout_s: float) -> float | None:

@@ -75,7 +75,7 @@ class Libvirt:
             reached = await self._answers(name, host.strip("[]"), int(port), deadline)
         else:
             waits_for = "its guest agent" if kind == "agent" else "it to run"
-            reached = await self._link.until(
+            reached = await self._link.learnt.until(
                 lambda: (
                     self._is_off(name)
                     or (
@@ -132,7 +132,7 @@ class Libvirt:
             if self._is_off(name):  # an event is on its way: somebody has just started it
                 await self._link.look_again(domains=[name])
             pause = min(pressed + PRESS_S, deadline) - _now()
-            await self._link.until(
+            await self._link.learnt.until(
                 lambda: self._is_off(name) or (cut_off and self._link.known.reachable),  # noqa: B023
                 pause,
             )
@@ -193,7 +193,9 @@ class Libvirt:
                         _, writer = await asyncio.open_connection(*address[:2])
                     writer.close()
                     return True
-            if await self._link.until(lambda: self._is_off(name), min(RETRY_S, deadline - _now())):
+            if await self._link.learnt.until(
+                lambda: self._is_off(name), min(RETRY_S, deadline - _now())
+            ):
                 return False
         return False
 
