@@ -30,6 +30,7 @@ from vmcryptd.engine import panic, prompt, unlock_with_key
 from vmcryptd.engine.prompt import Held
 
 A, B = opened_by("alpha"), opened_by("beta")
+SHARED = "autostart = true\nshareable = true"
 
 
 @pytest.fixture(autouse=True)
@@ -249,8 +250,8 @@ async def test_one_failure_hinders_nothing_else(run: Running) -> None:
 
 @play(
     volume("a")
-    + guest("g", "a", sim='autostart = true\nfault = "no such network"')
-    + guest("h", "a")
+    + guest("g", "a", sim='autostart = true\nshareable = true\nfault = "no such network"')
+    + guest("h", "a", sim=SHARED)
 )
 async def test_a_guest_that_does_not_start(run: Running) -> None:
     run.engine.boot()
@@ -265,9 +266,49 @@ async def test_a_guest_that_does_not_start(run: Running) -> None:
 
 @play(
     volume("a")
-    + guest("one", "a")
-    + guest("two", "a", after=["one"])
-    + guest("three", "a", after=["two"])
+    + guest("raw", sim="autostart = true", needs=["a"]).replace("disks = []", 'disks = ["/dev/a"]')
+    + guest("right", "a")
+)
+async def test_a_guest_on_the_luks_device_itself_is_never_started(run: Running) -> None:
+    text = (
+        "guest raw was not started: its disk /dev/a (/dev/sim-a) is the LUKS device of volume a: the "
+        "guest would overwrite the LUKS header; give it /dev/mapper/a instead: `virsh edit raw`"
+    )
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.guests() == {"raw": "off", "right": "running"}
+    assert (run.state, run.guest("raw").error) == ("degraded", text)
+    assert str(await failure(run.engine.start_guest("raw"))) == text
+    assert run.host.done("start raw") == []
+
+
+@play(volume("a") + guest("g", "a") + guest("h", "a"))
+async def test_two_guests_that_write_one_disk_never_run_at_once(run: Running) -> None:
+    run.host.hold("starting g")
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.guest("h").error)
+    run.host.release("starting g")
+    await run.idle()
+    assert run.guests() == {"g": "running", "h": "off"}
+    error = await failure(run.engine.start_guest("h"))
+    assert isinstance(error, GuestError)
+    assert str(error) == (
+        "guest h was not started: guest g, which runs, writes its disk /dev/mapper/a (/dev/dm-a): two "
+        "would destroy it; stop that one first: `vmcryptctl stop g`; if the guests are made to share "
+        "it, <shareable/> in both says so"
+    )
+    await run.engine.stop_guest("g")
+    await run.engine.start_guest("h")
+    assert run.guests() == {"g": "off", "h": "running"}
+
+
+@play(
+    volume("a")
+    + guest("one", "a", sim=SHARED)
+    + guest("two", "a", sim=SHARED, after=["one"])
+    + guest("three", "a", sim=SHARED, after=["two"])
 )
 async def test_guests_start_one_after_another_and_stop_the_other_way_round(run: Running) -> None:
     run.engine.boot()
@@ -1024,7 +1065,9 @@ async def test_lock_while_a_guest_starts(run: Running) -> None:
 
 
 @play(
-    volume("a", A, unlock="guest", lock="guest") + guest("g", "a", sim="") + guest("h", "a", sim="")
+    volume("a", A, unlock="guest", lock="guest")
+    + guest("g", "a", sim="shareable = true")
+    + guest("h", "a", sim="shareable = true")
 )
 async def test_the_last_guest_closes_its_volume(run: Running) -> None:
     run.host.answer("alpha")

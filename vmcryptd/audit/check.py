@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from vmcryptd.audit.probe import Facts, look
 from vmcryptd.config import files
+from vmcryptd.core import conflicts
 from vmcryptd.core.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -243,17 +244,13 @@ def _mount_point(facts: Facts, where: str, path: str) -> Iterator[Finding]:
 
 def _guests(facts: Facts) -> Iterator[Finding]:
     graph = facts.graph
-    devices = {node.device: name for name, node in graph.volumes.items() if node.device}
     for name, guest in graph.guests.items():
         where = f"guest {name}"
+        raw = conflicts.overwritten_volume(graph, name)
+        if raw:
+            yield Finding(ERROR, where, raw.text, raw.advice)
         for source in guest.domain.sources if guest.domain else ():
-            identity = facts.identities.get(source.path, "")
-            if volume := devices.get(identity):
-                text = f"its disk {source.path} is the locked device of {volume}: it would overwrite the LUKS header"
-                yield Finding(
-                    ERROR, where, text, f"give it /dev/mapper/{volume} instead: virsh edit {name}"
-                )
-            elif source.path in facts.luks_disks:
+            if source.path in facts.luks_disks and not (raw and raw.disk.path == source.path):
                 text = f"its disk {source.path} begins with a LUKS header that is no volume here"
                 advice = "if the guest itself encrypts it, this is right; else it will overwrite the header"
                 yield Finding(WARNING, where, text, advice)

@@ -83,6 +83,17 @@ class PoolNode(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
+class GuestDisk(NamedTuple):
+    """A disk that a guest writes.
+
+    `identity` is the same for all paths of one disk: a kernel name, or a file's path without links.
+    """
+
+    path: str
+    identity: str
+    is_shareable: bool = False  # it is made for several guests
+
+
 class GuestNode(NamedTuple):
     """A libvirt domain, or a configured guest that libvirt does not know (`domain` is None)."""
 
@@ -90,6 +101,7 @@ class GuestNode(NamedTuple):
     domain: Domain | None = None
     needs: tuple[str, ...] = ()
     pools: tuple[str, ...] = ()
+    disks: tuple[GuestDisk, ...] = ()
 
     @property
     def is_running(self) -> bool:
@@ -136,6 +148,12 @@ class Graph:
     lies_on: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # guests' and pools' paths → volumes
+    carriers: Mapping[str, str] = field(
+        default_factory=dict
+    )  # device or file that a volume's LUKS data is on, be it layers below → that volume
+    writers: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # identity of a disk → guests that write it, and mean to have it for themselves
     libvirt_reachable: bool = False
 
     def beneath(
@@ -450,7 +468,8 @@ def _build(settings: Settings, observation: Observation) -> Graph:
                     lies_on[target] = places.of_path(target)
                     needs.update(dict.fromkeys(lies_on[target]))
         needs.update(dict.fromkeys(settings.guest(name).needs))
-        guests[name] = GuestNode(settings.guest(name), domain, tuple(needs), tuple(used))
+        disks = tuple(_disks(domain, observation)) if domain else ()
+        guests[name] = GuestNode(settings.guest(name), domain, tuple(needs), tuple(used), disks)
     _check_cycles({name: node.spec.after for name, node in guests.items()}, "guest")
 
     return Graph(
@@ -463,8 +482,38 @@ def _build(settings: Settings, observation: Observation) -> Graph:
         guests_on=_backwards({name: node.needs for name, node in guests.items()}),
         guests_in=_backwards({name: node.pools for name, node in guests.items()}),
         lies_on=lies_on,
+        carriers=_carriers(volumes, observation.storage),
+        writers=_backwards(
+            {
+                name: [disk.identity for disk in node.disks if not disk.is_shareable]
+                for name, node in guests.items()
+            }
+        ),
         libvirt_reachable=observation.virtualisation.reachable,
     )
+
+
+def _disks(domain: Domain, observation: Observation) -> Iterator[GuestDisk]:
+    storage = observation.storage
+    for source in domain.sources:
+        if source.writable:
+            path = observation.virtualisation.path_of(source)
+            if identity := storage.links.get(path) or storage.real.get(path, path):
+                yield GuestDisk(path, identity, source.shareable)
+
+
+def _carriers(volumes: Mapping[str, VolumeNode], storage: Storage) -> dict[str, str]:
+    """A volume's own device comes before what it is beneath: that volume is the one to name."""
+    found = {node.device: name for name, node in volumes.items() if node.device}
+    left = list(found)
+    for place in left:
+        device = storage.devices.get(place)
+        for lower in (*device.below, device.backing_file) if device else ():
+            lower = storage.links.get(lower) or storage.real.get(lower, lower)
+            if lower and lower not in found:
+                found[lower] = found[place]
+                left.append(lower)
+    return found
 
 
 def _device(spec: VolumeSpec, storage: Storage) -> str:

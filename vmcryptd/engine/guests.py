@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from vmcryptd.core import conflicts
 from vmcryptd.core.errors import DeadlineError, GuestError, VmcryptdError
 from vmcryptd.core.model import GuestSpec, Infinity, OnStopTimeout, SourceType
 from vmcryptd.core.ports import Domains
@@ -26,6 +27,9 @@ class Guests:
         self._domains = domains
         self._inventory = inventory
         self._waited_for: set[str] = set()  # running guests that are ready, or were given up
+        self._starting: set[str] = (
+            set()
+        )  # handed to libvirt, which may not show them as running yet
 
     async def start(self, name: str, wait_until_ready: bool) -> None:
         """Start a guest whose volumes are open. Raises GuestError."""
@@ -40,7 +44,11 @@ class Guests:
             await self._inventory.changes.until(
                 lambda: all(map(self._inventory.exists, disks)), DISK_TIMEOUT_S
             )
+        await self._inventory.look()
+        self._check(name)
+        self._starting.add(name)
         starting = asyncio.ensure_future(self._domains.start(name))
+        starting.add_done_callback(lambda _: self._starting.discard(name))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -52,6 +60,15 @@ class Guests:
         self._waited_for.discard(name)
         if wait_until_ready:
             await self._ready(node.spec)
+
+    def _check(self, name: str) -> None:
+        """Raises GuestError if the guest would destroy data."""
+        graph = self._inventory.graph
+        if name not in graph.guests:
+            return  # undefined just now: libvirt says so
+        found = conflicts.overwritten_volume(graph, name)
+        if found := found or conflicts.shared_disk(graph, name, self._starting):
+            raise GuestError(f"guest {name} was not started: {found.text}; {found.advice}")
 
     async def _ready_before(self, guest: GuestSpec) -> None:
         """Guests that this one starts after, and that libvirt or somebody else has started."""

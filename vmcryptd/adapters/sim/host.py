@@ -94,6 +94,7 @@ class _Volume:
 @dataclass
 class _Guest:
     disks: tuple[str, ...]
+    shareable: bool
     autostart: bool
     state: GuestState
     start_delay_s: float
@@ -359,7 +360,10 @@ class Simulation:
                 f"00000000-0000-0000-0000-{number:012x}",
                 guest.state,
                 guest.autostart,
-                sources=tuple(DiskSource(SourceType.BLOCK, path) for path in guest.disks),
+                sources=tuple(
+                    DiskSource(SourceType.BLOCK, path, shareable=guest.shareable)
+                    for path in guest.disks
+                ),
             )
             for number, (name, guest) in enumerate(self._guests.items())
         }
@@ -380,7 +384,8 @@ class Simulation:
             raise GuestError(f"guest {name} could not be started: {guest.fault}")
         for path in guest.disks:
             if not any(
-                self._specs[name].mapper_path == path and volume.open
+                (self._specs[name].mapper_path == path and volume.open)
+                or (self._specs[name].device_path == path and self._is_there(volume))
                 for name, volume in self._volumes.items()
             ):
                 raise GuestError(f"guest {name} could not be started: cannot access {path}")
@@ -505,6 +510,7 @@ def _slot(entry: dict[str, Any]) -> SimSlot:
 def _guest(entry: dict[str, Any]) -> _Guest:
     return _Guest(
         disks=tuple(entry.get("disks", ())),
+        shareable=entry.get("shareable", False),
         autostart=entry.get("autostart", False),
         state=GuestState.RUNNING if entry.get("running") else GuestState.OFF,
         start_delay_s=duration(entry.get("start_delay", 0)),
