@@ -7,7 +7,7 @@ _vmcryptctl() {
     local verb=${COMP_WORDS[1]} options='' names='' goals='' files='' actions=() IFS=$'\n'
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop boot shutdown panic plan check wait monitor reload key keystore header --help --version)" -- "$current")
+        mapfile -t COMPREPLY < <(compgen -W "$(printf '%s\n' status unlock lock start stop restart boot shutdown panic plan check wait monitor reload key keystore header --help --version)" -- "$current")
         return
     fi
     case $verb in
@@ -37,6 +37,7 @@ _vmcryptctl() {
         lock) options='--help' names=volumes ;;
         start) options='--help' names=guests ;;
         stop) options='--help' names=guests ;;
+        restart) options='--help' names=guests ;;
         boot) options='--help' ;;
         shutdown) options='--help' ;;
         panic) options='--help' ;;

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -352,6 +353,9 @@ def test_start_and_stop(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.start(MAIL.replace("passphrase", "open = true\npassphrase"))
     assert main.main(["start", "imap"]) == 0
     assert host.states()["imap"] == "running"
+    assert main.main(["restart", "imap"]) == 0
+    assert host.states()["imap"] == "running"
+    assert main.main(["restart", "imop", "imap"]) == 2
     assert main.main(["stop", "imap"]) == 0
     assert host.states()["imap"] == "off"
     assert main.main(["start", "imop"]) == 2
@@ -596,10 +600,19 @@ def test_errors_of_others(name: str, code: int) -> None:
     ("argv", "hint"),
     [
         (["unlok"], 'there is no verb "unlok"; did you mean "unlock"?'),
+        (["stat"], 'did you mean "status"?'),
         (["--verson"], 'there is no option "--verson"'),
+        (["--json"], "which verb?"),
+        (["--json", "boot"], "unrecognized arguments: --json"),
+        (["help", "unlok"], 'did you mean "unlock"?'),
         (["key"], '"key" what? One of: list, '),
         (["key", "lst"], 'there is no verb "key lst"; did you mean "key list"?'),
         (["keys"], 'did you mean "key"?'),
+        (["open"], 'there is no verb "open"; use `vmcryptctl unlock`: open volumes'),
+        (["Close"], "use `vmcryptctl lock`: close volumes"),
+        (["ls"], "use `vmcryptctl status`"),
+        (["up"], "use `vmcryptctl boot`"),
+        (["down"], "use `vmcryptctl shutdown`: stop the guests"),
         (["key", "list"], "VOLUME"),
         (["start"], "GUEST"),
         (["plan"], "GOAL"),
@@ -615,6 +628,104 @@ def test_usage_errors(argv: list[str], hint: str, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr()
     assert hint in shown.err
     assert (shown.out, shown.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in verbs.VISIBLE if verb.ends])
+def test_a_slip_of_the_finger_is_no_way_to_what_stops_or_destroys(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *group, word = verb.split()
+    for at in range(len(word)):
+        slips = {word[:at] + word[at + 1 :], word[:at] + "x" + word[at:], word[: at + 1]}
+        for slip in slips - {word} - set(verbs.SYNONYMS):
+            name = " ".join([*group, slip]).rstrip()
+            if name in verbs.BY_NAME or name in verbs.GROUPS:
+                continue
+            assert main.main(name.split()) == 2
+            shown = capsys.readouterr().err
+            suggested = shown.partition("did you mean ")[2].strip('"?\n')
+            assert not suggested or not verbs.BY_NAME[suggested].ends, shown
+
+
+def test_synonyms_lead_to_verbs() -> None:
+    assert set(verbs.SYNONYMS.values()) <= set(verbs.BY_NAME)
+    assert not set(verbs.SYNONYMS) & {*verbs.BY_NAME, *verbs.GROUPS}
+
+
+def test_help_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, plain in (
+        ("help unlock", "unlock -h"),
+        ("help key add", "key add -h"),
+        ("help key", "key -h"),
+    ):
+        assert main.main(asked.split()) == 0
+        shown = capsys.readouterr().out
+        assert main.main(plain.split()) == 0
+        assert capsys.readouterr().out == shown
+    assert main.main(["help"]) == 0
+
+
+def test_examples_are_apart_from_what_they_do() -> None:
+    for verb in verbs.VISIBLE:
+        text = verbs.parser(verb).format_help()
+        for command, what in verb.examples:
+            assert re.search(
+                rf"^  {re.escape(command)}{'  +' if what else ''}{re.escape(what)}$",
+                text,
+                re.MULTILINE,
+            )
+
+
+def test_json_before_the_verb(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start(MAIL)
+    assert main.main(["--json", "status", "cr_a"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)["volumes"]] == ["cr_a"]
+    assert main.main(["--json", "key", "list", "cr_a"]) == 0
+    assert json.loads(capsys.readouterr().out)["volume"] == "cr_a"
+
+
+@pytest.mark.parametrize(
+    "verb", ["status", "status --json", "--help", "plan boot", "boot", "monitor"]
+)
+def test_standard_output_that_takes_nothing(verb: str, host: Host) -> None:
+    host.start(MAIL)
+    for redirection, text in (
+        (">/dev/full", "No space left on device"),
+        (">&-", "Bad file descriptor"),
+    ):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {redirection}', "sh", *CTL, *verb.split()],
+            cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr == f"vmcryptctl: standard output cannot be written: {text}\n"
+
+
+def test_a_reader_that_has_gone_is_no_error(host: Host) -> None:
+    host.start(MAIL)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*CTL, "status"], cwd=PROJECT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&- <&-"])
+def test_shutdown_goes_on_without_output(redirection: str, host: Host) -> None:
+    """What is closed is not taken for the bus, and what cannot be shown does not stop the work."""
+    host.start(
+        MAIL.replace("autostart", "running = true\nautostart").replace(
+            "passphrase", "open = true\npassphrase"
+        )
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *CTL, "shutdown"],
+        cwd=PROJECT, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert host.states() == {"cr_a": "locked", "cr_b": "locked", "imap": "off", "dns": "running"}
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

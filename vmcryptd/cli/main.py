@@ -13,7 +13,17 @@ from typing import Any
 
 from vmcryptd.bus.client import Change, Client, connect
 from vmcryptd.cli import verbs
-from vmcryptd.cli.output import changing, check_names, open_key, page, print_json, report, say
+from vmcryptd.cli.output import (
+    UNWRITABLE,
+    changing,
+    check_names,
+    discard_output,
+    open_key,
+    page,
+    print_json,
+    report,
+    say,
+)
 from vmcryptd.cli.render import (
     change,
     guest_members,
@@ -46,6 +56,7 @@ LONGEST_STOP_S = 86400.0
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    _fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # something else in its place
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -54,18 +65,38 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:
-        # Nobody reads on. What is left in the buffer must not fail again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = EXIT_OK
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is not None:
+            raise
+        discard_output()
+        code = EXIT_OK  # the reader needs no more
+        if not isinstance(error, BrokenPipeError):
+            say(f"standard output cannot be written: {error.strerror}")
+            code = EXIT_FAILED
     return code
+
+
+def _fill_standard_descriptors() -> None:
+    """One that the caller has closed is opened, so that no socket of ours takes its number and gets our output."""
+    for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Not for writing in the place of standard output: what is lost is to be an error.
+            os.set_inheritable(os.open(os.devnull, flags), True)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _run(argv: list[str]) -> int:
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
+        if not argv or argv in (["-h"], ["--help"], ["help"]):
             (sys.stdout if argv else sys.stderr).write(verbs.overview())
             return EXIT_OK if argv else EXIT_USAGE
+        if argv[0] == "help":
+            argv = [*argv[1:], "--help"]
         if argv[0] == "--version":
             from vmcryptd import __version__
 
@@ -268,9 +299,15 @@ async def _stop(arguments: Namespace) -> int:
     return await _each("StopGuest", arguments.GUEST)
 
 
-async def _each(method: str, names: list[str]) -> int:
+async def _restart(arguments: Namespace) -> int:
+    return await _each("StopGuest", arguments.GUEST, then="StartGuest")
+
+
+async def _each(method: str, names: list[str], *, then: str = "") -> int:
     async with changing() as client:
         failed = await _called(client, method, names)
+        if then:
+            failed |= await _called(client, then, [name for name in names if name not in failed])
     return report(failed.values())
 
 
@@ -312,7 +349,10 @@ async def _shutdown(arguments: Namespace) -> int:
     def show(what: Change) -> None:
         # At host shutdown this is what the console shows.
         if what.kind in ("guest", "volume") and "State" in what.values and what.event == "changed":
-            print(printable(change(*what)), flush=True)
+            try:
+                print(printable(change(*what)), flush=True)
+            except OSError:
+                discard_output()  # nobody reads it; the work goes on
 
     async with changing() as client:
         await client.follow(show)
@@ -391,6 +431,7 @@ RUN: dict[str, Callable[[Namespace], Coroutine[Any, Any, int]]] = {
     "lock": _lock,
     "start": _start,
     "stop": _stop,
+    "restart": _restart,
     "boot": _boot,
     "shutdown": _shutdown,
     "panic": _panic,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -13,10 +14,29 @@ from vmcryptd.cli.render import WIDTH, Page, bar, printable, progress
 from vmcryptd.cli.verbs import UsageError, near
 from vmcryptd.core.errors import EXIT_OK, NoSuchVolumeError, VmcryptdError
 
+# A file that is full, or no longer there: what a write on a descriptor fails by.
+UNWRITABLE = {
+    errno.EBADF,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.ENXIO,
+    errno.EPIPE,
+}
+
 
 def say(text: str) -> None:
-    """A message, for people."""
-    print(f"vmcryptctl: {printable(text)}", file=sys.stderr, flush=True)
+    """A message, for people. Where nobody can read it, the exit status has to do."""
+    with contextlib.suppress(OSError):
+        print(f"vmcryptctl: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def discard_output() -> None:
+    """What is left in the buffer of standard output must not fail again when Python ends."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:

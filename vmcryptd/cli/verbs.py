@@ -32,6 +32,7 @@ class Verb(NamedTuple):
     examples: tuple[tuple[str, str], ...] = ()  # command, what it does
     hidden: bool = False
     changes: bool = False  # polkit decides whether the caller may
+    ends: bool = False  # stops, closes or destroys something: never suggested for a mistyped verb
 
 
 JSON = Argument("--json", "print JSON, for programs")
@@ -90,6 +91,7 @@ VERBS: tuple[Verb, ...] = (
         (Argument("VOLUME", "a volume", nargs="*", completes="volumes"),),
         (("vmcryptctl lock cr_imap", ""), ("vmcryptctl lock", "closes every volume")),
         changes=True,
+        ends=True,
     ),
     Verb(
         "start",
@@ -106,6 +108,17 @@ VERBS: tuple[Verb, ...] = (
         (Argument("GUEST", "a guest, by its libvirt name", nargs="+", completes="guests"),),
         (("vmcryptctl stop imap", ""),),
         changes=True,
+        ends=True,
+    ),
+    Verb(
+        "restart",
+        "stop guests and start them again",
+        'Stops each guest as `stop` does, then starts it as `start` does. Volumes with lock = "guest" are closed in '
+        "between, and need their keys again.",
+        (Argument("GUEST", "a guest, by its libvirt name", nargs="+", completes="guests"),),
+        (("vmcryptctl restart imap", ""),),
+        changes=True,
+        ends=True,
     ),
     Verb(
         "boot",
@@ -122,6 +135,7 @@ VERBS: tuple[Verb, ...] = (
         "Works without the daemon and without D-Bus, too: then it does the same work itself, as root.",
         examples=(("vmcryptctl shutdown", ""),),
         changes=True,
+        ends=True,
     ),
     Verb(
         "panic",
@@ -130,6 +144,7 @@ VERBS: tuple[Verb, ...] = (
         "from memory. Asks nothing, goes on past every error.",
         examples=(("vmcryptctl panic", ""),),
         changes=True,
+        ends=True,
     ),
     Verb(
         "plan",
@@ -232,6 +247,7 @@ VERBS: tuple[Verb, ...] = (
         (ONE_VOLUME, KEY_FILE, NEW_KEY_FILE),
         (("vmcryptctl key change cr_imap", ""),),
         changes=True,
+        ends=True,
     ),
     Verb(
         "key remove",
@@ -245,6 +261,7 @@ VERBS: tuple[Verb, ...] = (
         ),
         (("vmcryptctl key list cr_imap", ""), ("vmcryptctl key remove cr_imap 1", "")),
         changes=True,
+        ends=True,
     ),
     Verb(
         "key rotate",
@@ -266,6 +283,7 @@ VERBS: tuple[Verb, ...] = (
             ("vmcryptctl key rotate --stop cr_imap", "the disk is needed for something else"),
         ),
         changes=True,
+        ends=True,
     ),
     Verb(
         "keystore init",
@@ -332,6 +350,22 @@ VISIBLE = tuple(verb for verb in VERBS if not verb.hidden)
 GROUPS = tuple(dict.fromkeys(verb.name.split()[0] for verb in VISIBLE if " " in verb.name))
 GOALS = ("boot", "shutdown", "lock-all", "unlock:", "lock:", "start:", "stop:")
 
+# Words of neighbours (cryptsetup, mount, virsh, systemctl) for what a verb of ours does.
+SYNONYMS = {
+    **dict.fromkeys(("open", "luksopen", "decrypt", "mount", "attach"), "unlock"),
+    **dict.fromkeys(("close", "luksclose", "umount", "unmount", "detach"), "lock"),
+    **dict.fromkeys(("list", "ls", "show", "info", "ps", "dump"), "status"),
+    **dict.fromkeys(("up", "start-all", "default"), "boot"),
+    **dict.fromkeys(("down", "halt", "poweroff", "stop-all"), "shutdown"),
+    **dict.fromkeys(("watch", "events", "follow"), "monitor"),
+    **dict.fromkeys(("verify", "validate", "test", "doctor"), "check"),
+    **dict.fromkeys(("refresh", "daemon-reload"), "reload"),
+    "run": "start",
+    "reboot": "restart",
+    "passwd": "key change",
+    "rekey": "key rotate",
+}
+
 _EXIT_STATUS = """\
 Exit status: 0 done, 1 failed, 2 usage or configuration, 3 wrong key, 4 not authorised,
 5 vmcryptd not reachable, 6 still waiting or timed out."""
@@ -362,9 +396,7 @@ def overview() -> str:
     ]
     lines += _listed(VISIBLE)
     lines += ["", "Examples:"]
-    for name in ("status", "unlock", "check"):
-        command, what = BY_NAME[name].examples[0]
-        lines.append(f"  {command:<28}{what}")
+    lines += _examples([BY_NAME[name].examples[0] for name in ("status", "unlock", "check")])
     lines += [
         "",
         "`vmcryptctl VERB --help` tells more about each, `man vmcryptctl` all.",
@@ -376,20 +408,40 @@ def overview() -> str:
 
 def parse(argv: list[str]) -> tuple[Verb, argparse.Namespace]:
     """The verb and its arguments. Raises UsageError; SystemExit(0) for --help of a verb."""
-    name, rest = argv[0], argv[1:]
+    before = argv.index(next((word for word in argv if word != "--json"), "--json"))
+    if before == len(argv) or argv[before] == "--json":
+        raise UsageError("which verb? See `vmcryptctl --help`")
+    name, rest = argv[before], argv[before + 1 :]
     if name in GROUPS:
         name, rest = _in_group(name, rest)
     verb = BY_NAME.get(name)
     if verb is None:
-        what = "option" if name.startswith("-") else "verb"
-        known = [verb.name for verb in VISIBLE]
-        known += [] if " " in name else GROUPS
-        raise UsageError(f'there is no {what} "{name}"{near(name, known)}')
+        raise UsageError(_unknown(name))
+    rest = [*argv[:before], *rest]
     try:
         return verb, parser(verb).parse_args(rest)
     except UsageError:
         # Also understands "unlock cr_a --key-file F cr_b", and takes twice the time.
         return verb, parser(verb).parse_intermixed_args(rest)
+
+
+def _unknown(name: str) -> str:
+    """What is wrong with a verb, and which one was meant, as far as that is safe to guess."""
+    group, _, member = name.rpartition(" ")
+    known = [verb.name for verb in VISIBLE if verb.name.rpartition(" ")[0] == group]
+    known += [] if group else GROUPS
+    if name.startswith("-"):
+        return f'there is no option "{name}"; see `vmcryptctl --help`'
+    if meant := SYNONYMS.get(name.lower()):
+        return f'there is no verb "{name}"; use `vmcryptctl {meant}`: {BY_NAME[meant].help}'
+    close = nearest(name, known)
+    begun = [verb for verb in known if len(member) > 2 and verb.startswith(name)]
+    if len(begun) == 1 and not (close and name.startswith(close)):
+        [close] = begun
+    verb = BY_NAME.get(close)
+    if not close or (verb is not None and verb.ends):
+        return f'there is no verb "{name}"; see `{f"vmcryptctl {group}".rstrip()} --help`'
+    return f'there is no verb "{name}"; did you mean "{close}"?'
 
 
 def _in_group(group: str, rest: list[str]) -> tuple[str, list[str]]:
@@ -410,10 +462,13 @@ def _listed(some: Sequence[Verb]) -> list[str]:
     return [f"  {verb.name:<{wide}}{verb.help}" for verb in some]
 
 
+def _examples(examples: Sequence[tuple[str, str]]) -> list[str]:
+    wide = max((len(command) for command, _ in examples), default=0) + 2
+    return [f"  {command:<{wide}}{what}".rstrip() for command, what in examples]
+
+
 def parser(verb: Verb) -> argparse.ArgumentParser:
-    epilog = "\n".join(
-        ["examples:", *(f"  {command:<44}{what}".rstrip() for command, what in verb.examples)]
-    )
+    epilog = "\n".join(["examples:", *_examples(verb.examples)])
     found = _Parser(
         prog=f"vmcryptctl {verb.name}",
         description=_filled(verb.text),
