@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 class Arguments:
     """The command line."""
 
-    config: Path = Path("/etc/vmcryptd")
+    config: Path | None = None
     sim: Path | None = None
     bus: str | None = None
     debug: bool = False
@@ -67,9 +67,8 @@ def _arguments(argv: list[str]) -> Arguments:
     parser.add_argument(
         "--config",
         type=Path,
-        default=Path("/etc/vmcryptd"),
         metavar="DIR",
-        help="configuration directory",
+        help="configuration directory instead of /etc/vmcryptd",
     )
     parser.add_argument(
         "--sim",
@@ -118,7 +117,11 @@ def _composition(arguments: Arguments) -> tuple[Settings, Ports, Callable[[], Se
         return simulation.settings, simulation.ports(), simulation.reload
 
     def load() -> Settings:
-        return configuration.load(arguments.config, configuration.VALIDATED)
+        return configuration.load(
+            arguments.config or configuration.DIRECTORY,
+            configuration.VALIDATED,
+            required=arguments.config is not None,
+        )
 
     settings = load()
     return settings, real_ports(settings), load

@@ -23,7 +23,7 @@ _vmcryptctl() {
         verb="$verb ${COMP_WORDS[2]}"
     fi
     case $previous in
-        --key-file | --new-key-file | --file | --device | --mount)
+        --key-file | --config | --new-key-file | --file | --device | --mount)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return
@@ -42,7 +42,7 @@ _vmcryptctl() {
         shutdown) options='--help' ;;
         panic) options='--help' ;;
         plan) options='--help --json' goals=yes ;;
-        check) options='--help --json' ;;
+        check) options='--help --config --json' ;;
         wait) options='--help --timeout --json' ;;
         monitor) options='--help --json' ;;
         reload) options='--help' ;;

@@ -55,6 +55,7 @@ complete -c vmcryptctl -n '__fish_seen_subcommand_from plan' -a 'lock:(vmcryptct
 complete -c vmcryptctl -n '__fish_seen_subcommand_from plan' -a 'start:(vmcryptctl _names guests 2>/dev/null)'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from plan' -a 'stop:(vmcryptctl _names guests 2>/dev/null)'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from check' -l help -d 'tell more about it'
+complete -c vmcryptctl -n '__fish_seen_subcommand_from check' -l config -r -F -d 'check this directory instead of /etc/vmcryptd'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from check' -l json -d 'print JSON, for programs'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from wait' -l help -d 'tell more about it'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from wait' -l timeout -x -d 'how long at most, such as 90s or 5min; default "infinity"'

@@ -165,9 +165,15 @@ async def _plan(arguments: Namespace) -> int:
 
 
 async def _check(arguments: Namespace) -> int:
+    from pathlib import Path
+
     from vmcryptd.audit import check
 
-    findings = await check.problems()
+    candidate = arguments.config
+    if candidate is None:
+        findings = await check.problems()
+    else:
+        findings = await check.problems(Path(candidate), required=True)
     if arguments.json:
         print_json(
             {

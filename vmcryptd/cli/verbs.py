@@ -162,8 +162,19 @@ VERBS: tuple[Verb, ...] = (
         "check the configuration and the host: will boot work?",
         "Reads the configuration as the daemon would, and looks at the host: devices, headers, key files, "
         "units, guests. Says what is wrong and what to do about it. To be run as root.",
-        (JSON,),
-        (("vmcryptctl check", "after each change of the configuration"),),
+        (
+            Argument(
+                "--config",
+                "check this directory instead of /etc/vmcryptd",
+                value="DIR",
+                completes="files",
+            ),
+            JSON,
+        ),
+        (
+            ("vmcryptctl check", "after each change of the configuration"),
+            ("vmcryptctl check --config /root/new", "before a change: a copy of /etc/vmcryptd"),
+        ),
     ),
     Verb(
         "wait",

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vmcryptd import __version__
-from vmcryptd.core.errors import ConfigError
+from vmcryptd.core.errors import ConfigError, Mistake
 from vmcryptd.core.model import (
     Content,
     DaemonSpec,
@@ -30,40 +31,119 @@ from vmcryptd.core.model import (
     Unlock,
     VolumeSpec,
 )
+from vmcryptd.core.text import escaped
 
 DIRECTORY = Path("/etc/vmcryptd")
+MAIN, DROP_INS = "vmcryptd.toml", "conf.d"
+LARGEST = 16 << 20  # bytes of one file: a hundred thousand volumes
+LONGEST_PATH = 4096  # characters that an error names
+NULL = os.makedev(1, 3)
 VALIDATED = Path("/var/lib/vmcryptd/settings.json")
 
 log = logging.getLogger(__name__)
 
 
-def read(directory: Path) -> dict[str, str]:
-    """The files below the directory in their order, name → text. Raises ConfigError."""
+def read(directory: Path, *, required: bool = False) -> dict[str, str]:
+    """The files below the directory in their order, name → text.
+
+    What is there and cannot be read is a mistake, or volumes would vanish. That nothing is there is one if the
+    directory is `required`. Raises ConfigError.
+    """
     texts: dict[str, str] = {}
-    for path in (directory / "vmcryptd.toml", *sorted((directory / "conf.d").glob("*.toml"))):
+    mistakes: list[Mistake] = []
+    if not directory.is_dir() and (required or os.path.lexists(directory)):
+        text = "is no directory" if os.path.lexists(directory) else "there is no such directory"
+        raise ConfigError(f"{directory}: {text}; expected the one in which {MAIN} lies")
+    main, drop_ins = directory / MAIN, directory / DROP_INS
+    paths = [main]
+    try:
+        paths += [drop_ins / name for name in sorted(os.listdir(drop_ins)) if _is_read(name)]
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError) or os.path.lexists(drop_ins):
+            mistakes.append(_unreadable(drop_ins, error))
+    for path in paths:
         try:
-            texts[str(path)] = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
+            texts[str(path)] = _text(path)
+        except FileNotFoundError as error:
+            if path.is_symlink():
+                text = (
+                    f"a link to {os.readlink(path)}, which is not there; correct it, or remove it"
+                )
+                mistakes.append(Mistake(f"{escaped(str(path), LONGEST_PATH)}: {text}"))
+            elif path != main:
+                mistakes.append(_unreadable(path, error))
+        except (OSError, ValueError) as error:
+            mistakes.append(_unreadable(path, error))
+    if mistakes:
+        raise ConfigError.of(mistakes)
     return texts
 
 
-def load(directory: Path = DIRECTORY, validated: Path | None = None) -> Settings:
+def not_read(directory: Path) -> list[str]:
+    """The names in conf.d that look like configuration to a person, but are none: not *.toml, or hidden."""
+    try:
+        names = sorted(os.listdir(directory / DROP_INS))
+    except OSError:
+        return []
+    # Emacs locks a file by a link ".#NAME".
+    return [name for name in names if not _is_read(name) and not name.startswith(".#")]
+
+
+def _is_read(name: str) -> bool:
+    return name.endswith(".toml") and not name.startswith(".")
+
+
+def _text(path: Path) -> str:
+    """Raises OSError and ValueError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        # A link to /dev/null is how drop-ins are switched off elsewhere.
+        if not stat.S_ISREG(status.st_mode) and status.st_rdev != NULL:
+            is_directory = stat.S_ISDIR(status.st_mode)
+            raise ValueError("it is a directory" if is_directory else "it is no regular file")
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(LARGEST + 1)
+    finally:
+        os.close(fd)
+    if len(content) > LARGEST:
+        raise ValueError(f"it is larger than {LARGEST >> 20} MiB")
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("it is UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")  # Windows' editors begin with a mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not UTF-8; save it as UTF-8") from None
+
+
+def _unreadable(path: Path, error: Exception) -> Mistake:
+    why = str(error)
+    if isinstance(error, OSError):
+        why = (error.strerror or why).lower()
+    return Mistake(f"{escaped(str(path), LONGEST_PATH)}: cannot be read: {why}")
+
+
+def load(
+    directory: Path = DIRECTORY, validated: Path | None = None, *, required: bool = False
+) -> Settings:
+    """What the files below the directory say. Raises ConfigError."""
+    return settings(read(directory, required=required), validated)
+
+
+def settings(texts: Mapping[str, str], validated: Path | None = None) -> Settings:
     """The settings, from the file `validated` if that was written for these very files.
 
     Raises ConfigError.
     """
-    texts = read(directory)
     if validated is not None and (known := _load_validated(validated, texts)) is not None:
         return known
     from vmcryptd.config import schema
 
-    settings = schema.parse(texts)
+    parsed = schema.parse(texts)
     if validated is None:
-        return settings
-    content = {"version": __version__, "texts": texts, "settings": asdict(settings)}
+        return parsed
+    content = {"version": __version__, "texts": texts, "settings": asdict(parsed)}
     try:
         temporary = validated.with_suffix(".new")
         # Not for everybody: the arguments of a fetcher may tell more than they should.
@@ -73,7 +153,7 @@ def load(directory: Path = DIRECTORY, validated: Path | None = None) -> Settings
         os.replace(temporary, validated)
     except OSError as error:
         log.debug("%s cannot be written, the next start takes longer: %s", validated, error)
-    return settings
+    return parsed
 
 
 def _load_validated(validated: Path, texts: Mapping[str, str]) -> Settings | None:

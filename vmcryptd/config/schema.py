@@ -7,16 +7,17 @@ descriptions here (`packaging/docs.py`).
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-import tomllib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from vmcryptd.config import syntax
 from vmcryptd.core.durations import duration
-from vmcryptd.core.errors import ConfigError, nearest
+from vmcryptd.core.errors import ConfigError, Mistake, nearest
 from vmcryptd.core.model import (
     Content,
     DaemonSpec,
@@ -30,69 +31,126 @@ from vmcryptd.core.model import (
     Unlock,
     VolumeSpec,
 )
+from vmcryptd.core.text import escaped
 
 _TAGS = ("UUID", "PARTUUID", "LABEL", "PARTLABEL")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
+# What other tools call it.
+_MEANT = {
+    **dict.fromkeys(("disk", "path", "source", "partition", "blockdevice"), "device"),
+    **dict.fromkeys(("passphrase", "password", "ask", "none"), "prompt"),
+    **dict.fromkeys(("tang", "sss"), "clevis"),
+    **dict.fromkeys(("depends", "requires", "depends_on"), "after"),
+    **dict.fromkeys(("mountpoint", "mount_point", "where", "target"), "mount"),
+    "autostart": "start",
+    "trim": "discard",
+    "volume_group": "vg",
+    "yubikey": "fido2",
+    "script": "exec",
+}
+LONGEST_PATH = 4096
+_SHOWN = 60  # characters of a value that an error repeats
+
+
+class _WrongKeyError(ValueError):
+    """Two keys of a table contradict each other; `key` is the one to look at."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+
+def _toml(value: object) -> str:
+    """A value as the file has it, for an error."""
+    return escaped(json.dumps(value, ensure_ascii=False, default=str), _SHOWN)
+
 
 def _share(value: object) -> float:
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)%", value.strip())):
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", value.strip())):
         share = float(match[1]) / 100
         if 0 < share <= 1:
             return share
-    raise ValueError('expected a percentage from "1%" to "100%"')
+    raise ValueError(f'expected a percentage from "1%" to "100%", not {_toml(value)}')
 
 
 def mapping_name(value: str) -> str:
     """Return a valid mapping name unchanged; raises ValueError (device-mapper allows 127 characters)."""
     if value in ("control", ".", "..") or not re.fullmatch(r"[A-Za-z0-9._+-]{1,127}", value):
         raise ValueError(
-            f'"{value}" is not a valid mapping name: letters, digits and "._+-", at most 127, not "control"'
+            f'{_toml(value)} is not a valid mapping name: letters, digits and "._+-", at most 127, '
+            'not "control"'
         )
     return value
 
 
 def _device(value: str) -> str:
-    tag, sep, rest = value.partition("=")
-    if sep and tag in _TAGS and rest not in ("", ".", "..") and "/" not in rest:
-        # udev's links are in the case in which libblkid prints it, which for these is lower.
-        return f"{tag}={rest.lower()}" if _UUID.fullmatch(rest.lower()) else value
     if value.startswith("/"):
         return _absolute(value)
-    raise ValueError(
-        f'expected an absolute path or one of {", ".join(t + "=…" for t in _TAGS)}, not "{value}"'
-    )
+    tag, sep, rest = value.partition("=")
+    if sep and tag in _TAGS:
+        if set(rest) & set("\"'"):
+            raise ValueError(f"no quotes inside {tag}=…; write {_toml(_without_quotes(value))}")
+        if rest not in ("", ".", "..") and "/" not in rest:
+            # udev's links are in the case in which libblkid prints it, which for these is lower.
+            if _UUID.fullmatch(rest.lower()):
+                return f"{tag}={rest.lower()}"
+            if tag != "UUID":
+                return value
+            raise ValueError(f"expected the whole UUID of a LUKS header, not {_toml(rest)}")
+    hint = ""
+    if _UUID.fullmatch(value.lower()):
+        hint = f'; write "UUID={value.lower()}"'
+    elif sep and tag not in _TAGS and (upper := _without_quotes(tag).upper()) in _TAGS:
+        hint = f"; write {_toml(f'{upper}={_without_quotes(rest)}')}"
+    elif re.fullmatch(r"[A-Za-z0-9._+-]+(/[A-Za-z0-9._+-]+)*", value):
+        hint = f' (did you mean "/dev/{value.removeprefix("dev/")}"?)'
+    expected = ", ".join(f"{tag}=…" for tag in _TAGS)
+    raise ValueError(f"expected an absolute path or one of {expected}, not {_toml(value)}{hint}")
+
+
+def _without_quotes(text: str) -> str:
+    return re.sub("[\"']", "", text).strip()
 
 
 def _absolute(value: str) -> str:
-    if not value.startswith("/") or ".." in value.split("/") or "\0" in value:
-        raise ValueError(f'expected an absolute path, not "{value}"')
+    if not value.startswith("/") or ".." in value.split("/") or not value.isprintable():
+        raise ValueError(f"expected an absolute path, not {_toml(value)}")
     return "/" + "/".join(part for part in value.split("/") if part)
+
+
+def _mount(value: str) -> str:
+    path = _absolute(value)
+    if path == "/":
+        raise ValueError("a volume cannot be mounted over the host's own root")
+    return path
 
 
 def _uuid(value: str) -> str:
     text = value.lower()
     if not _UUID.fullmatch(text):
-        raise ValueError(f'expected a UUID such as 0b7c8a1e-…, not "{value}"')
+        bare = _without_quotes(text.removeprefix("uuid="))
+        hint = f"; write {_toml(bare)}" if _UUID.fullmatch(bare) else ""
+        raise ValueError(f"expected a UUID such as 0b7c8a1e-…, not {_toml(value)}{hint}")
     return text
 
 
 def _vg_name(value: str) -> str:
     """As lvm(8) allows them."""
     if value in (".", "..") or not re.fullmatch(r"[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,126}", value):
-        raise ValueError(f'"{value}" is not a valid volume group name')
+        raise ValueError(f"{_toml(value)} is not a valid volume group name")
     return value
 
 
 def _key_source(value: str) -> str:
-    kind, _, argument = value.partition(":")
+    """No error repeats the value: it may be a passphrase that does not belong here, or a fetcher's token."""
+    kind, colon, argument = value.partition(":")
     if kind not in tuple(SourceKind):
         known = "prompt, tpm2, fido2, pkcs11, clevis, file:/path, credential:name, exec:/command"
-        raise ValueError(
-            f'"{value}" is no key source: expected one of {known}{_hint(kind, SourceKind)}'
-        )
+        hint = ' (did you mean "file:/…"?)' if kind.startswith("/") else _hint(kind, SourceKind)
+        raise ValueError(f"no such key source: expected one of {known}{hint}")
     if kind not in (SourceKind.FILE, SourceKind.CREDENTIAL, SourceKind.EXEC):
-        if argument or value != kind:
+        if colon:
             raise ValueError(f'"{kind}" takes no argument')
     elif not argument:
         raise ValueError(f'"{kind}:" needs an argument')
@@ -100,29 +158,43 @@ def _key_source(value: str) -> str:
         return f"file:{_absolute(argument)}"
     elif kind == SourceKind.CREDENTIAL:
         if "/" in argument or argument in (".", "..") or not argument.isprintable():
-            raise ValueError(f'"{argument}" is not a valid credential name')
+            raise ValueError(f"{_toml(argument)} is not a valid credential name")
     elif kind == SourceKind.EXEC:
         try:
             words = shlex.split(argument)
         except ValueError as error:
-            raise ValueError(f'"{value}": {error}') from None
+            raise ValueError(f'"exec:…": {str(error)[:1].lower()}{str(error)[1:]}') from None
         if not words or not words[0].startswith("/"):
-            raise ValueError(f'"{value}": expected the absolute path of a program')
+            raise ValueError('"exec:…": expected the absolute path of a program')
+    return value
+
+
+def _uri(value: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9+]*://\S*", value):
+        raise ValueError(f'expected a URI such as "qemu:///system", not {_toml(value)}')
     return value
 
 
 def _ready(value: str) -> str:
     if value in ("running", "agent"):
         return value
-    match = re.fullmatch(r"tcp:(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})", value)
+    match = re.fullmatch(r"tcp:(\[[0-9a-fA-F:]+\]|[^:\s]+):([0-9]{1,5})", value)
     if match and 0 < int(match[2]) < 65536:
         return value
-    raise ValueError(f'expected "running", "agent" or "tcp:HOST:PORT", not "{value}"')
+    raise ValueError(f'expected "running", "agent" or "tcp:HOST:PORT", not {_toml(value)}')
 
 
 def _hint(word: str, known: Iterable[str]) -> str:
-    close = nearest(word, known)
+    close = _meant(word, known)
     return f' (did you mean "{close}"?)' if close else ""
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    word = word.lower().replace("-", "_") if word not in known else word
+    if alias := _MEANT.get(word):
+        return alias if alias in known else ""
+    return nearest(word, known)
 
 
 def _before(function: Any) -> Any:
@@ -133,6 +205,8 @@ Duration = Annotated[float, BeforeValidator(duration)]
 Share = Annotated[float, BeforeValidator(_share)]
 Device = Annotated[str, _before(_device)]
 AbsolutePath = Annotated[str, _before(_absolute)]
+MountPoint = Annotated[str, _before(_mount)]
+Uri = Annotated[str, _before(_uri)]
 Uuid = Annotated[str, _before(_uuid)]
 Source = Annotated[str, _before(_key_source)]
 Ready = Annotated[str, _before(_ready)]
@@ -146,7 +220,7 @@ class _Table(BaseModel):
 class DaemonTable(_Table):
     """How vmcryptd itself behaves."""
 
-    libvirt_uri: str = Field(
+    libvirt_uri: Uri = Field(
         "qemu:///system",
         description="The libvirt connection whose guests are started and stopped. A change of it takes a restart of "
         "vmcryptd.service, which touches nothing; a reload does not do.",
@@ -185,7 +259,7 @@ class DaemonTable(_Table):
     @model_validator(mode="after")
     def _check(self) -> DaemonTable:
         if self.on_waiting and not self.on_waiting[0].startswith("/"):
-            raise ValueError("on_waiting: expected the absolute path of a program first")
+            raise _WrongKeyError("on_waiting", "expected the absolute path of a program first")
         return self
 
 
@@ -232,7 +306,7 @@ class VolumeTable(_Table):
         description="What is on it: guest (a guest's raw disk, the host never looks into it), "
         "lvm (a volume group of the host), filesystem (mounted by the host).",
     )
-    mount: AbsolutePath | None = Field(
+    mount: MountPoint | None = Field(
         None,
         description='Where to mount it; content = "filesystem" only. systemd does it, and checks the file system '
         "before, unless that is a keystore's. If fstab names this path, that entry is used: it needs the options "
@@ -268,13 +342,13 @@ class VolumeTable(_Table):
     @model_validator(mode="after")
     def _check(self) -> VolumeTable:
         if self.mount is not None and self.content != "filesystem":
-            raise ValueError(
-                f'mount: only with content = "filesystem", here it is "{self.content}"'
-            )
+            text = f'only with content = "filesystem", here it is "{self.content}"'
+            raise _WrongKeyError("mount", text)
         if self.content == "filesystem" and self.mount is None:
-            raise ValueError('mount: needed with content = "filesystem"')
+            raise _WrongKeyError("content", '"filesystem" needs the key mount, too')
         if self.vg is not None and self.content != "lvm":
-            raise ValueError(f'vg: only with content = "lvm", here it is "{self.content}"')
+            text = f'only with content = "lvm", here it is "{self.content}"'
+            raise _WrongKeyError("vg", text)
         return self
 
 
@@ -311,71 +385,312 @@ class GuestTable(_Table):
     )
 
 
-class ConfigFile(_Table):
-    """One file, `vmcryptd.toml` or a drop-in."""
-
-    daemon: DaemonTable = DaemonTable()
-    volume: dict[str, VolumeTable] = {}
-    guest: dict[str, GuestTable] = {}
-
-
 TABLES: dict[str, type[_Table]] = {
     "daemon": DaemonTable,
     "volume": VolumeTable,
     "guest": GuestTable,
 }
+_LISTS = {
+    key
+    for table in TABLES.values()
+    for key, field in table.model_fields.items()
+    if isinstance(field.default, list)
+}
+_EXPECTED_TABLES = "expected [daemon], [volume.NAME] or [guest.NAME]"
 
 
 def parse(texts: Mapping[str, str]) -> Settings:
-    """Turn file name → TOML text, in the order of precedence, into settings. Raises ConfigError."""
-    tables: dict[str, dict[str, Any]] = {}
+    """Turn file name → TOML text, in the order of precedence, into settings. Raises ConfigError with all mistakes."""
+    reading = _Reading()
     for name, text in texts.items():
-        try:
-            tables[name] = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{name}: not valid TOML: {error}") from None
-    return parse_tables(tables)
+        reading.read(name, syntax.parse(name, text, _LISTS))
+    return reading.settings()
 
 
 def parse_tables(tables: Mapping[str, Mapping[str, Any]]) -> Settings:
     """The same from file name → parsed TOML. Raises ConfigError."""
-    origin: dict[tuple[str, str], str] = {}
-    daemon: dict[str, Any] = {}
-    volumes: dict[str, VolumeTable] = {}
-    guests: dict[str, GuestTable] = {}
+    reading = _Reading()
     for name, raw in tables.items():
+        reading.read(name, syntax.Document(raw, {}, (), whole=True))
+    return reading.settings()
+
+
+_T = TypeVar("_T", bound=_Table)
+
+
+class _Reading:
+    """Goes through all files and collects what is right, where it stands, and what is wrong."""
+
+    def __init__(self) -> None:
+        self._mistakes: list[tuple[int, int, Mistake]] = []  # file's number, line
+        self._files = 0
+        self._name, self._document = "", syntax.Document({}, {}, (), whole=True)
+        self._all_known = True  # no name is hidden by a syntax error
+        self._daemon: dict[str, Any] = {}
+        self._volumes: dict[str, VolumeTable] = {}
+        self._guests: dict[str, GuestTable] = {}
+        self._documents: dict[tuple[str, str], tuple[int, str, syntax.Document]] = {}
+
+    def read(self, name: str, document: syntax.Document) -> None:
+        self._files += 1
+        self._name, self._document = name, document
+        self._mistakes += [(self._files, line, mistake) for line, mistake in document.mistakes]
+        self._all_known &= document.whole
+        for table, value in document.tables.items():
+            if table not in TABLES:
+                self._unknown_table(table, value)
+            elif not isinstance(value, dict):
+                self._no_table(table, value)
+            elif table == "daemon":
+                if (parsed := self._parsed(DaemonTable, ("daemon",), value)) is not None:
+                    self._daemon |= {key: getattr(parsed, key) for key in value}
+            else:
+                for entry, raw in value.items():
+                    self._entry(table, entry, raw)
+
+    def _entry(self, table: str, name: str, raw: object) -> None:
+        path = (table, name)
+        first = self._documents.setdefault(path, (self._files, self._name, self._document))
+        if first[0] != self._files:
+            text = f"is defined in {_place(first[1], first[2], path)} already; define it in one file only"
+            self._mistake(path, text, about=" ")
+            return
         try:
-            parsed = ConfigFile.model_validate(raw)
+            _check_name(table, name)
+        except ValueError as error:
+            self._mistake(path, str(error))
+            return
+        model = TABLES[table]
+        if not isinstance(raw, dict):
+            if name in model.model_fields:
+                text = f"this key belongs in a table with the name of a {table}: [{table}.NAME]"
+            else:
+                text = f"expected a table, not {_toml(raw)}"
+            self._mistake(path, text)
+            return
+        if parts := self._dotted(model, raw):
+            text = f'a name with a dot stands in quotes: [{table}."{".".join((name, *parts))}"]'
+            self._mistake(path, text)
+            return
+        if table == "volume":
+            self._keep(self._volumes, name, self._parsed(VolumeTable, path, raw))
+        else:
+            self._keep(self._guests, name, self._parsed(GuestTable, path, raw))
+
+    @staticmethod
+    def _keep(tables: dict[str, _T], name: str, parsed: _T | None) -> None:
+        if parsed is not None:
+            tables[name] = parsed
+
+    @staticmethod
+    def _dotted(model: type[_Table], raw: Mapping[str, Any]) -> list[str]:
+        """The rest of a name such as [volume.a.b], which TOML takes for a table in a table."""
+        parts: list[str] = []
+        while len(raw) == 1:
+            [(key, inner)] = raw.items()
+            if key in model.model_fields or not isinstance(inner, dict):
+                break
+            parts.append(key)
+            raw = inner
+        return parts
+
+    def _unknown_table(self, name: str, value: object) -> None:
+        if not isinstance(value, dict):
+            owners = [table for table, model in TABLES.items() if name in model.model_fields]
+            where = " or ".join(_table_name(table) for table in owners)
+            text = (
+                f"stands in no table; it belongs in {where}"
+                if owners
+                else "unknown key, in no table"
+            )
+            self._mistake((name,), text, about=f" {name}: ")
+            return
+        keys = set(value)
+        for table in ("volume", "guest"):
+            if keys and keys <= set(TABLES[table].model_fields):
+                self._mistake((name,), f'unknown table (did you mean "{table}.{name}"?)')
+                return
+        self._mistake((name,), f"unknown table{_hint(name, TABLES)}; {_EXPECTED_TABLES}")
+
+    def _no_table(self, name: str, value: object) -> None:
+        if isinstance(value, list):
+            text = f"expected one table, not a list: write {_table_name(name)} with single brackets"
+            self._mistake((name,), text)
+        else:
+            self._mistake((name,), f"expected a table, not {_toml(value)}")
+
+    def _parsed(self, model: type[_T], path: syntax.Path, raw: Mapping[str, Any]) -> _T | None:
+        try:
+            return model.model_validate(raw)
         except ValidationError as error:
-            raise ConfigError("; ".join(_sentences(name, error))) from None
-        for table, entries in (("volume", parsed.volume), ("guest", parsed.guest)):
-            for entry in entries:
-                first = origin.setdefault((table, entry), name)
-                if first != name:
-                    raise ConfigError(
-                        f"{name}: [{table}.{entry}] is defined in {first} already; define it in one file only"
-                    )
-        for key in raw.get("daemon", {}):
-            daemon[key] = getattr(parsed.daemon, key)
-        for entry in parsed.volume:
-            try:
-                mapping_name(entry)
-            except ValueError as error:
-                raise ConfigError(f"{name}: [volume.{entry}]: {error}") from None
-        for entry in parsed.guest:
-            if not entry or "/" in entry or not entry.isprintable():
-                raise ConfigError(
-                    f'{name}: [guest.{entry}]: "{entry}" cannot be the name of a libvirt domain'
-                )
-        volumes |= parsed.volume
-        guests |= parsed.guest
-    settings = Settings(
-        daemon=_daemon(DaemonTable.model_construct(**{**DaemonTable().model_dump(), **daemon})),
-        volumes={name: _volume(name, table) for name, table in volumes.items()},
-        guests={name: _guest(name, table) for name, table in guests.items()},
-    )
-    _check_references(settings, origin)
-    return settings
+            self._explain(model, path, raw, error)
+            return None
+
+    def _explain(
+        self, model: type[_Table], path: syntax.Path, raw: Mapping[str, Any], error: ValidationError
+    ) -> None:
+        items = error.errors(include_url=False)
+        unknown = [str(item["loc"][0]) for item in items if item["type"] == "extra_forbidden"]
+        # A misspelt key is one mistake, not two.
+        meant = {
+            _meant(key, [one for one in model.model_fields if one not in raw]) for key in unknown
+        }
+        for item in items:
+            key, *inside = item["loc"] or ("",)
+            if item["type"] == "extra_forbidden":
+                text = f"unknown key{self._home(model, str(key), raw)}"
+                self._mistake((*path, str(key)), text, about=f" {key}: ")
+            elif item["type"] == "missing":
+                if key not in meant:
+                    self._mistake(path, f"{key} is missing")
+            elif not key:
+                wrong = item["ctx"]["error"]
+                self._mistake((*path, wrong.key), str(wrong), about=f" {wrong.key}: ")
+            else:
+                where = f"{key}, entry {int(inside[0]) + 1}" if inside else key
+                hint = _list_form(str(key), item)
+                self._mistake((*path, key, *inside), _message(item), about=f" {where}: ", hint=hint)
+
+    @staticmethod
+    def _home(model: type[_Table], key: str, raw: Mapping[str, Any]) -> str:
+        """Where a key belongs that stands in a table of another kind; else what may have been meant."""
+        for table, other in TABLES.items():
+            if other is not model and key.replace("-", "_") in other.model_fields:
+                return f"; it belongs in {_table_name(table)}"
+        return _hint(
+            key, [one for one in model.model_fields if one not in raw] or model.model_fields
+        )
+
+    def _mistake(self, path: syntax.Path, text: str, *, about: str = ": ", hint: str = "") -> None:
+        """`about` stands between the table and the text, and names the key."""
+        line = self._document.line(path)
+        if any(line == number > 0 for number, _ in self._document.mistakes):
+            return  # the line was guessed at; its own mistake is reported
+        known = [str(part) for part in (path[:1] if path[0] == "daemon" else path[:2])]
+        table = "" if about.startswith(f" {path[0]}:") else f" [{escaped('.'.join(known))}]"
+        place = _place(self._name, self._document, path)
+        self._mistakes.append(
+            (self._files, line, Mistake(f"{place}:{table}{about}{text}", hint=hint))
+        )
+
+    def settings(self) -> Settings:
+        if self._all_known:
+            self._check_references()
+        if self._mistakes:
+            self._mistakes.sort(key=lambda one: one[:2])
+            raise ConfigError.of([mistake for _, _, mistake in self._mistakes])
+        defaults = DaemonTable().model_dump()
+        return Settings(
+            daemon=_daemon(DaemonTable.model_construct(**{**defaults, **self._daemon})),
+            volumes={
+                name: _volume(name, table, self._origin("volume", name))
+                for name, table in self._volumes.items()
+            },
+            guests={
+                name: _guest(name, table, self._origin("guest", name))
+                for name, table in self._guests.items()
+            },
+        )
+
+    def _origin(self, table: str, name: str) -> str:
+        _, file, document = self._documents[table, name]
+        return _place(file, document, (table, name))
+
+    def _names(self, table: str) -> list[str]:
+        return [name for kind, name in self._documents if kind == table]
+
+    def _check_references(self) -> None:
+        """What one table says of others, in all files."""
+        seen: dict[tuple[str, str], str] = {}
+        for name, volume in self._volumes.items():
+            path = ("volume", name)
+            self._files, self._name, self._document = self._documents[path]
+            self._check_names((*path, "after"), volume.after)
+            # A tag and the link that it stands for are one device.
+            device = _volume(name, volume, "").device_path
+            if device == f"/dev/mapper/{name}":
+                text = "this is the mapping that the volume gets; name the device beneath it"
+                self._mistake((*path, "device"), text, about=" device: ")
+                continue
+            for key, value in (
+                ("device", device),
+                ("mount", volume.mount),
+                ("vg", volume.vg),
+                ("header", volume.header),
+            ):
+                if value is None:
+                    continue
+                other = seen.setdefault((key, value), name)
+                if other != name:
+                    text = f"{_toml(value)} is the {key} of [volume.{other}] already"
+                    self._mistake((*path, key), text, about=f" {key}: ")
+        for name, guest in self._guests.items():
+            path = ("guest", name)
+            self._files, self._name, self._document = self._documents[path]
+            self._check_names((*path, "needs"), guest.needs)
+            if name in guest.after:
+                text = f"{_toml(name)} cannot be after itself"
+                self._mistake((*path, "after"), text, about=" after: ")
+
+    def _check_names(self, path: syntax.Path, names: Iterable[str]) -> None:
+        known = self._names("volume")
+        for index, name in enumerate(names):
+            if name in known:
+                continue
+            if name in self._names("guest"):
+                text = f"{_toml(name)} is a guest; expected the name of a volume"
+            else:
+                text = f"there is no volume {_toml(name)}{_hint(name.removeprefix('/dev/mapper/'), known)}"
+            self._mistake((*path, index), text, about=f" {path[-1]}: ")
+
+
+def _check_name(table: str, name: str) -> None:
+    """Raises ValueError."""
+    if table == "volume":
+        mapping_name(name)
+    elif not name or "/" in name or not name.isprintable():
+        raise ValueError(f"{_toml(name)} cannot be the name of a libvirt domain")
+
+
+def _place(file: str, document: syntax.Document, path: syntax.Path) -> str:
+    line = document.line(path)
+    return escaped(f"{file}:{line}" if line else file, LONGEST_PATH)
+
+
+def _table_name(table: str) -> str:
+    return f"[{table}]" if table == "daemon" else f"[{table}.NAME]"
+
+
+def _list_form(key: str, item: Mapping[str, Any]) -> str:
+    """How to write as a list what is a text."""
+    if item["type"] != "list_type" or not isinstance(item["input"], str):
+        return ""
+    words = re.split(r"[,\s]+" if key != "keys" else r"\s*,\s*", item["input"].strip())
+    return f"{key} = {json.dumps(words, ensure_ascii=False)}"
+
+
+def _message(item: Mapping[str, Any]) -> str:
+    value = item["input"]
+    match item["type"]:
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case "literal_error":
+            options = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
+            expected = ", ".join(f'"{option}"' for option in options)
+            return f"expected one of {expected}, not {_toml(value)}{_hint(str(value), options)}"
+        case "too_short":
+            return "expected at least one"
+        case "list_type" if isinstance(
+            value, str
+        ):  # what it says is no business of the journal: see _key_source
+            return 'expected a list such as ["one", "two"], not a text'
+        case "list_type":
+            return f"expected a list, not {_toml(value)}"
+        case "string_type":
+            return f"expected a text, not {_toml(value)}"
+        case "bool_type":
+            return f"expected true or false, not {_toml(value)}"
+    return str(item["msg"])
 
 
 def _daemon(table: DaemonTable) -> DaemonSpec:
@@ -389,7 +704,7 @@ def _daemon(table: DaemonTable) -> DaemonSpec:
     )
 
 
-def _volume(name: str, table: VolumeTable) -> VolumeSpec:
+def _volume(name: str, table: VolumeTable, origin: str) -> VolumeSpec:
     sources = []
     for text in table.keys:
         kind, _, argument = text.partition(":")
@@ -408,10 +723,11 @@ def _volume(name: str, table: VolumeTable) -> VolumeSpec:
         header=table.header,
         after=tuple(table.after),
         timeout_s=table.timeout,
+        origin=origin,
     )
 
 
-def _guest(name: str, table: GuestTable) -> GuestSpec:
+def _guest(name: str, table: GuestTable, origin: str) -> GuestSpec:
     return GuestSpec(
         name=name,
         start=Start(table.start),
@@ -421,79 +737,5 @@ def _guest(name: str, table: GuestTable) -> GuestSpec:
         stop_timeout_s=table.stop_timeout,
         on_stop_timeout=OnStopTimeout(table.on_stop_timeout),
         configured=True,
+        origin=origin,
     )
-
-
-def _check_references(settings: Settings, origin: Mapping[tuple[str, str], str]) -> None:
-    devices: dict[str, str] = {}
-    mounts: dict[str, str] = {}
-    groups: dict[str, str] = {}
-    for name, volume in settings.volumes.items():
-        where = f"{origin['volume', name]}: [volume.{name}]"
-        _check_names(f"{where} after", volume.after, settings.volumes, "volume")
-        # A tag and the link that it stands for are one device.
-        for key, value, seen in (
-            ("device", volume.device_path, devices),
-            ("mount", volume.mount, mounts),
-            ("vg", volume.vg, groups),
-        ):
-            if value is not None and seen.setdefault(value, name) != name:
-                raise ConfigError(
-                    f'{where} {key}: "{value}" is the {key} of [volume.{seen[value]}] already'
-                )
-    for name, guest in settings.guests.items():
-        where = f"{origin['guest', name]}: [guest.{name}]"
-        _check_names(f"{where} needs", guest.needs, settings.volumes, "volume")
-        if name in guest.after:
-            raise ConfigError(f'{where} after: "{name}" cannot be after itself')
-
-
-def _check_names(where: str, names: Iterable[str], known: Iterable[str], what: str) -> None:
-    for name in names:
-        if name not in known:
-            raise ConfigError(f'{where}: there is no {what} "{name}"{_hint(name, known)}')
-
-
-def _sentences(file: str, error: ValidationError) -> Iterable[str]:
-    for item in error.errors(include_url=False):
-        path = [str(part) for part in item["loc"]]
-        # A table is [daemon] or [volume.NAME]; what follows is the key in it, and an index into a list.
-        size = 1 if path[:1] == ["daemon"] else 2
-        if len(path) <= 1 and item["type"] == "extra_forbidden":
-            unknown = f"{file}: [{path[0]}]: unknown table{_hint(path[0], TABLES)}"
-            yield f"{unknown}; expected [daemon], [volume.NAME] or [guest.NAME]"
-            continue
-        table, rest = path[:size], path[size:]
-        where = f"{file}: [{'.'.join(table)}]"
-        if not rest:
-            yield f"{where}: {_message(item)}"
-            continue
-        key = rest[0]
-        if item["type"] == "extra_forbidden":
-            model = TABLES[table[0]]
-            yield f"{where} {key}: unknown key{_hint(key, model.model_fields)}"
-        elif item["type"] == "missing":
-            yield f"{where}: {key} is missing"
-        else:
-            yield f"{where} {'.'.join(rest)}: {_message(item)}"
-
-
-def _message(item: Mapping[str, Any]) -> str:
-    text = str(item["msg"]).removeprefix("Value error, ")
-    match item["type"]:
-        case "literal_error":
-            options = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
-            value = item["input"]
-            expected = ", ".join(f'"{option}"' for option in options)
-            return f'expected one of {expected}, not "{value}"{_hint(str(value), options)}'
-        case "too_short":
-            return "expected at least one"
-        case "string_type" | "bool_type" | "list_type" | "dict_type" | "model_type":
-            kinds = {
-                "string_type": "a text",
-                "bool_type": "true or false",
-                "list_type": "a list",
-                "dict_type": "a table",
-            }
-            return f"expected {kinds.get(item['type'], 'a table')}, not {item['input']!r}"
-    return text

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 PREFIX = "org.vmcryptd1.Error."
 
@@ -33,11 +34,31 @@ class InternalError(VmcryptdError):
     name = "Internal"
 
 
+class Mistake(NamedTuple):
+    """One mistake in the configuration.
+
+    `line` and `hint` quote the file, so they are for its reader's eyes only: they go neither over the bus nor into the
+    journal.
+    """
+
+    text: str  # file, line, table, key, and what was expected
+    line: str = ""  # the line as it stands there
+    hint: str = ""  # what to write instead
+
+
 class ConfigError(VmcryptdError):
-    """The configuration was refused; the text names file, table and key."""
+    """The configuration was refused; the text names file, line, table and key of each mistake."""
 
     name = "Config"
     exit_code = EXIT_USAGE
+
+    def __init__(self, text: str, mistakes: Sequence[Mistake] = ()) -> None:
+        super().__init__(text)
+        self.mistakes = tuple(mistakes) or (Mistake(text),)
+
+    @classmethod
+    def of(cls, mistakes: Sequence[Mistake]) -> ConfigError:
+        return cls("; ".join(mistake.text for mistake in mistakes), mistakes)
 
 
 class GraphError(ConfigError):

@@ -8,8 +8,9 @@ configuration (`vg`, `mount`, `after`), and then from what was seen at an earlie
 from __future__ import annotations
 
 import graphlib
+import itertools
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -403,7 +404,8 @@ def _build(settings: Settings, observation: Observation) -> Graph:
         stands_on = dict.fromkeys(places.of_path(spec.device_path))
         if name in stands_on:
             raise GraphError(
-                f"volume {name}: its device {spec.device_path} lies on the volume itself: {name} → {name}"
+                f"volume {name}: its device {spec.device_path} lies on the volume itself: {name} → {name}; "
+                f"correct {_table('volume', spec)} device"
             )
         if spec.mount:
             # What it is mounted on must be mounted first, and unmounted last.
@@ -437,7 +439,11 @@ def _build(settings: Settings, observation: Observation) -> Graph:
             else (),
             uuid=_uuid(spec, observation) or (mapping.luks_uuid if mapping else ""),
         )
-    _check_cycles({name: node.needs for name, node in volumes.items()}, "volume")
+    _check_cycles(
+        {name: node.needs for name, node in volumes.items()},
+        "volume",
+        lambda upper, lower: _why(places, volumes[upper], lower),
+    )
 
     lies_on: dict[str, tuple[str, ...]] = {}
     pools = {}
@@ -470,7 +476,11 @@ def _build(settings: Settings, observation: Observation) -> Graph:
         needs.update(dict.fromkeys(settings.guest(name).needs))
         disks = tuple(_disks(domain, observation)) if domain else ()
         guests[name] = GuestNode(settings.guest(name), domain, tuple(needs), tuple(used), disks)
-    _check_cycles({name: node.spec.after for name, node in guests.items()}, "guest")
+    _check_cycles(
+        {name: node.spec.after for name, node in guests.items()},
+        "guest",
+        lambda upper, lower: f"{_table('guest', guests[upper].spec)} after",
+    )
 
     return Graph(
         volumes=volumes,
@@ -613,12 +623,36 @@ def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]
     return {name: tuple(others) for name, others in found.items()}
 
 
-def _check_cycles(edges: Mapping[str, Iterable[str]], what: str) -> None:
+def _table(kind: str, spec: VolumeSpec | GuestSpec) -> str:
+    """A table, with the place where it stands if that is known."""
+    return f"{spec.origin}: [{kind}.{spec.name}]" if spec.origin else f"[{kind}.{spec.name}]"
+
+
+def _why(places: _Places, node: VolumeNode, lower: str) -> str:
+    """The key of its table that makes a volume need another."""
+    spec, key = node.spec, "mount"
+    if lower in spec.after:
+        key = "after"
+    elif lower in node.keys_in:
+        key = "keys"
+    elif lower in places.of_path(spec.device_path):
+        key = "device"
+    elif spec.header and lower in places.of_path(spec.header):
+        key = "header"
+    return f"{_table('volume', spec)} {key}"
+
+
+def _check_cycles(
+    edges: Mapping[str, Iterable[str]], what: str, reason: Callable[[str, str], str]
+) -> None:
+    """Raises GraphError; `reason` says where it stands that one needs another."""
     try:
         graphlib.TopologicalSorter({n: lower for n, lower in edges.items() if lower}).prepare()
     except graphlib.CycleError as error:
         # CycleError.args[1] lists each node before the one that needs it.
-        path = " → ".join(reversed(error.args[1]))
+        circle = list(reversed(error.args[1]))
+        places = ", ".join(dict.fromkeys(reason(*pair) for pair in itertools.pairwise(circle)))
         raise GraphError(
-            f"the {what}s need each other in a circle: {path}; take one of these out of `after`"
+            f"the {what}s need each other in a circle: {' → '.join(circle)}; "
+            f"take it apart in one of these: {places}"
         ) from None

@@ -138,6 +138,7 @@ class VolumeSpec:
     header: str | None = None
     after: tuple[str, ...] = ()
     timeout_s: float = 30.0
+    origin: str = field(default="", compare=False)  # file and line of its table
 
     @property
     def mapper_path(self) -> str:
@@ -175,6 +176,7 @@ class GuestSpec:
     stop_timeout_s: float = 180.0
     on_stop_timeout: OnStopTimeout = OnStopTimeout.KILL
     configured: bool = False  # True when the table exists
+    origin: str = field(default="", compare=False)  # file and line of it
 
 
 @dataclass(frozen=True)
