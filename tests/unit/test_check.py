@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
+from vmcryptd import daemon
 from vmcryptd.audit import check, probe
 from vmcryptd.audit.check import ERROR, WARNING, Finding
 from vmcryptd.audit.probe import Facts, File
+from vmcryptd.cli import main
 from vmcryptd.config import files as configuration_files
 from vmcryptd.config import schema
 from vmcryptd.core import graph
-from vmcryptd.core.errors import DeviceMissingError, NotLuksError
+from vmcryptd.core.errors import ConfigError, DeviceMissingError, NotLuksError
 from vmcryptd.core.model import (
     BlockDevice,
     DiskSource,
@@ -269,6 +271,50 @@ def test_exit_status() -> None:
     assert check.exit_status([warning]) == 0
     assert check.exit_status([warning, error]) == 1
     assert check.exit_status([error, refused]) == 2
+
+
+def test_each_mistake_is_a_finding_that_shows_the_line_and_what_to_write(tmp_path: Path) -> None:
+    text = '[volume.a]\ndevice = /dev/a\n[volume.b]\ndevice = "/dev/b"\nkeys = "tpm2"\n'
+    (tmp_path / "vmcryptd.toml").write_text(text)
+    findings = asyncio.run(check.problems(tmp_path))
+    assert [(one.severity, one.object, one.advice) for one in findings] == [
+        (ERROR, check.CONFIGURATION, 'write: device = "/dev/a"'),
+        (ERROR, check.CONFIGURATION, 'write: keys = ["tpm2"]'),
+    ]
+    assert findings[0].text == (
+        f"{tmp_path}/vmcryptd.toml:2: not valid TOML: invalid value; a text stands in quotes: device = /dev/a"
+    )
+
+
+def test_a_candidate_has_to_be_there(tmp_path: Path) -> None:
+    [finding] = asyncio.run(check.problems(tmp_path / "none", required=True))
+    assert check.exit_status([finding]) == 2
+    assert "there is no such directory" in finding.text
+
+
+def test_a_candidate_is_checked_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "vmcryptd.toml").write_text("[volume.a]\ndevice = /dev/a\n")
+    assert main.main(["check", "--config", str(tmp_path)]) == 2
+    assert f"{tmp_path}/vmcryptd.toml:2: not valid TOML" in capsys.readouterr().out
+    assert main.main(["check", "--config", str(tmp_path / "none")]) == 2
+    assert "there is no such directory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["none", "vmcryptd.toml"])
+def test_the_daemon_refuses_a_directory_that_is_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / "vmcryptd.toml").touch()
+    arguments = daemon._arguments(["--config", str(tmp_path / name)])
+    with pytest.raises(ConfigError, match="expected the one in which vmcryptd.toml lies"):
+        daemon._composition(arguments)
+
+
+def test_drop_ins_that_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "conf.d").mkdir()
+    for name in ("imap.conf", "old\n.toml~"):
+        (tmp_path / "conf.d" / name).touch()
+    [finding] = list(check._not_read(tmp_path))
+    assert finding.severity == WARNING
+    assert f"imap.conf, old\\n.toml~ in {tmp_path}/conf.d" in finding.text
 
 
 def test_a_refused_configuration(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from vmcryptd.core.errors import (
     EXIT_USAGE,
     ConfigError,
     DeviceMissingError,
+    Mistake,
     VmcryptdError,
 )
 from vmcryptd.core.graph import GuestNode, VolumeNode
 from vmcryptd.core.model import Header, KeySource, SourceKind, Unlock
+from vmcryptd.core.text import escaped
 
 ERROR, WARNING = "error", "warning"
 CONFIGURATION = "configuration"
@@ -35,15 +37,33 @@ class Finding(NamedTuple):
     advice: str
 
 
-async def problems(directory: Path = files.DIRECTORY) -> list[Finding]:
-    """Everything that is wrong, errors first."""
+async def problems(directory: Path = files.DIRECTORY, *, required: bool = False) -> list[Finding]:
+    """Everything that is wrong, errors first. A `required` directory has to be there."""
     try:
-        facts = await look(files.load(directory))
+        facts = await look(files.load(directory, required=required))
     except ConfigError as error:
-        advice = "correct it; vmcryptd.toml(5) tells what can stand there"
-        return [Finding(ERROR, CONFIGURATION, str(error), advice)]
-    found = [*_host(facts), *_units(facts), *_volumes(facts), *_guests(facts)]
+        return [_mistake(mistake) for mistake in error.mistakes]
+    found = [
+        *_not_read(directory),
+        *_host(facts),
+        *_units(facts),
+        *_volumes(facts),
+        *_guests(facts),
+    ]
     return sorted(found, key=lambda finding: finding.severity != ERROR)
+
+
+def _mistake(mistake: Mistake) -> Finding:
+    text = f"{mistake.text}: {mistake.line}" if mistake.line else mistake.text
+    advice = f"write: {mistake.hint}" if mistake.hint else "correct it; see vmcryptd.toml(5)"
+    return Finding(ERROR, CONFIGURATION, text, advice)
+
+
+def _not_read(directory: Path) -> Iterator[Finding]:
+    if names := files.not_read(directory):
+        shown = ", ".join(map(escaped, names))
+        text = f"not read, since only *.toml is: {shown} in {directory / files.DROP_INS}"
+        yield Finding(WARNING, CONFIGURATION, text, "rename them to NAME.toml, or move them away")
 
 
 def exit_status(findings: Iterable[Finding]) -> int:
