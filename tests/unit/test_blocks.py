@@ -13,6 +13,7 @@ from vmcryptd.adapters.storage import blocks, holders
 from vmcryptd.adapters.storage.blocks import SysfsBlocks, device_of, mount_unit
 from vmcryptd.adapters.storage.sysfs import (
     Lasting,
+    Links,
     MountTable,
     Roots,
     forget,
@@ -38,11 +39,13 @@ class Tree:
             directory.mkdir(parents=True)
         (self.proc / "self/ns/mnt").symlink_to("mnt:[1]")
         self.mountinfo = path / "mountinfo"
+        self.udev = path / "udev"
+        self.udev.mkdir()
         self.mountinfo.touch()
 
     @property
     def roots(self) -> Roots:
-        return Roots(str(self.sys), str(self.proc), str(self.mountinfo))
+        return Roots(str(self.sys), str(self.proc), str(self.mountinfo), str(self.udev))
 
     def device(
         self, name: str, number: str, slaves: tuple[str, ...] = (), **attributes: str
@@ -56,6 +59,10 @@ class Tree:
             file = real / attribute.replace("__", "/")
             file.parent.mkdir(exist_ok=True)
             file.write_text(value + "\n")
+
+    def udev_links(self, number: str, *links: str) -> None:
+        lines = ["I:1", *(f"S:{link}" for link in links), "E:ID_FS_TYPE=crypto_LUKS", ""]
+        (self.udev / f"b{number}").write_text("\n".join(lines))
 
     def change(self, name: str, **attributes: str) -> None:
         for attribute, value in attributes.items():
@@ -119,7 +126,7 @@ def test_a_mapping_is_looked_at_again_when_something_happened_to_it(tree: Tree) 
     observe(tree.roots, (), lasting)
     tree.change("dm-1", dm__name="other")
     assert observe(tree.roots, (), lasting).devices["dm-1"].dm_name == "cr_imap"
-    forget(lasting, "dm-1")
+    forget(lasting, {}, "dm-1")
     assert observe(tree.roots, (), lasting).devices["dm-1"].dm_name == "other"
 
 
@@ -150,6 +157,33 @@ def test_another_device_of_the_same_name_is_looked_at(tree: Tree) -> None:
     entry.unlink()
     (tree.sys / "dm-1.new").rename(entry)
     assert observe(tree.roots, (), lasting).devices["dm-1"].dm_name == "other"
+
+
+def test_all_devices_that_claim_a_link_are_seen(tree: Tree) -> None:
+    link, other = "disk/by-uuid/3f1d", "disk/by-id/wwn-1"
+    paths = [f"/dev/{link}", f"/dev/{other}", "/dev/vda"]
+    known: Links = {}
+    tree.udev_links("252:0", link, other)
+    tree.udev_links("253:0", "disk/by-label/x")
+    assert observe(tree.roots, paths, {}, known).claims == {}
+    tree.udev_links("253:0", link)
+    assert observe(tree.roots, paths, {}, known).claims == {}  # no event has told of it yet
+    forget({}, known, "dm-0")
+    assert observe(tree.roots, paths, {}, known).claims == {f"/dev/{link}": ("dm-0", "vda")}
+    (tree.sys / "dm-0").unlink()
+    assert observe(tree.roots, paths, {}, known).claims == {}
+    assert "dm-0" not in known
+
+
+def test_a_device_that_udev_has_not_come_to_is_looked_at_again(tree: Tree) -> None:
+    link = "disk/by-uuid/3f1d"
+    known: Links = {}
+    tree.udev_links("252:0", link)
+    assert observe(tree.roots, [f"/dev/{link}"], {}, known).claims == {}
+    tree.udev_links("252:1", link)
+    assert observe(tree.roots, [f"/dev/{link}"], {}, known).claims == {
+        f"/dev/{link}": ("vda", "vda1")
+    }
 
 
 def test_the_device_of_an_event() -> None:

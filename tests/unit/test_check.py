@@ -42,9 +42,15 @@ TPM2 = Header(2, UUID, tokens=(Token(0, "systemd-tpm2", (0,)),))
 KEY = File(is_regular=True, mode=0o600)
 
 
+LINK = "/dev/disk/by-path/a"
+COPIED = "/dev/disk/by-label/a"
+
+
 def facts(text: str, *domains: Domain, **more: Any) -> Facts:
     settings = schema.parse({"vmcryptd.toml": text})
-    storage = Storage({"vda": BlockDevice("vda", "254:0")}, {"/dev/vda": "vda"})
+    links = dict.fromkeys(["/dev/vda", LINK, COPIED], "vda")
+    devices = {name: BlockDevice(name) for name in ("vda", "vdb")}
+    storage = Storage(devices, links, claims={COPIED: ("vda", "vdb")})
     virtualisation = Virtualisation(True, {domain.name: domain for domain in domains})
     built = graph.build(settings, Observation(storage, virtualisation))
     return replace(Facts(settings, built, units=ENABLED, memory_kib=4 << 20), **more)
@@ -64,7 +70,8 @@ def found(subject: Facts) -> list[Finding]:
     return [finding for rule in rules for finding in rule(subject)]
 
 
-GOOD = '[volume.a]\ndevice = "/dev/vda"\n'
+GOOD = f'[volume.a]\ndevice = "{LINK}"\n'
+BY_KERNEL_NAME = '[volume.a]\ndevice = "/dev/vda"\n'
 
 
 def test_a_token_and_its_plugin_are_there() -> None:
@@ -75,6 +82,21 @@ def test_a_token_and_its_plugin_are_there() -> None:
 def test_nothing_is_wrong() -> None:
     subject = facts(GOOD, guest("g", disk("/dev/mapper/a")), headers={"a": Header(2, UUID)})
     assert found(subject) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "headers", "advice"),
+    [
+        ("", {"a": Header(2, UUID)}, f'write device = "UUID={UUID}"'),
+        ('header = "/h"\n', {"a": Header(2, UUID)}, "name the disk by one of its links"),
+        ("", {}, "name the disk by one of its links"),
+    ],
+)
+def test_what_to_write_for_a_kernel_name(
+    more: str, headers: dict[str, Header], advice: str
+) -> None:
+    [finding] = found(facts(BY_KERNEL_NAME + more, headers=headers))
+    assert finding.advice.startswith(advice)
 
 
 @pytest.mark.parametrize("is_open", [True, False])
@@ -98,10 +120,12 @@ def test_a_detached_header_on_a_locked_volume(is_open: bool) -> None:
         (GOOD, {"headers": {"a": NotLuksError("no LUKS")}}, ERROR, "no LUKS"),
         (
             GOOD + f'uuid = "{UUID}"\n',
-            {"headers": {"a": Header(2, "other")}},
+            {"headers": {"a": Header(2, "other")}, "strangers": {"a": "was last seen as b"}},
             ERROR,
-            "UUID is other",
+            "was last seen as b",
         ),
+        (BY_KERNEL_NAME, {"headers": {"a": Header(2, UUID)}}, WARNING, "can be another disk then"),
+        ('[volume.a]\ndevice = "LABEL=a"\n', {}, ERROR, "is on /dev/vda and /dev/vdb"),
         (
             GOOD,
             {"headers": {"a": Header(2, UUID, (KeySlot(0, "argon2id", 8 << 20),))}},

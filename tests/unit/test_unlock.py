@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from tests.lib import Running, handed_in, opened_by, play
-from vmcryptd.core.errors import BusyError, DamagedHeaderError, VmcryptdError, WrongUuidError
+from vmcryptd.core.errors import (
+    AmbiguousDeviceError,
+    BusyError,
+    DamagedHeaderError,
+    VmcryptdError,
+    WrongUuidError,
+)
+from vmcryptd.core.model import Header, VolumeSpec
 from vmcryptd.engine import unlock_with_key
 from vmcryptd.engine.kdf import KdfBudget
 
@@ -182,6 +190,74 @@ async def test_another_header_than_the_configured_one(run: Running) -> None:
     assert isinstance(error, WrongUuidError)
     assert f"the configuration says {UUID}" in str(error)
     assert run.volumes() == {"a": "failed"}
+    assert run.host.done("try") == []
+
+
+@play(volume("a") + volume("b"))
+async def test_disks_that_have_changed_places(run: Running) -> None:
+    """As kernel names do from boot to boot: neither volume is opened on what was the other's disk."""
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
+    await unlock_with_key.unlock(run.engine, "b", handed_in("alpha"))
+    await run.engine.lock_all()
+    seen, tried = run.volume("a").uuid, run.host.done("try")
+    right = run.host.header
+
+    async def swapped(spec: VolumeSpec) -> Header:
+        return await right(replace(spec, name={"a": "b", "b": "a"}[spec.name]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.host, "header", swapped)
+        for _ in range(2):  # to have seen it once does not make it right
+            error = await failure(run, "a")
+            assert isinstance(error, WrongUuidError)
+            assert "volume a: the LUKS header on /dev/a was last seen as volume b" in str(error)
+        with pytest.raises(WrongUuidError):
+            await run.engine.key_slots.listed("a")
+    assert run.host.done("try") == tried
+    assert run.volume("a").uuid == seen
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
+
+
+def tagged(name: str) -> str:
+    return volume(name, A + "\ncopied = true").replace(f"/dev/{name}", f"LABEL={name}")
+
+
+@play(tagged("a") + volume("b"))
+async def test_a_copy_of_a_disk_is_refused_until_it_is_gone(run: Running) -> None:
+    error = await failure(run, "a")
+    assert isinstance(error, AmbiguousDeviceError)
+    assert "LABEL=a is on /dev/copy-a and /dev/sim-a" in str(error)
+    with pytest.raises(AmbiguousDeviceError):
+        await run.engine.key_slots.listed("a")
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"a": "failed", "b": "unlocked"}
+    run.host.answer("alpha")
+    run.host.volume("a", copied=False)
+    await run.until(lambda: run.volumes()["a"] == "unlocked")
+
+
+@play(tagged("a"))
+async def test_a_copy_that_comes_while_the_volume_is_open(run: Running) -> None:
+    run.host.volume("a", copied=False)
+    await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
+    run.host.volume("a", copied=True)
+    await run.until(lambda: run.volume("a").device == "/dev/sim-a")
+    assert run.volumes() == {"a": "unlocked"}
+    await run.engine.lock_all()
+    assert run.host.done("close ") == ["close a"]
+    assert run.volumes() == {"a": "failed"}
+
+
+@play(tagged("a"))
+async def test_a_copy_that_comes_while_a_person_is_asked(run: Running) -> None:
+    run.host.volume("a", copied=False)
+    run.engine.boot()
+    await run.until(lambda: run.host.questions)
+    run.host.volume("a", copied=True)
+    run.host.answer("alpha")
+    await run.until(lambda: "is on /dev/copy-a and /dev/sim-a" in run.volume("a").error)
     assert run.host.done("try") == []
 
 

@@ -132,14 +132,30 @@ def _volumes(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 ERROR, where, text, f"see `dmsetup info {name}`, and rename one of the two"
             )
-        if not node.device and not facts.graph.is_explained(name):
+        if node.rivals:
+            yield Finding(ERROR, where, node.trouble, "see `lsblk -o NAME,UUID,LABEL,PARTUUID`")
+        elif not node.device and not facts.graph.is_explained(name):
             text = f"its device {spec.device} is not there"
             advice = "see `lsblk -f`; if it lies on another volume, say so by `after`"
             yield Finding(ERROR, where, text, advice)
+        yield from _kernel_name(facts, where, node)
         yield from _header(facts, where, node)
         yield from _keys(facts, where, node)
         if spec.mount and spec.mount not in node.mounts:
             yield from _mount_point(facts, where, spec.mount)
+
+
+def _kernel_name(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
+    spec = facts.settings.volumes[node.spec.name]
+    if not node.device or spec.device != f"/dev/{node.device}":
+        return
+    text = f"{spec.device} is a name that the kernel gives anew at each boot: it can be another disk then"
+    header = facts.headers.get(spec.name)
+    if isinstance(header, Header) and not spec.header and spec.name not in facts.strangers:
+        advice = f'write device = "UUID={header.uuid}"'
+    else:
+        advice = "name the disk by one of its links in /dev/disk/by-id"
+    yield Finding(WARNING, where, text, advice)
 
 
 def _header(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
@@ -152,9 +168,9 @@ def _header(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
         advice = f"see `cryptsetup luksDump {node.spec.header_path}`"
         yield Finding(ERROR if facts.is_root else WARNING, where, str(header), advice)
         return
-    if node.spec.uuid and header.uuid != node.spec.uuid:
-        text = f"its header's UUID is {header.uuid}, not {node.spec.uuid}: it is refused"
-        yield Finding(ERROR, where, text, "correct `uuid`, or `device` if that is the wrong one")
+    if node.spec.name in facts.strangers:
+        advice = "see `lsblk -o NAME,UUID`, and correct `device` or `uuid`"
+        yield Finding(ERROR, where, facts.strangers[node.spec.name], advice)
     if facts.memory_kib and header.memory_kib > facts.memory_kib:
         text = (
             f"a key slot needs {header.memory_kib // 1024} MiB to be opened, and the host has "

@@ -17,7 +17,8 @@ from vmcryptd.adapters.luks.mappings import Cryptsetup, read_header
 from vmcryptd.adapters.storage.blocks import SysfsBlocks
 from vmcryptd.adapters.systemd.host import StateFiles
 from vmcryptd.core import graph as graphs
-from vmcryptd.core.errors import DamagedHeaderError, VmcryptdError
+from vmcryptd.core import identity
+from vmcryptd.core.errors import DamagedHeaderError, VmcryptdError, WrongUuidError
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
     Header,
@@ -68,6 +69,9 @@ class Facts:
     settings: Settings
     graph: Graph = field(default_factory=Graph)
     headers: Mapping[str, Header | VmcryptdError] = field(default_factory=dict)  # volume → header
+    strangers: Mapping[str, str] = field(
+        default_factory=dict
+    )  # volume → why the header on its device is not its own
     identities: Mapping[str, str] = field(
         default_factory=dict
     )  # a guest's path → what it really is
@@ -106,10 +110,12 @@ async def look(settings: Settings) -> Facts:
     observation = Observation(storage, virtualisation, Remembered(paths, uuids), {}, chains)
     graph = graphs.build(settings, observation)
     units, loaded = await _units()
+    headers = await _headers(graph)
     return Facts(
         settings=settings,
         graph=graph,
-        headers=await _headers(graph),
+        headers=headers,
+        strangers=_strangers(settings, observation, headers),
         identities=_identities(virtualisation, storage),
         unread_chains=unread,
         luks_disks=frozenset(_luks_disks(graph, virtualisation, storage)),
@@ -153,6 +159,21 @@ async def _headers(graph: Graph) -> dict[str, Header | VmcryptdError]:
                 found[name] = await crypt.header(node.spec)
             except VmcryptdError as error:
                 found[name] = error
+    return found
+
+
+def _strangers(
+    settings: Settings,
+    observation: Observation,
+    headers: Mapping[str, Header | VmcryptdError],
+) -> dict[str, str]:
+    found = {}
+    for name, header in headers.items():
+        if isinstance(header, Header):
+            try:
+                identity.check_header(settings.volumes[name], header.uuid, settings, observation)
+            except WrongUuidError as error:
+                found[name] = str(error)
     return found
 
 

@@ -267,12 +267,16 @@ class VolumeTable(_Table):
     """One LUKS volume. The table's name is the name of the mapping, /dev/mapper/NAME."""
 
     device: Device = Field(
-        description='The LUKS device: an absolute path (of a file, too), or "UUID=…", "PARTUUID=…", "LABEL=…".',
+        description='The LUKS device: an absolute path (of a file, too), or "UUID=…", "PARTUUID=…", "LABEL=…". '
+        "If several devices bear that tag (a copy, a snapshot), the volume is not opened, and the error names them. "
+        "Kernel names such as /dev/sdb can be another disk after the next boot. An open volume stays the one that it "
+        "is, wherever its path leads by then.",
         json_schema_extra={"shown": "/dev/volgrp4/lvimap_hd0"},
     )
     uuid: Uuid | None = Field(
         None,
-        description="The LUKS header's UUID. A header with another one is refused.",
+        description="The LUKS header's UUID. A header with another one is refused; without it, a header that was last "
+        "seen under another volume's name.",
         json_schema_extra={"shown": "3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"},
     )
     keys: list[Source] = Field(

@@ -171,9 +171,15 @@ class DamagedHeaderError(NotLuksError):
 
 
 class WrongUuidError(VmcryptdError):
-    """There is a LUKS header, but not the one that the configuration names."""
+    """There is a LUKS header, but not the one that the configuration names, or another volume's."""
 
     name = "WrongUuid"
+
+
+class AmbiguousDeviceError(VmcryptdError):
+    """Several devices bear the tag that a volume is named by; the text names them."""
+
+    name = "AmbiguousDevice"
 
 
 class OutOfMemoryError(VmcryptdError):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vmcryptd.core import gcpause
+from vmcryptd.core import gcpause, identity
 from vmcryptd.core.errors import GraphError
 from vmcryptd.core.model import (
     BlockDevice,
@@ -34,7 +34,6 @@ from vmcryptd.core.model import (
 )
 
 _BY_CRYPT_UUID = re.compile(r"dm-uuid-(?:part\d+-)?CRYPT-[^-]+-[0-9a-f]{32}-(?P<name>.+)")
-_PIECE = "CRYPT-SUBDEV-"  # what cryptsetup puts beneath a volume while its key is rotated
 
 
 class VolumeNode(NamedTuple):
@@ -54,9 +53,21 @@ class VolumeNode(NamedTuple):
     mapping: str = ""  # dm name of its mapping (ours, or one made by hand), empty while locked
     suspended: bool = False
     taken_by: str = ""  # what holds its mapping name although it is not this volume
+    rivals: tuple[str, ...] = ()  # devices that bear the tag it is named by, where several do
     is_active: bool = False  # content = "lvm": its group is active
     mounts: tuple[str, ...] = ()  # where its mapping is mounted now, deepest last
     uuid: str = ""
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot be opened as things are, and what to do; empty if nothing is known against it."""
+        if not self.rivals:
+            return ""
+        devices = " and ".join(f"/dev/{name}" for name in self.rivals)
+        return (
+            f"volume {self.spec.name}: {self.spec.device} is on {devices}, so one of these is a copy, and it is not "
+            "opened: detach the copy, or name the right one by another path in `device`"
+        )
 
     @property
     def is_open(self) -> bool:
@@ -386,10 +397,10 @@ def build(settings: Settings, observation: Observation) -> Graph:
 
 def _build(settings: Settings, observation: Observation) -> Graph:
     places = _Places(settings, observation)
-    mappings = _mappings(settings, observation)
-    for name, (device, _) in mappings.items():
-        if device is not None:
-            places.mapped(name, device)
+    identities = identity.find(settings, observation)
+    for name, who in identities.items():
+        if who.mapping is not None:
+            places.mapped(name, who.mapping)
     above: dict[str, list[BlockDevice]] = {}
     for device in observation.storage.devices.values():
         for lower in device.below:
@@ -399,9 +410,12 @@ def _build(settings: Settings, observation: Observation) -> Graph:
         mounted.setdefault(mount.number, []).append(mount.target)
 
     volumes = {}
-    for name, spec in settings.volumes.items():
-        mapping, taken_by = mappings[name]
-        stands_on = dict.fromkeys(places.of_path(spec.device_path))
+    for name, configured in settings.volumes.items():
+        spec, lies_at, mapping, taken_by, rivals = identities[name]
+        if spec is configured:
+            stands_on = dict.fromkeys(places.of_path(spec.device_path))
+        else:
+            stands_on = dict.fromkeys(places.of_device(lies_at))
         if name in stands_on:
             raise GraphError(
                 f"volume {name}: its device {spec.device_path} lies on the volume itself: {name} → {name}; "
@@ -425,10 +439,11 @@ def _build(settings: Settings, observation: Observation) -> Graph:
             keys_in=tuple(
                 lower for lower in opens_after if lower not in must and lower not in stands_on
             ),
-            device=_device(spec, observation.storage),
+            device=lies_at,
             mapping=mapping.dm_name if mapping else "",
             suspended=mapping.suspended if mapping else False,
             taken_by=taken_by,
+            rivals=rivals,
             is_active=mapping is not None
             and (
                 name in observation.activated
@@ -437,7 +452,8 @@ def _build(settings: Settings, observation: Observation) -> Graph:
             mounts=tuple(sorted(mounted.get(mapping.number, ()), key=len))
             if mapping and mapping.number
             else (),
-            uuid=_uuid(spec, observation) or (mapping.luks_uuid if mapping else ""),
+            uuid=(mapping.luks_uuid if mapping else "")
+            or identity.known_uuid(configured, observation),
         )
     _check_cycles(
         {name: node.needs for name, node in volumes.items()},
@@ -514,7 +530,12 @@ def _disks(domain: Domain, observation: Observation) -> Iterator[GuestDisk]:
 
 def _carriers(volumes: Mapping[str, VolumeNode], storage: Storage) -> dict[str, str]:
     """A volume's own device comes before what it is beneath: that volume is the one to name."""
-    found = {node.device: name for name, node in volumes.items() if node.device}
+    found = {
+        place: name
+        for name, node in volumes.items()
+        for place in (node.device, *node.rivals)
+        if place
+    }
     left = list(found)
     for place in left:
         device = storage.devices.get(place)
@@ -524,95 +545,6 @@ def _carriers(volumes: Mapping[str, VolumeNode], storage: Storage) -> dict[str, 
                 found[lower] = found[place]
                 left.append(lower)
     return found
-
-
-def _device(spec: VolumeSpec, storage: Storage) -> str:
-    path = spec.device_path
-    if path in storage.files:
-        return storage.real.get(path, path)
-    return storage.links.get(path, "")
-
-
-def _uuid(spec: VolumeSpec, observation: Observation) -> str:
-    return (
-        spec.uuid
-        or observation.uuids.get(spec.name)
-        or observation.remembered.uuids.get(spec.name, "")
-    )
-
-
-def _mappings(
-    settings: Settings, observation: Observation
-) -> dict[str, tuple[BlockDevice | None, str]]:
-    """For each volume its open mapping, and what else holds its mapping name.
-
-    A mapping is a volume's when it is LUKS and made of the volume's device, whatever its name. The header's UUID
-    decides where the device cannot be looked up: UUIDs alone would confuse a volume with its snapshot or clone.
-    """
-    devices = observation.storage.devices
-    by_uuid: dict[str, list[BlockDevice]] = {}
-    by_lower: dict[str, list[BlockDevice]] = {}
-    by_name: dict[str, BlockDevice] = {}
-    torn: dict[str, list[BlockDevice]] = {}  # by UUID: a killed rotation left them on no device
-    loops: dict[str, list[str]] = {}  # file → loop devices on it, which cryptsetup makes by itself
-    for device in devices.values():
-        if device.backing_file:
-            loops.setdefault(device.backing_file, []).append(device.name)
-        if device.dm_name:
-            by_name[device.dm_name] = device
-        if uuid := device.luks_uuid:
-            by_uuid.setdefault(uuid, []).append(device)
-            lowers = list(_data_devices(device, devices))
-            for lower in lowers:
-                by_lower.setdefault(lower, []).append(device)
-            if all(lower in devices and _is_torn(devices[lower]) for lower in lowers):
-                torn.setdefault(uuid, []).append(device)
-    found: dict[str, tuple[BlockDevice | None, str]] = {}
-    adopted: set[str] = set()
-
-    def find(name: str, candidates: list[BlockDevice]) -> None:
-        candidates = [device for device in candidates if device.name not in adopted]
-        named = by_name.get(name)
-        if candidates:
-            chosen = named if named is not None and named in candidates else candidates[0]
-            adopted.add(chosen.name)
-            found[name] = (chosen, "")
-        else:
-            found[name] = (None, (named.dm_uuid or named.name) if named else "")
-
-    away = []
-    for name, spec in settings.volumes.items():
-        place = _device(spec, observation.storage)
-        if not place:
-            away.append(name)
-            continue
-        lowers = loops.get(place, []) if place.startswith("/") else [place]
-        candidates = [mapping for lower in lowers for mapping in by_lower.get(lower, ())]
-        candidates += torn.get(_uuid(spec, observation), ())
-        if spec.uuid:
-            candidates = [device for device in candidates if device.luks_uuid == spec.uuid]
-        find(name, candidates)
-    for name in away:
-        uuid = _uuid(settings.volumes[name], observation)
-        candidates = by_uuid.get(uuid, [])
-        named = by_name.get(name)
-        if not uuid and named is not None and named.luks_uuid:
-            candidates = [named]  # nothing contradicts it
-        find(name, candidates)
-    return found
-
-
-def _data_devices(mapping: BlockDevice, devices: Mapping[str, BlockDevice]) -> Iterator[str]:
-    """What a LUKS mapping is made of; with integrity, or while it is reencrypted, cryptsetup's own are in between."""
-    for name in mapping.below:
-        yield name
-        lower = devices.get(name)
-        if lower is not None and lower.dm_uuid.startswith(("CRYPT-INTEGRITY-", _PIECE)):
-            yield from _data_devices(lower, devices)
-
-
-def _is_torn(device: BlockDevice) -> bool:
-    return device.dm_uuid.startswith(_PIECE) and not device.below
 
 
 def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:

@@ -103,6 +103,10 @@ class OnStopTimeout(StrEnum):
     LEAVE = "leave"
 
 
+_LINKS = "/dev/disk/"
+_TAG_LINKS = tuple(f"{_LINKS}by-{tag}/" for tag in ("uuid", "label", "partuuid", "partlabel"))
+
+
 def udev_encoded(value: str) -> str:
     """A tag's value as udev writes it into the name of a link (libblkid, blkid_encode_string).
 
@@ -153,6 +157,19 @@ class VolumeSpec:
         if tag == "LABEL":
             value = value.rstrip(" \t\n\v\f\r")  # as libblkid does (blkid_probe_set_label)
         return f"/dev/disk/by-{tag.lower()}/{udev_encoded(value)}"
+
+    @property
+    def has_tag(self) -> bool:
+        """Whether the device is named by what is written on it, which a copy of it has, too."""
+        return self.device_path.startswith(_TAG_LINKS)
+
+    @property
+    def known_uuid(self) -> str:
+        """The LUKS header's UUID as far as the configuration tells, else an empty string."""
+        if self.uuid:
+            return self.uuid
+        link, by_uuid = self.device_path, f"{_LINKS}by-uuid/"
+        return link.removeprefix(by_uuid) if link.startswith(by_uuid) and not self.header else ""
 
     @property
     def header_path(self) -> str:
@@ -258,7 +275,8 @@ class Storage(NamedTuple):
     `links` maps the paths that were asked for (configured devices, guests' disks) to kernel names; a path
     that does not exist, or is no block device, is absent. `files` maps paths of regular files to the
     "major:minor" of the file system that holds them. `real` maps paths to where their symbolic links lead,
-    where that differs, as far as it can be followed now.
+    where that differs, as far as it can be followed now. `claims` maps links of udev's that were asked for to the
+    kernel names of all devices that udev says have that name, where these are several: the link leads to one of them.
     """
 
     devices: Mapping[str, BlockDevice] = MappingProxyType({})
@@ -266,6 +284,7 @@ class Storage(NamedTuple):
     files: Mapping[str, str] = MappingProxyType({})
     real: Mapping[str, str] = MappingProxyType({})
     mounts: tuple[Mount, ...] = ()
+    claims: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 class SourceType(StrEnum):

@@ -75,6 +75,8 @@ def volume_state(graph: Graph, name: str, activity: Activity) -> VolumeState:
         return VolumeState.SUSPENDED if node.suspended else VolumeState.UNLOCKED
     if activity.error is not None and not isinstance(activity.error, _NOT_ITS_OWN):
         return VolumeState.FAILED
+    if node.rivals:
+        return VolumeState.FAILED
     if not node.device and not graph.is_explained(name):
         return VolumeState.MISSING
     return VolumeState.LOCKED
@@ -104,7 +106,7 @@ def volume_view(
         needed_by=tuple(dict.fromkeys(needed_by)),
         header_backup_due=header_backup_due,
         rotation=rotation,
-        error=str(activity.error or ""),
+        error=str(activity.error or node.trouble),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from vmcryptd.core import planner
 from vmcryptd.core.errors import (
+    AmbiguousDeviceError,
     BusyError,
     DependencyError,
     DeviceMissingError,
@@ -735,7 +736,7 @@ class Engine:
         """A volume of the boot set whose device did not come in time is opened when it comes."""
         action, name = step_id
         if self.booted and action is Action.UNLOCK and name in self.graph.volumes:
-            missing = isinstance(outcome(task), DeviceMissingError)
+            missing = isinstance(outcome(task), (AmbiguousDeviceError, DeviceMissingError))
             if missing and name in self.boot_set[0]:
                 self._late.add(name)
                 self._keep_goals()

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Mapping
 
 from vmcryptd.core import graph as graphs
-from vmcryptd.core.errors import DeadlineError, VmcryptdError
+from vmcryptd.core import identity
+from vmcryptd.core.errors import AmbiguousDeviceError, DeadlineError, VmcryptdError
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
     DiskSource,
@@ -130,8 +131,17 @@ class Inventory:
         self.rebuilt.notify()
         self.changes.notify()
 
-    def note_header(self, name: str, header: Header) -> None:
-        """Keep what is to be known of a volume's header without reading it again."""
+    def accept_header(self, name: str, header: Header) -> None:
+        """Keep what is to be known of a volume's header without reading it again.
+
+        Raises AmbiguousDeviceError, WrongUuidError: then the header may be another disk's, and nothing is kept.
+        """
+        self.observe()  # a copy may have come just now
+        node = self.graph.volumes.get(name)
+        if node is not None:
+            if node.rivals:
+                raise AmbiguousDeviceError(node.trouble)
+            identity.check_header(node.spec, header.uuid, self.settings, self._observation)
         self.uuids[name] = header.uuid
         if header.is_reencrypting:
             self.reencrypting.add(name)
@@ -180,7 +190,7 @@ class Inventory:
         for name, node in self.graph.volumes.items():
             if node.uuid:
                 uuids[name] = node.uuid
-            if node.device:
+            if node.device and node.spec is self.settings.volumes.get(name):
                 paths[node.spec.device_path] = node.stands_on
         is_seen = storage.links.keys() | storage.files.keys()
         paths |= {path: on for path, on in self.graph.lies_on.items() if path in is_seen}

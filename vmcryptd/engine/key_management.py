@@ -263,9 +263,10 @@ class KeySlots:
             raise
 
     async def header(self, spec: VolumeSpec) -> Header:
-        """Read it; whether a rotation is half done is told from what was read last. Raises as `Crypt.header`."""
+        """Read it; whether a rotation is half done is told from what was read last. Raises as `Crypt.header`
+        and `Inventory.accept_header`."""
         header = await self._ports.crypt.header(spec)
-        self._inventory.note_header(spec.name, header)
+        self._inventory.accept_header(spec.name, header)
         return header
 
     async def finish_rotation(self, spec: VolumeSpec, header: Header) -> Header:
@@ -339,7 +340,7 @@ class KeySlots:
 
     def _spec(self, name: str) -> VolumeSpec:
         planner.check_volume(self._inventory.graph, name)
-        return self._inventory.settings.volumes[name]
+        return self._inventory.graph.volumes[name].spec
 
 
 def check_removable(header: Header, name: str, slot: int) -> None:

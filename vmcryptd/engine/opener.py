@@ -6,7 +6,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 
-from vmcryptd.core.errors import BusyError, DeviceMissingError, VmcryptdError, WrongUuidError
+from vmcryptd.core.errors import (
+    AmbiguousDeviceError,
+    BusyError,
+    DeviceMissingError,
+    VmcryptdError,
+)
 from vmcryptd.core.model import Header, Unlock, VolumeSpec
 from vmcryptd.core.ports import Crypt, Keys
 from vmcryptd.engine.derivation import Attempts
@@ -60,12 +65,7 @@ class Unlocker:
         spec = self._inventory.graph.volumes[name].spec
         self._doing(name, True)
         header = await self._crypt.header(spec)
-        self._inventory.note_header(name, header)
-        if spec.uuid and header.uuid != spec.uuid:
-            raise WrongUuidError(
-                f"volume {name}: the LUKS header on {spec.device} has the UUID {header.uuid}, the configuration says "
-                f"{spec.uuid}; is it the right device? If so, correct `uuid`"
-            )
+        self._inventory.accept_header(name, header)
         if self._is_usable(name):
             return ""  # somebody else was quicker
         if taken_by := self._inventory.graph.volumes[name].taken_by:
@@ -118,6 +118,8 @@ class Unlocker:
     async def _wait_for_device(self, spec: VolumeSpec) -> None:
         def is_there() -> bool:
             node = self._inventory.graph.volumes[spec.name]
+            if node.rivals:
+                raise AmbiguousDeviceError(node.trouble)
             return bool(node.device) or node.is_open
 
         if is_there():

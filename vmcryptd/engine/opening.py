@@ -269,6 +269,7 @@ class Opening:
                     if self._is_usable:
                         return ""
                     self._doing(True)
+                    await self._read_header()
                     await self._tokens.open(self._spec, self._header, token, pin)
                 return str(source)
             except WrongPinError as failed:
@@ -296,7 +297,7 @@ class Opening:
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, AGAIN_S[1])
                     # It may have been bound anew meanwhile.
-                    self._header = await self._crypt.header(self._spec)
+                    await self._read_header()
                     for source in self._later:
                         if (opened := await self._try_source(source)) is not None:
                             return opened
@@ -309,8 +310,14 @@ class Opening:
                 return True
             self._doing(True)
             # Whoever was asked may have added the key slot only now.
-            self._header = await self._crypt.header(self._spec)
+            await self._read_header()
             return await self._try_answer(answer)
+
+    async def _read_header(self) -> None:
+        """Anew, after a wait: its slots may be others by now, and its path may lead to another disk."""
+        header = await self._crypt.header(self._spec)
+        self._inventory.accept_header(self._spec.name, header)
+        self._header = header
 
     async def _try_answer(self, answer: Answer) -> bool:
         name = self._spec.name

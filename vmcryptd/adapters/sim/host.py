@@ -86,6 +86,7 @@ class _Volume:
     is_half_rotated: bool = False
     data_reencrypted: bool = False
     away: bool = False
+    copied: bool = False
     suspended: bool = False
     mounted: bool = False
     active: bool = False
@@ -186,6 +187,7 @@ class Simulation:
         devices: dict[str, BlockDevice] = {}
         links: dict[str, str] = {}
         mounts = []
+        claims: dict[str, tuple[str, ...]] = {}
         for number, (name, volume) in enumerate(self._volumes.items()):
             spec = self._specs[name]
             if not self._is_there(volume):
@@ -193,6 +195,10 @@ class Simulation:
             below = tuple(f"dm-{lower}" for lower in volume.on)
             devices[f"sim-{name}"] = BlockDevice(f"sim-{name}", below=below)
             links[spec.device_path] = f"sim-{name}"
+            if volume.copied:
+                devices[f"copy-{name}"] = BlockDevice(f"copy-{name}")
+                links[spec.device_path] = f"copy-{name}"  # udev's link follows what came last
+                claims[spec.device_path] = (f"copy-{name}", f"sim-{name}")
             if volume.open:
                 uuid = f"CRYPT-LUKS2-{number:032x}-{name}"
                 devices[f"dm-{name}"] = BlockDevice(
@@ -205,7 +211,7 @@ class Simulation:
                 devices[f"lv-{name}"] = BlockDevice(
                     f"lv-{name}", "", (f"dm-{name}",), f"{name}-lv", "LVM-sim"
                 )
-        return Storage(devices=devices, links=links, mounts=tuple(mounts))
+        return Storage(devices=devices, links=links, mounts=tuple(mounts), claims=claims)
 
     def _is_there(self, volume: _Volume) -> bool:
         return volume.present and all(
@@ -495,6 +501,7 @@ def _volume(entry: dict[str, Any]) -> _Volume:
         is_half_rotated=entry.get("half_rotated", False),
         data_reencrypted=entry.get("moved", False),
         away=entry.get("away", False),
+        copied=entry.get("copied", False),
     )
 
 

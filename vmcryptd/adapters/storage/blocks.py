@@ -43,6 +43,7 @@ class SysfsBlocks:
         self._roots = roots
         self._threads = DaemonThreads()
         self._lasting: sysfs.Lasting = {}
+        self._links: sysfs.Links = {}
         self._watches = contextlib.ExitStack()
 
     def watch(self, changed: Changed) -> None:
@@ -62,7 +63,7 @@ class SysfsBlocks:
                 loop.call_soon(announce)
 
         self._watch_devices(loop, announce_once)
-        self._lasting.clear()  # what has changed before that was told to nobody
+        self._forget_all()  # what has changed before that was told to nobody
         self._watch_mounts(loop, announce_once)
 
     def close(self) -> None:
@@ -70,7 +71,7 @@ class SysfsBlocks:
         self._watches.close()
 
     def observe(self, paths: Iterable[str]) -> Storage:
-        return sysfs.observe(self._roots, paths, self._lasting)
+        return sysfs.observe(self._roots, paths, self._lasting, self._links)
 
     async def wait_udev(self) -> None:
         try:
@@ -224,6 +225,10 @@ class SysfsBlocks:
         wanted = os.path.normpath(target)
         return any(mount.target == wanted for mount in self._mounts_of(mapping))
 
+    def _forget_all(self) -> None:
+        self._lasting.clear()
+        self._links.clear()
+
     def _watch_devices(self, loop: asyncio.AbstractEventLoop, changed: Changed) -> None:
         kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         events = socket.socket(socket.AF_NETLINK, kind, NETLINK_KOBJECT_UEVENT)
@@ -237,11 +242,11 @@ class SysfsBlocks:
                 except BlockingIOError:
                     return
                 except OSError:  # ENOBUFS: some were lost, nobody knows which
-                    self._lasting.clear()
+                    self._forget_all()
                     changed()
                     return
                 if b"\0SUBSYSTEM=block\0" in event:
-                    sysfs.forget(self._lasting, device_of(event))
+                    sysfs.forget(self._lasting, self._links, device_of(event))
                     changed()
 
         loop.add_reader(events, receive)

@@ -27,15 +27,24 @@ class Roots(NamedTuple):
     sys_block: str = "/sys/class/block"
     proc: str = "/proc"
     mountinfo: str = "/proc/self/mountinfo"
+    udev: str = "/run/udev/data"
 
 
 # What a disk or partition looks like never changes while it is there; its entry's inode tells that
 # it still is the same one. A mapping changes only with an event: `forget` it then.
 Lasting = dict[tuple[str, int], BlockDevice]
+# Device → the links in /dev/disk that udev has for it, without /dev/. They change with an event, too.
+Links = dict[str, frozenset[str]]
 
 
-def observe(roots: Roots, paths: Iterable[str], lasting: Lasting | None = None) -> Storage:
-    """`lasting` is kept from look to look: most of a host's devices need no second one."""
+def observe(
+    roots: Roots,
+    paths: Iterable[str],
+    lasting: Lasting | None = None,
+    known_links: Links | None = None,
+) -> Storage:
+    """`lasting` and `known_links` are kept from look to look: most of a host's devices need no second one."""
+    paths = list(paths)
     devices = block_devices(roots.sys_block, {} if lasting is None else lasting)
     mounts = parse_mounts(read_file(roots.mountinfo))
     names = {device.number: name for name, device in devices.items()}
@@ -67,7 +76,8 @@ def observe(roots: Roots, paths: Iterable[str], lasting: Lasting | None = None) 
             # btrfs gives each subvolume a device number of its own, which no block device has.
             if os.major(status.st_dev) == 0 and (mount := places.of(real)):
                 files[path] = mount.number
-    return Storage(devices, links, files, reals, mounts)
+    claims = udev_claims(roots, devices, paths, {} if known_links is None else known_links)
+    return Storage(devices, links, files, reals, mounts, claims)
 
 
 def block_devices(sys_block: str, lasting: Lasting) -> dict[str, BlockDevice]:
@@ -92,10 +102,38 @@ def block_devices(sys_block: str, lasting: Lasting) -> dict[str, BlockDevice]:
     return found
 
 
-def forget(lasting: Lasting, name: str) -> None:
+def forget(lasting: Lasting, known_links: Links, name: str) -> None:
     """Look at a device anew the next time."""
+    known_links.pop(name, None)
     for identity in [identity for identity in lasting if identity[0] == name]:
         del lasting[identity]
+
+
+def udev_claims(
+    roots: Roots, devices: Mapping[str, BlockDevice], paths: Iterable[str], known: Links
+) -> dict[str, tuple[str, ...]]:
+    """Those of the paths that are udev's links and wanted by several devices, with these.
+
+    A link leads to one of them; udev's database has all (systemd, src/libsystemd/sd-device/device-private.c,
+    device_update_db: a line "S:disk/by-uuid/…" for each link).
+    """
+    wanted = {path.removeprefix("/dev/"): path for path in paths if path.startswith("/dev/disk/")}
+    if not wanted:
+        return {}
+    for name in known.keys() - devices.keys():
+        del known[name]
+    claims: dict[str, list[str]] = {}
+    for name, device in devices.items():
+        if name not in known:
+            database = read_file(f"{roots.udev}/b{device.number}")
+            if not database:
+                continue  # udev has not come to it yet
+            known[name] = frozenset(
+                line[2:] for line in database.splitlines() if line.startswith("S:disk/")
+            )
+        for link in known[name] & wanted.keys():
+            claims.setdefault(wanted[link], []).append(name)
+    return {path: tuple(sorted(names)) for path, names in claims.items() if len(names) > 1}
 
 
 def _lasts(device: BlockDevice, path: str) -> bool:
