@@ -162,7 +162,7 @@ def test_what_fails_leaves_nothing(
         elif fault == "reload":
             daemon.sim.write_text("[")
         else:
-            place.table.parent.write_text("no directory")
+            place.table.with_name(f".{place.table.name}.new").mkdir(parents=True)
         code = await place.init("--file", str(place.file))
         assert code == (1 if fault == "mkfs" else 2)
 

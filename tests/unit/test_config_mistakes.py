@@ -570,7 +570,7 @@ def test_a_link_to_null_switches_a_drop_in_off(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
-    for name in ("a.toml", "b.conf", "c.toml~", "d", ".e.toml", "F.TOML"):
+    for name in ("a.toml", "b.conf", "c.toml~", "d", ".e.toml", "F.TOML", ".a.toml.swp"):
         place(tmp_path, "", f"conf.d/{name}")
     (tmp_path / "conf.d" / ".#a.toml").symlink_to("me@here")
     assert files.not_read(tmp_path) == [".e.toml", "F.TOML", "b.conf", "c.toml~", "d"]

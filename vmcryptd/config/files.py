@@ -85,8 +85,14 @@ def not_read(directory: Path) -> list[str]:
         names = sorted(os.listdir(directory / DROP_INS))
     except OSError:
         return []
-    # Emacs locks a file by a link ".#NAME".
-    return [name for name in names if not _is_read(name) and not name.startswith(".#")]
+    # Editors keep hidden files of their own beside: ".#NAME" is Emacs' lock, ".NAME.swp" vim's copy.
+    return [
+        name
+        for name in names
+        if not _is_read(name)
+        and not name.startswith(".#")
+        and (not name.startswith(".") or name.endswith(".toml"))
+    ]
 
 
 def _is_read(name: str) -> bool:
