@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from vmcryptd.adapters.sim.host import Simulation
-from vmcryptd.core.model import GuestState, Token, VolumeSpec
+from vmcryptd.core.model import GuestState, Header, KeySource, Token, VolumeSpec
 from vmcryptd.core.ports import Key
 from vmcryptd.core.states import GuestView, VolumeView
 from vmcryptd.engine.engine import Engine
@@ -77,6 +77,11 @@ class Host(Simulation):
         self._volumes[name] = replace(self._volumes[name], **values)
         self._tell()
 
+    def file(self, path: str, *, there: bool) -> None:
+        """A header or key file comes or goes."""
+        self._missing = self._missing - {path} if there else self._missing | {path}
+        self._tell()
+
     def guest(self, name: str, state: GuestState) -> None:
         self._guests[name].state = state
         self._tell()
@@ -122,6 +127,14 @@ class Host(Simulation):
                     self._answers.remove((word, answer))
                     return answer
             await self._answered.wait()
+
+    async def header(self, volume: VolumeSpec) -> Header:
+        self.calls.append(f"header {volume.name}")
+        return await super().header(volume)
+
+    async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
+        self.calls.append(f"fetch {source}")
+        return await super().fetch(source, volume)
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         slots = self._volumes[volume.name].slots
@@ -191,6 +204,10 @@ class Running:
 
     async def idle(self) -> None:
         await self.until(lambda: not self.engine.jobs)
+
+    async def looked(self) -> None:
+        """What the host has told is known to the engine."""
+        await self.engine.inventory.look()
 
     @property
     def state(self) -> str:

@@ -612,6 +612,136 @@ async def test_a_device_never_appears(run: Running) -> None:
     )
 
 
+UNREADABLE = A + '\nfault = "unreadable"'
+
+
+@play(volume("a", UNREADABLE) + volume("b") + volume("c", "", keys=["file:/c"]) + guest("g", "a"))
+async def test_an_unreadable_header_rests(run: Running) -> None:
+    """It is read once, the others are not tried again for it, and the host does not stay "unlocking"."""
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.guests()) == ("degraded", {"g": "off"})
+    assert run.volumes() == {"a": "failed", "b": "unlocked", "c": "failed"}
+    assert "there is no sound LUKS header on /dev/a" in run.volume("a").error
+    tried = ["header a", "header c", "fetch file:/c"]
+    assert run.host.done("header a", "header c", "fetch") == tried
+    run.host.volume("b", delay_s=1.0)  # news of another one
+    await run.looked()
+    run.host.volume("a", present=False)
+    await run.until(lambda: run.volumes()["a"] == "missing")
+    assert (run.engine.jobs, run.host.done("header a")) == ({}, ["header a"])
+    run.host.volume("a", present=True, fault="")
+    await run.until(lambda: len(run.host.questions) == 2)
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.volumes() == {"a": "unlocked", "b": "unlocked", "c": "failed"}
+    assert run.guests() == {"g": "running"}
+    again = ["header a", "header a"]  # the second once it is answered
+    assert run.host.done("header a", "header c", "fetch") == [*tried, *again]
+
+
+HEADER_ON_A_STICK = (
+    volume("a", A, header="/stick/a", timeout="10ms") + volume("b") + guest("g", "a")
+)
+
+
+@play(HEADER_ON_A_STICK + '[sim]\nmissing = ["/stick/a"]\n')
+async def test_a_header_appears_after_boot_ended(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.volumes()) == ("degraded", {"a": "missing", "b": "unlocked"})
+    assert "volume a: its header /stick/a did not appear within 0.01 s" in run.volume("a").error
+    run.host.file("/stick/a", there=True)
+    await run.until(lambda: len(run.host.questions) == 2)
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.guests()) == ("ready", {"g": "running"})
+
+
+KEY_ON_A_STICK = 'sources = ["file:/stick/key"]'
+
+
+@play(
+    volume("a", KEY_ON_A_STICK, keys=["file:/stick/key"])
+    + volume("b")
+    + guest("g", "a")
+    + '[sim]\nmissing = ["/stick/key"]\n'
+)
+async def test_a_key_file_appears_after_boot_ended(run: Running) -> None:
+    """Nobody is asked for it: it has failed until then."""
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.volumes()) == ("degraded", {"a": "failed", "b": "unlocked"})
+    assert "/stick/key is not there" in run.volume("a").error
+    run.host.file("/stick/key", there=True)
+    await run.until(lambda: run.state == "ready")
+    assert (run.volumes()["a"], run.guests()) == ("unlocked", {"g": "running"})
+    assert len(run.host.questions) == 1
+
+
+@play(
+    volume("a", f"{KEY_ON_A_STICK}\n{A}", keys=["file:/stick/key", "prompt"])
+    + '[sim]\nmissing = ["/stick/key"]\n'
+)
+async def test_a_key_file_appears_while_a_person_is_asked(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a"])
+    run.host.file("/stick/key", there=True)
+    await run.idle()
+    assert (run.state, run.volume("a").key_source) == ("ready", "file:/stick/key")
+    await run.until(lambda: not run.host.open_questions)
+
+
+@play(volume("a", A, keys=["file:/stick/key", "prompt"]) + '[sim]\nmissing = ["/stick/key"]\n')
+async def test_a_key_file_that_appears_and_does_not_fit(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a"])
+    run.host.file("/stick/key", there=True)
+    await run.until(lambda: "gives no key" in run.volume("a").error)
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(
+    volume("a", A + "\npresent = false", timeout="10ms")
+    + volume("bad", "", keys=["file:/bad"])
+    + volume("d", B)
+    + guest("g", "a")
+    + guest("h", "bad")
+)
+async def test_what_has_failed_is_not_tried_again_for_another_that_appears(run: Running) -> None:
+    """Also while boot still waits for somebody."""
+    run.engine.boot()
+    await run.until(lambda: run.volume("a").error and run.guest("h").error)
+    assert run.engine.waiting == ["d"]
+    run.host.volume("a", present=True)
+    await run.until(lambda: run.engine.waiting == ["a", "d"])
+    run.host.answer("alpha")
+    await run.until(lambda: run.guests()["g"] == "running")
+    assert run.host.done("fetch file:/bad") == ["fetch file:/bad"]
+    run.host.answer("beta")
+    await run.idle()
+    assert run.volumes() == {"a": "unlocked", "bad": "failed", "d": "unlocked"}
+    run.engine.boot()
+    await run.idle()
+    assert len(run.host.done("fetch file:/bad")) == 2
+
+
+@play(volume("a", UNREADABLE))
+async def test_a_disk_that_answers_late(run: Running) -> None:
+    run.host.silent = lambda: frozenset({"/dev/a"})  # type: ignore[method-assign]
+    run.engine.boot()
+    await run.idle()
+    assert run.volumes() == {"a": "failed"}
+    run.host.silent = frozenset  # type: ignore[method-assign]
+    run.host.volume("a", fault="")
+    await run.until(lambda: run.engine.waiting == ["a"])
+
+
 @play(volume("a", A + "\npresent = false", timeout="infinity"))
 async def test_a_key_waits_for_the_device_of_its_volume(run: Running) -> None:
     unlocking = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("alpha")))

@@ -110,7 +110,7 @@ def _large(path: Path) -> str:
         (_fifo, "is not a regular file"),
         (_empty, "is empty"),
         (_large, "is larger than 8 MiB"),
-        (lambda path: str(path) + "x", "cannot be opened: No such file or directory"),
+        (lambda path: str(path) + "x", "is not there; it is tried when it appears"),
         (lambda path: path.name, "is not an absolute path"),
     ],
 )

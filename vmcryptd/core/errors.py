@@ -115,6 +115,10 @@ class NotYetError(KeyUnavailableError):
     """A source that asks elsewhere gave no key now; it may later."""
 
 
+class KeyFileMissingError(KeyUnavailableError):
+    """A key file is not there; it is tried when it appears."""
+
+
 class WrongPinError(KeyUnavailableError):
     """A token did not take the PIN, or wants one."""
 
@@ -160,6 +164,12 @@ class BusyError(VmcryptdError):
 
 class DeviceMissingError(VmcryptdError):
     name = "DeviceMissing"
+
+
+class DeviceUnreadableError(DeviceMissingError):
+    """The device or detached header is there, and does not answer or gives an error."""
+
+    name = "DeviceUnreadable"
 
 
 class NotLuksError(VmcryptdError):

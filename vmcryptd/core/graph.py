@@ -50,6 +50,7 @@ class VolumeNode(NamedTuple):
     device: str = (
         ""  # kernel name of its device, or its path if that is a file; empty while not there
     )
+    absent: str = ""  # the path of its device, else of its detached header, that is not there
     mapping: str = ""  # dm name of its mapping (ours, or one made by hand), empty while locked
     suspended: bool = False
     taken_by: str = ""  # what holds its mapping name although it is not this volume
@@ -201,8 +202,10 @@ class Graph:
         return found
 
     def is_explained(self, name: str) -> bool:
-        """Whether a missing device is no surprise, because a volume beneath it is locked."""
-        return any(not self.volumes[lower].is_open for lower in self.volumes[name].stands_on)
+        """Whether a missing device or header is no surprise, because a volume beneath it is locked."""
+        node = self.volumes[name]
+        beneath = node.needs if node.device else node.stands_on
+        return any(not self.volumes[lower].is_open for lower in beneath)
 
     def users(self, name: str) -> list[str]:
         """Who uses an open volume, in words: running guests, open volumes on it."""
@@ -440,6 +443,7 @@ def _build(settings: Settings, observation: Observation) -> Graph:
                 lower for lower in opens_after if lower not in must and lower not in stands_on
             ),
             device=lies_at,
+            absent=_absent(spec, lies_at, observation.storage),
             mapping=mapping.dm_name if mapping else "",
             suspended=mapping.suspended if mapping else False,
             taken_by=taken_by,
@@ -545,6 +549,12 @@ def _carriers(volumes: Mapping[str, VolumeNode], storage: Storage) -> dict[str, 
                 found[lower] = found[place]
                 left.append(lower)
     return found
+
+
+def _absent(spec: VolumeSpec, device: str, storage: Storage) -> str:
+    if not device:
+        return spec.device_path
+    return spec.header if spec.header and not storage.has(spec.header) else ""
 
 
 def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:

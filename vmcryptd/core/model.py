@@ -286,6 +286,10 @@ class Storage(NamedTuple):
     mounts: tuple[Mount, ...] = ()
     claims: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
+    def has(self, path: str) -> bool:
+        """Whether a block device or file that was asked for is there."""
+        return path in self.links or path in self.files
+
 
 class SourceType(StrEnum):
     BLOCK = "block"
@@ -366,6 +370,8 @@ class Observation(NamedTuple):
     chains: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     # Volumes whose group was activated since they were opened.
     activated: frozenset[str] = frozenset()
+    # Where a header is to be read, and the disk has not answered in time until now.
+    silent: frozenset[str] = frozenset()
 
 
 # --- LUKS headers ------------------------------------------------------------------------

@@ -67,8 +67,14 @@ class Blocks(Protocol):
 class Crypt(Protocol):
     """LUKS headers and mappings."""
 
+    def watch(self, changed: Changed) -> None:
+        """Call `changed` after a disk that was silent has answered."""
+
+    def silent(self) -> frozenset[str]:
+        """The header paths whose disk has not answered in time until now."""
+
     async def header(self, volume: VolumeSpec) -> Header:
-        """Read it. Raises NotLuksError, DamagedHeaderError, DeviceMissingError."""
+        """Read it. Raises NotLuksError, DamagedHeaderError, DeviceMissingError, DeviceUnreadableError."""
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         """Make the mapping, by one key slot or by whichever fits.
@@ -177,7 +183,8 @@ class Keys(Protocol):
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
         """Get the key from a source that needs no person, bounded in time.
 
-        Raises KeyUnavailableError; NotYetError if it is worth while to try again.
+        Raises KeyUnavailableError; NotYetError if it is worth while to try again; KeyFileMissingError if the file
+        is not there.
         """
 
     async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:

@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vmcryptd.core.errors import CancelledError, DependencyError, DeviceMissingError, VmcryptdError
+from vmcryptd.core.errors import (
+    CancelledError,
+    DependencyError,
+    DeviceMissingError,
+    DeviceUnreadableError,
+    LibvirtError,
+    VmcryptdError,
+)
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import GuestState, HostState, VolumeState
 
@@ -22,6 +29,12 @@ class Activity:
     doing: VolumeState | GuestState | None = None
     error: VmcryptdError | None = None
     key_source: str = ""
+
+    @property
+    def has_failed_by_itself(self) -> bool:
+        """Whether nothing but its own news makes another attempt worth while."""
+        passing = (DependencyError, CancelledError, LibvirtError)
+        return self.doing is None and self.error is not None and not isinstance(self.error, passing)
 
 
 class Activities:
@@ -73,11 +86,15 @@ def volume_state(graph: Graph, name: str, activity: Activity) -> VolumeState:
         return activity.doing
     if node.is_open:
         return VolumeState.SUSPENDED if node.suspended else VolumeState.UNLOCKED
-    if activity.error is not None and not isinstance(activity.error, _NOT_ITS_OWN):
+    if isinstance(activity.error, DeviceUnreadableError):
+        has_failed = not node.absent
+    else:
+        has_failed = activity.error is not None and not isinstance(activity.error, _NOT_ITS_OWN)
+    if has_failed:
         return VolumeState.FAILED
     if node.rivals:
         return VolumeState.FAILED
-    if not node.device and not graph.is_explained(name):
+    if node.absent and not graph.is_explained(name):
         return VolumeState.MISSING
     return VolumeState.LOCKED
 

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Container, Coroutine, Iterable, Iterator
 from typing import Any
 
 from vmcryptd.core import planner
@@ -22,6 +22,7 @@ from vmcryptd.core.errors import (
     DependencyError,
     DeviceMissingError,
     InternalError,
+    KeyFileMissingError,
     KeyUnavailableError,
     LibvirtError,
     ShuttingDownError,
@@ -52,6 +53,7 @@ from vmcryptd.core.states import (
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, JobState, outcome, together
 from vmcryptd.engine.key_management import KeySlots
+from vmcryptd.engine.late import Late
 from vmcryptd.engine.panic import panic
 from vmcryptd.engine.prompt import Prompt
 from vmcryptd.engine.rotation import GRACE_S, Rotations
@@ -73,7 +75,7 @@ class Engine:
     """All volumes and guests of one host."""
 
     def __init__(self, settings: Settings, ports: Ports) -> None:
-        self.inventory = Inventory(settings, ports.blocks, ports.domains, ports.memory)
+        self.inventory = Inventory(settings, ports.blocks, ports.crypt, ports.domains, ports.memory)
         self.inventory.rebuilt.watch(self._rebuilt_graph)
         self.changes = self.inventory.changes
         self.changes.watch(self._announce)
@@ -82,8 +84,7 @@ class Engine:
         self._ports = ports
         self._numbers = itertools.count(1)
         self._running: dict[StepId, tuple[asyncio.Task[None], Job]] = {}
-        # Volumes of the boot set that are opened when their device appears.
-        self._late: set[str] = set()
+        self._late = Late(self.inventory)
         # What boot brings up and has been up since it was asked for, as steps: whoever took it down again meant it.
         self._came_up: set[StepId] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -173,7 +174,7 @@ class Engine:
         settings = self.settings
         self.prompt.cache(settings.daemon.key_cache_s)
         self._activities.configure(settings.volumes)
-        self._late &= set(settings.volumes)
+        self._late.keep_only(settings.volumes)
         self._after_look()
         self.changes.notify()
 
@@ -181,7 +182,9 @@ class Engine:
         """Take up again what an earlier run of the daemon was about to do."""
         goals = self._ports.memory.goals()
         self.booted = not {_UP, str(BOOT)}.isdisjoint(goals)
-        self._late = {name for name in self.settings.volumes if f"{_LATE}{name}" in goals}
+        for name in self.settings.volumes:
+            if f"{_LATE}{name}" in goals:
+                self._late.expect(name)
         for text in goals:
             if text == _UP or text.startswith(_LATE):
                 continue
@@ -193,8 +196,7 @@ class Engine:
                     text,
                     error,
                 )
-        if self._late:
-            self.inventory.changed()
+        self._open_late()
 
     def _rebuilt_graph(self) -> None:
         self._after_look()
@@ -227,9 +229,40 @@ class Engine:
         self._came_up.update(StepId(Action.START, name) for name, node in guests if node.is_running)
 
     def _open_late(self) -> None:
-        if self.booted and any(self.graph.volumes[name].device for name in self._late):
-            self._late = {name for name in self._late if not self.graph.volumes[name].device}
-            self._begin_quietly(BOOT)
+        if self.booted and (arrived := self._late.arrived()):
+            self._begin_quietly(BOOT, arrived)
+
+    def _not_again(self, arrived: Container[str] = ()) -> frozenset[StepId]:
+        """Steps of boot that have failed for a reason of their own, or for one of those: they wait for their own news.
+
+        `arrived`: volumes that may open now.
+        """
+        volumes = [
+            name
+            for name, node in self.graph.volumes.items()
+            if not node.is_open
+            and name not in arrived
+            and self._activities.volumes[name].has_failed_by_itself
+        ]
+        for name in volumes:
+            above = (*self.graph.standing_on.get(name, ()), *self.graph.opened_after.get(name, ()))
+            volumes += [
+                upper
+                for upper in above
+                if upper not in volumes
+                and upper not in arrived
+                and not self.graph.volumes[upper].is_open
+            ]
+        guests = [guest for name in volumes for guest in self.graph.guests_on.get(name, ())]
+        guests += [
+            name for name in self.graph.guests if self._activities.guest(name).has_failed_by_itself
+        ]
+        return frozenset(
+            (
+                *(StepId(Action.UNLOCK, name) for name in volumes),
+                *(StepId(Action.START, guest) for guest in guests),
+            )
+        )
 
     def _after_guests(self) -> None:
         running = {name: node.needs for name, node in self.graph.guests.items() if node.is_running}
@@ -514,12 +547,12 @@ class Engine:
 
     def begin(
         self, goal: Goal, *, may_ask: bool = True, deadline: float = Infinity, look: bool = True,
-        is_asked: bool = True,
+        is_asked: bool = True, arrived: Container[str] = (),
     ) -> Job:  # fmt: skip
         """Pursue a goal, or join who pursues it; `look` first, unless that was just done.
 
-        Boot that nobody asked for goes on where the last one ended: what was up since then stays as it is.
-        Raises VmcryptdError.
+        Boot that nobody asked for goes on where the last one ended: what was up since then stays as it is, and of
+        what has failed only volumes that have `arrived` are tried again. Raises VmcryptdError.
         """
         self._check_may_begin(goal.is_rising)
         if look:
@@ -527,13 +560,17 @@ class Engine:
         for job in self.jobs.values():
             if job.goal == goal and not job.is_stopped:
                 job.may_ask = job.may_ask or may_ask
-                if is_asked and job.without:
-                    job.without, job.planned = frozenset(), None
+                not_again: frozenset[StepId] = frozenset()
+                if not is_asked:
+                    not_again = self._not_again(arrived)
+                if job.without:
+                    job.without = not_again | self._came_up if not is_asked else frozenset()
+                    job.planned = None
                 again = self._plan_again(job).steps if is_asked else ()
-                job.forget({step.id for step in again})
+                job.forget({step.id for step in again}, not_again)
                 self._replans.notify()
                 return job
-        without = frozenset() if is_asked else frozenset(self._came_up)
+        without = frozenset() if is_asked else self._not_again(arrived) | self._came_up
         first = planner.plan(self.graph, goal, without)
         job = self._register(Job(next(self._numbers), goal, may_ask, without, deadline))
         self._add_steps(job, first)
@@ -558,9 +595,9 @@ class Engine:
     async def _finish_rotation(self, spec: VolumeSpec, header: Header) -> Header:
         return await self.key_slots.finish_rotation(spec, header)
 
-    def _begin_quietly(self, goal: Goal) -> None:
+    def _begin_quietly(self, goal: Goal, arrived: Container[str] = ()) -> None:
         try:
-            self.begin(goal, is_asked=False)
+            self.begin(goal, is_asked=False, arrived=arrived)
         except VmcryptdError as error:
             log.warning("%s: %s", goal, error)
 
@@ -573,7 +610,7 @@ class Engine:
         if self._is_closed:
             return
         goals = [str(job.goal) for job in self.jobs.values() if job.is_rising and job.may_ask]
-        goals += [f"{_LATE}{name}" for name in sorted(self._late)]
+        goals += [f"{_LATE}{name}" for name in self._late.names]
         if self.booted:
             goals.append(_UP)
         self._ports.memory.keep_goals(goals)
@@ -733,12 +770,14 @@ class Engine:
             log.error("%s failed by a fault of vmcryptd", step_id, exc_info=error)
 
     def _note_late(self, step_id: StepId, task: asyncio.Task[None]) -> None:
-        """A volume of the boot set whose device did not come in time is opened when it comes."""
+        """A volume of the boot set that lacks something is opened when that comes."""
         action, name = step_id
         if self.booted and action is Action.UNLOCK and name in self.graph.volumes:
-            missing = isinstance(outcome(task), (AmbiguousDeviceError, DeviceMissingError))
-            if missing and name in self.boot_set[0]:
-                self._late.add(name)
+            lacks = isinstance(
+                outcome(task), (AmbiguousDeviceError, DeviceMissingError, KeyFileMissingError)
+            )
+            if lacks and name in self.boot_set[0]:
+                self._late.rest(name, self._steps.unlocker.seen[name])
                 self._keep_goals()
                 self._open_late()  # it may have come while this was told
 

@@ -6,20 +6,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from vmcryptd.core import graph as graphs
 from vmcryptd.core import identity
 from vmcryptd.core.errors import AmbiguousDeviceError, DeadlineError, VmcryptdError
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
+    BlockDevice,
     DiskSource,
     Header,
     Observation,
     Remembered,
     Settings,
+    SourceKind,
     SourceType,
 )
-from vmcryptd.core.ports import Blocks, Domains, Memory
+from vmcryptd.core.ports import Blocks, Crypt, Domains, Memory
 from vmcryptd.posix.changes import Changes
 
 log = logging.getLogger(__name__)
@@ -29,11 +32,27 @@ log = logging.getLogger(__name__)
 COALESCE_S = 0.2
 
 
+class Sight(NamedTuple):
+    """What is there of a volume that is to be opened."""
+
+    is_there: bool  # device and header, and the disk answers
+    device: BlockDevice | None = None
+    places: tuple[str | None, str | None] = (None, None)  # what the header's path leads to
+    key_files: frozenset[str] = frozenset()
+
+    def promises_more_than(self, before: Sight) -> bool:
+        """Whether another attempt may succeed where the one before failed."""
+        if not self.is_there:
+            return False
+        same_place = self[:3] == before[:3]
+        return not same_place or not self.key_files <= before.key_files
+
+
 class Inventory:
     """Configuration and observation, and the graph of both."""
 
     def __init__(
-        self, settings: Settings, blocks: Blocks, domains: Domains, memory: Memory
+        self, settings: Settings, blocks: Blocks, crypt: Crypt, domains: Domains, memory: Memory
     ) -> None:
         self.settings = settings
         self.graph = Graph()
@@ -43,6 +62,7 @@ class Inventory:
         self.changes = Changes()  # of anything that is shown
         self.rebuilt = Changes()  # of the graph
         self._blocks = blocks
+        self._crypt = crypt
         self._domains = domains
         self._memory = memory
         self._fitted: dict[str, dict[str, int]] = {}
@@ -62,6 +82,7 @@ class Inventory:
         self._observation = Observation(remembered=Remembered(paths, uuids))
         self.configure(self.settings)
         self._blocks.watch(self.changed)
+        self._crypt.watch(self.changed)
 
     def watch_libvirt(self) -> None:
         """Connect to libvirt and follow it, from the moment on that something is configured."""
@@ -149,8 +170,22 @@ class Inventory:
             self.reencrypting.discard(name)
 
     def exists(self, path: str) -> bool:
-        """Whether a block device that some guest or volume names is there."""
-        return path in self._observation.storage.links
+        """Whether a block device or file that some guest or volume names is there."""
+        return self._observation.storage.has(path)
+
+    def sight(self, name: str) -> Sight:
+        """What can be seen of a volume before it is opened."""
+        node, storage = self.graph.volumes[name], self._observation.storage
+        files = (one.argument for one in node.spec.keys if one.kind is SourceKind.FILE)
+        return Sight(
+            is_there=not node.absent and node.spec.header_path not in self._observation.silent,
+            device=storage.devices.get(node.device),
+            places=(
+                storage.links.get(node.spec.header_path),
+                storage.files.get(node.spec.header_path),
+            ),
+            key_files=frozenset(path for path in files if storage.has(path)),
+        )
 
     def fitted(self, volume: str, source: str) -> int | None:
         """The key slot that a key from this source opened last time."""
@@ -181,6 +216,7 @@ class Inventory:
             uuids=dict(self.uuids),
             chains=dict(self._chains),
             activated=frozenset(self.activated),
+            silent=self._crypt.silent(),
         )
 
     def _remember(self) -> None:

@@ -45,12 +45,15 @@ class Job:
         """Whether nothing is under way for it, but for these steps."""
         return all(task.done() for step_id, task in self.tasks.items() if step_id not in needless)
 
-    def forget(self, to_be_done: Container[StepId]) -> None:
-        """What failed may be tried again, and what was done and has been undone since may be done again."""
+    def forget(self, to_be_done: Container[StepId], but: Container[StepId] = ()) -> None:
+        """What failed may be tried again, and what was done and has been undone since may be done again.
+
+        `but`: these steps are not.
+        """
         self.tasks = {
             step_id: task
             for step_id, task in self.tasks.items()
-            if not (task.done() and (step_id in to_be_done or outcome(task)))
+            if step_id in but or not (task.done() and (step_id in to_be_done or outcome(task)))
         }
 
     def failures(self) -> dict[StepId, VmcryptdError]:

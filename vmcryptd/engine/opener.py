@@ -15,7 +15,7 @@ from vmcryptd.core.errors import (
 from vmcryptd.core.model import Header, Unlock, VolumeSpec
 from vmcryptd.core.ports import Crypt, Keys
 from vmcryptd.engine.derivation import Attempts
-from vmcryptd.engine.inventory import Inventory
+from vmcryptd.engine.inventory import Inventory, Sight
 from vmcryptd.engine.opening import Opening
 from vmcryptd.engine.prompt import Answer, Prompt
 from vmcryptd.engine.tokens import Tokens
@@ -47,11 +47,14 @@ class Unlocker:
         self._attempts = Attempts(crypt, inventory)
         self._tokens = Tokens(crypt, inventory, self._attempts)
         self._openings: dict[str, Opening] = {}  # the latest of each volume
-        self.absent: set[str] = set()  # volumes whose device is waited for
+        self.absent: set[str] = set()  # volumes whose device or header is waited for
+        self.seen: dict[str, Sight] = {}  # what there was of each when it was tried last
 
     async def open(self, name: str, may_ask: Callable[[], bool]) -> str:
         """Make the mapping. Returns the key source that fitted. Raises VmcryptdError."""
+        self.seen[name] = self._inventory.sight(name)
         await self._wait_for_device(self._inventory.graph.volumes[name].spec)
+        self.seen[name] = self._inventory.sight(name)
         self._prompt.fetching(name)
         return await self._open(name, lambda opening: opening.run(may_ask)) or ""
 
@@ -120,7 +123,7 @@ class Unlocker:
             node = self._inventory.graph.volumes[spec.name]
             if node.rivals:
                 raise AmbiguousDeviceError(node.trouble)
-            return bool(node.device) or node.is_open
+            return not node.absent or node.is_open
 
         if is_there():
             return
@@ -133,7 +136,10 @@ class Unlocker:
         then = f"once it is there: `vmcryptctl unlock {spec.name}`"
         if spec.unlock is Unlock.BOOT:
             then = "the volume is opened when it appears"
+        key, place = "device", spec.device
+        if self._inventory.graph.volumes[spec.name].absent == spec.header:
+            key, place = "header", spec.header
         raise DeviceMissingError(
-            f"volume {spec.name}: its device {spec.device} did not appear within {spec.timeout_s:g} s; "
-            f"check the disk and `device` in the configuration; {then}"
+            f"volume {spec.name}: its {key} {place} did not appear within {spec.timeout_s:g} s; "
+            f"check the disk and `{key}` in the configuration; {then}"
         )

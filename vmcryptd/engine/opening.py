@@ -11,6 +11,7 @@ from typing import Any
 
 from vmcryptd.core.errors import (
     CancelledError,
+    KeyFileMissingError,
     KeyUnavailableError,
     NotYetError,
     VmcryptdError,
@@ -67,6 +68,7 @@ class Opening:
         self._told = told  # why it is still locked
         self._failures: dict[str, VmcryptdError] = {}  # source → how it failed last
         self._later: list[KeySource] = []  # may give a key after a while
+        self._missing: list[KeySource] = []  # key files that are not there
         self._wrong: Tried = set()  # slots that Clevis gave a wrong key for
         self._pins: list[tuple[KeySource, Token]] = []  # open only with a PIN
         self._one = asyncio.Lock()
@@ -117,6 +119,8 @@ class Opening:
         except (KeyUnavailableError, WrongKeyError) as error:
             if isinstance(error, NotYetError) and source not in self._later:
                 self._later.append(source)
+            if isinstance(error, KeyFileMissingError) and source not in self._missing:
+                self._missing.append(source)
             self._fail(str(source), error)
             return None
 
@@ -188,7 +192,9 @@ class Opening:
             ways.append(self._by_what_comes_later())
         if not ways and not self._spec.asks:
             raise self._exhausted()
-        listening = self._by_person() if self._spec.asks else self._by_what_is_handed_in()
+        listening = [self._by_person() if self._spec.asks else self._by_what_is_handed_in()]
+        if self._missing:
+            listening.append(self._by_files_that_appear())
         if self._pins:
             self._prompt.expect(
                 self._spec.name
@@ -200,12 +206,15 @@ class Opening:
         finally:
             self.is_stuck = False
 
-    async def _first(self, listening: Way, ways: list[Way]) -> str:
-        """The first that opens it; the others are called off, and have ended when this returns."""
-        listener = asyncio.create_task(listening)
+    async def _first(self, listening: list[Way], ways: list[Way]) -> str:
+        """The first that opens it; the others are called off, and have ended when this returns.
+
+        Nothing waits for those that only listen, unless a person is asked.
+        """
+        listeners = {asyncio.create_task(way) for way in listening}
         others = {asyncio.create_task(way) for way in ways}
         try:
-            pending = {listener, *others}
+            pending = {*listeners, *others}
             while True:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 errors = [error for task in done if (error := task.exception()) is not None]
@@ -214,12 +223,12 @@ class Opening:
                 for error in errors:
                     if not isinstance(error, (KeyUnavailableError, WrongKeyError)):
                         raise error
-                if not self._spec.asks and not pending - {listener}:
+                if not self._spec.asks and not pending - listeners:
                     raise self._exhausted()
         finally:
-            for task in (listener, *others):
+            for task in (*listeners, *others):
                 task.cancel()
-            await asyncio.gather(listener, *others, return_exceptions=True)
+            await asyncio.gather(*listeners, *others, return_exceptions=True)
 
     async def _by_person(self) -> str:
         while True:
@@ -304,6 +313,21 @@ class Opening:
         except TimeoutError:
             raise self._exhausted() from None
 
+    async def _by_files_that_appear(self) -> str:
+        while self._missing:
+            there = [one for one in self._missing if self._inventory.exists(one.argument)]
+            for source in there:
+                self._missing.remove(source)
+                self._header = await self._crypt.header(self._spec)
+                if (opened := await self._try_source(source)) is not None:
+                    return opened
+                self._rest()
+            if there:
+                await self._inventory.look()  # one may have gone again
+            elif self._missing:
+                await self._inventory.changes.wait()
+        raise self._exhausted()
+
     async def _try_late_answer(self, answer: Answer) -> bool:
         async with self._turn():
             if self._is_usable:
@@ -379,6 +403,8 @@ class Opening:
             if all(isinstance(error, WrongKeyError) for error in failures)
             else KeyUnavailableError
         )
+        if any(isinstance(error, KeyFileMissingError) for error in failures):
+            cls = KeyFileMissingError
         told = "; ".join(str(error) for error in failures)
         return cls(
             f"volume {name}: none of its key sources opened it: {told}; "

@@ -17,6 +17,7 @@ from vmcryptd.adapters.keysources.fetch import filled, run_into
 from vmcryptd.core.errors import (
     CancelledError,
     DeadlineError,
+    KeyFileMissingError,
     KeyUnavailableError,
     KeyUnusableError,
     NotYetError,
@@ -25,7 +26,7 @@ from vmcryptd.core.model import Header, KeySource, SourceKind, VolumeSpec
 from vmcryptd.core.ports import Key
 from vmcryptd.posix.memfd import MemfdKey, copy_from_caller, send_file
 from vmcryptd.posix.run import CommandError, Completed, run
-from vmcryptd.posix.threads import DaemonThreads
+from vmcryptd.posix.threads import PlaceThreads
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class SystemKeys:
         self._stores = (*([credentials] if credentials else []), *stores)
         self._encrypted_stores = tuple(encrypted_stores)
         self._timeout_s = timeout_s
-        self._threads = DaemonThreads()
+        self._threads = PlaceThreads()
 
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
         match source.kind:
@@ -121,7 +122,7 @@ class SystemKeys:
             raise KeyUnavailableError(f"The key file {path} is not an absolute path: give one")
         read = functools.partial(_read_file, path, private=private)
         try:
-            return await self._threads.call(self._timeout_s, read)
+            return await self._threads.call(path, self._timeout_s, read)
         except DeadlineError:
             raise KeyUnavailableError(
                 f"The key file {path} could not be read in time: is its file system alive?"
@@ -203,6 +204,10 @@ def _read_file(path: str, *, private: bool) -> MemfdKey:
     try:
         # O_NONBLOCK: a FIFO must not hang; it is refused below.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        raise KeyFileMissingError(
+            f"The key file {path} is not there; it is tried when it appears"
+        ) from None
     except OSError as error:
         raise KeyUnavailableError(
             f"The key file {path} cannot be opened: {error.strerror}"

@@ -7,7 +7,7 @@ import signal
 
 from vmcryptd.core.errors import (
     BusyError,
-    DeviceMissingError,
+    DeviceUnreadableError,
     OutOfMemoryError,
     StorageError,
     VmcryptdError,
@@ -37,7 +37,7 @@ def failure(action: str, done: Completed, volume: VolumeSpec) -> VmcryptdError:
             f"`vmcryptctl key list {name}` shows how much each key slot needs"
         )
     if done.code == WRONG_DEVICE:
-        return DeviceMissingError(
+        return DeviceUnreadableError(
             f"The device {place} of {name} cannot be used: {done.complaint}; "
             f"`lsblk {place}` shows whether it is there"
         )

@@ -19,7 +19,7 @@ from vmcryptd.core.errors import (
     BusyError,
     DamagedHeaderError,
     DeadlineError,
-    DeviceMissingError,
+    DeviceUnreadableError,
     KeyUnavailableError,
     KeyUnusableError,
     NotLuksError,
@@ -29,9 +29,9 @@ from vmcryptd.core.errors import (
     WrongPinError,
 )
 from vmcryptd.core.model import Header, Token, VolumeSpec
-from vmcryptd.core.ports import Key
+from vmcryptd.core.ports import Changed, Key
 from vmcryptd.posix.run import Completed, run
-from vmcryptd.posix.threads import DaemonThreads
+from vmcryptd.posix.threads import PlaceThreads
 
 log = logging.getLogger(__name__)
 
@@ -49,21 +49,28 @@ class Cryptsetup:
 
     removal: Removal = field(default_factory=Removal)
     meminfo: Path = Path("/proc/meminfo")
-    _threads: DaemonThreads = field(default_factory=DaemonThreads)
+    _threads: PlaceThreads = field(default_factory=PlaceThreads)
+
+    def watch(self, changed: Changed) -> None:
+        self._threads.returned = changed
+
+    def silent(self) -> frozenset[str]:
+        return self._threads.silent
 
     async def header(self, volume: VolumeSpec) -> Header:
-        path = volume.header_path
+        name, path = volume.name, volume.header_path
         try:
             read = functools.partial(read_header, path)
-            return await self._threads.call(HEADER_TIMEOUT_S, read)
+            return await self._threads.call(path, HEADER_TIMEOUT_S, read)
         except DeadlineError:
-            raise DeviceMissingError(
-                f"{path} of {volume.name} does not answer within {HEADER_TIMEOUT_S:g} s: "
-                "see the kernel's messages for its disk"
+            raise DeviceUnreadableError(
+                f"volume {name}: {path} has not answered within {HEADER_TIMEOUT_S:g} s; see the kernel's messages for "
+                "its disk (`journalctl -k`)"
             ) from None
         except OSError as error:
-            raise DeviceMissingError(
-                f"{path} of {volume.name} cannot be read: {error.strerror}"
+            raise DeviceUnreadableError(
+                f"volume {name}: the header on {path} cannot be read: {error.strerror}; mend that, then "
+                f"`vmcryptctl unlock {name}`"
             ) from None
         except DamagedHeaderError as error:
             return await self._second_opinion(volume, path, error)

@@ -29,7 +29,9 @@ from vmcryptd.core.errors import (
     DamagedHeaderError,
     DeadlineError,
     DeviceMissingError,
+    DeviceUnreadableError,
     GuestError,
+    KeyFileMissingError,
     KeyUnavailableError,
     LibvirtError,
     NotLuksError,
@@ -60,7 +62,11 @@ from vmcryptd.core.model import (
 )
 from vmcryptd.core.ports import Changed, Key, Ports
 
-_FAULTS: dict[str, type[VmcryptdError]] = {"not-luks": NotLuksError, "damaged": DamagedHeaderError}
+_FAULTS: dict[str, type[VmcryptdError]] = {
+    "not-luks": NotLuksError,
+    "damaged": DamagedHeaderError,
+    "unreadable": DeviceUnreadableError,
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class Simulation:
             name: _volume(table.get("volume", {}).get(name, {})) for name in settings.volumes
         }
         self._guests = {name: _guest(entry) for name, entry in table.get("guest", {}).items()}
+        self._missing = set(table.get("missing", ()))
         self._changed: list[Changed] = []
         self._real = SystemKeys()
         self._goals: tuple[str, ...] = ()
@@ -211,7 +218,22 @@ class Simulation:
                 devices[f"lv-{name}"] = BlockDevice(
                     f"lv-{name}", "", (f"dm-{name}",), f"{name}-lv", "LVM-sim"
                 )
-        return Storage(devices=devices, links=links, mounts=tuple(mounts), claims=claims)
+        files = {path: found for path in paths if (found := self._file(path))}
+        return Storage(
+            devices=devices, links=links, files=files, mounts=tuple(mounts), claims=claims
+        )
+
+    def _file(self, path: str) -> str:
+        """The number of the file system with a header or key file; empty if it is not there."""
+        named = {spec.header for spec in self._specs.values()}
+        named |= {f"{key.argument}" for spec in self._specs.values() for key in spec.keys}
+        if path not in named or not path.startswith("/") or path in self._missing:
+            return ""
+        for minor, (name, volume) in enumerate(self._volumes.items()):
+            mount = self._specs[name].mount
+            if mount and path.startswith(f"{mount}/"):
+                return f"253:{minor}" if volume.mounted else ""
+        return "8:1"
 
     def _is_there(self, volume: _Volume) -> bool:
         return volume.present and all(
@@ -254,13 +276,16 @@ class Simulation:
 
     # --- Crypt ---
 
+    def silent(self) -> frozenset[str]:
+        return frozenset()
+
     async def header(self, volume: VolumeSpec) -> Header:
         simulated = self._volumes[volume.name]
         if not self._is_there(simulated):
             raise DeviceMissingError(f"volume {volume.name}: its device {volume.device} is gone")
         if error := _FAULTS.get(simulated.fault):
             raise error(
-                f"volume {volume.name}: {volume.device} has no sound LUKS header (simulated)"
+                f"volume {volume.name}: there is no sound LUKS header on {volume.header_path} (simulated)"
             )
         number = list(self._volumes).index(volume.name)
         slots = key_slots(simulated)
@@ -330,6 +355,8 @@ class Simulation:
 
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
         slots = self._volumes[volume.name].slots.values()
+        if source.argument in self._missing:
+            raise KeyFileMissingError(f"{source.argument} is not there (simulated)")
         if not any(str(source) in slot.sources for slot in slots):
             raise KeyUnavailableError("it gives no key (simulated)")
         if source.kind is SourceKind.EXEC and self._volumes[volume.name].away:

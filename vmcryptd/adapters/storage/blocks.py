@@ -10,13 +10,14 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from vmcryptd.adapters.storage import holders, sysfs
 from vmcryptd.adapters.storage.sysfs import Roots
 from vmcryptd.core.errors import BusyError, DeadlineError, StorageError, VmcryptdError
 from vmcryptd.core.model import BlockDevice, Lock, Mount, Storage, VolumeSpec
 from vmcryptd.core.ports import Changed
+from vmcryptd.posix.appearance import Appearances
 from vmcryptd.posix.run import Completed, run
 from vmcryptd.posix.threads import DaemonThreads
 
@@ -45,6 +46,7 @@ class SysfsBlocks:
         self._lasting: sysfs.Lasting = {}
         self._links: sysfs.Links = {}
         self._watches = contextlib.ExitStack()
+        self._appearances: Appearances | None = None
 
     def watch(self, changed: Changed) -> None:
         loop = asyncio.get_running_loop()
@@ -65,13 +67,19 @@ class SysfsBlocks:
         self._watch_devices(loop, announce_once)
         self._forget_all()  # what has changed before that was told to nobody
         self._watch_mounts(loop, announce_once)
+        self._appearances = Appearances(announce_once)
+        self._watches.callback(self._appearances.close)
 
     def close(self) -> None:
         """Stop watching."""
         self._watches.close()
 
     def observe(self, paths: Iterable[str]) -> Storage:
-        return sysfs.observe(self._roots, paths, self._lasting, self._links)
+        paths = list(paths)
+        storage = sysfs.observe(self._roots, paths, self._lasting, self._links)
+        if paths and self._appearances is not None:
+            self._appearances.await_(_absent(storage, paths), storage.mounts)
+        return storage
 
     async def wait_udev(self) -> None:
         try:
@@ -272,6 +280,17 @@ class SysfsBlocks:
 
         loop.add_reader(poll.fileno(), notice)
         self._watches.callback(loop.remove_reader, poll.fileno())
+
+
+def _absent(storage: Storage, paths: Iterable[str]) -> Iterator[str]:
+    """Files that may appear without news of a device or mount; those of servers give none of their own."""
+    missing = [path for path in paths if not path.startswith("/dev/") and not storage.has(path)]
+    mounts = sysfs.MountTable(storage.mounts if missing else ())
+    for path in missing:
+        real = storage.real.get(path, path)
+        mount = mounts.of(real)
+        if not real.startswith("/dev/") and not (mount and sysfs.is_remote(mount)):
+            yield real
 
 
 def device_of(event: bytes) -> str:

@@ -200,6 +200,11 @@ def unescape(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
+def is_remote(mount: Mount) -> bool:
+    """Whether a look into it may hang for somebody else's fault."""
+    return mount.fstype in NETWORK or mount.fstype.startswith("fuse.")
+
+
 class MountTable:
     """Tells which mount a path lies on, and follows paths without touching network file systems."""
 
@@ -253,7 +258,7 @@ class MountTable:
     def _link(self, place: str) -> str | None:
         """What a symbolic link says; empty if it is none, None if it cannot be asked."""
         mount = self._by_target.get(place)
-        if mount and (mount.fstype in NETWORK or mount.fstype.startswith("fuse.")):
+        if mount and is_remote(mount):
             return None
         try:
             return os.readlink(place)
