@@ -19,12 +19,17 @@ from vmcryptd.adapters.systemd import host, polkit
 from vmcryptd.bus import transport
 from vmcryptd.bus.objects import Objects
 from vmcryptd.config import files as configuration
-from vmcryptd.core.errors import VmcryptdError
-from vmcryptd.core.model import Settings
+from vmcryptd.core.errors import BusyError, ConfigError, VmcryptdError
+from vmcryptd.core.model import Infinity, Settings
 from vmcryptd.core.ports import Ports
 from vmcryptd.engine.engine import Engine
+from vmcryptd.posix.host_lock import DAEMON, HostLock
 
 log = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 86400.0
+# How long panic waits for libvirt to say which guests run.
+PANIC_LIBVIRT_S = 5.0
 
 RUNTIME = Path("/run/vmcryptd")
 STATE = Path("/var/lib/vmcryptd")
@@ -132,6 +137,8 @@ async def _serve(arguments: Arguments) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if arguments.sim is None and not await _hold_alone(stop):
+        return 0
     # The bus answers while the configuration is parsed, which is most of what a start takes.
     connecting = asyncio.create_task(transport.connect(arguments.bus))
     await asyncio.sleep(0)
@@ -191,21 +198,73 @@ async def _watchdog() -> None:
         await asyncio.sleep(interval_s)
 
 
-def shutdown_here() -> None:
-    """The whole way down in this process, when the daemon or the bus is dead. Raises VmcryptdError."""
+# Held for as long as the process lives.
+_lock = HostLock()
+
+
+async def _hold_alone(stop: asyncio.Event) -> bool:
+    """Take the host's lock. False if the daemon is to stop before it has it. Raises BusyError.
+
+    `vmcryptctl shutdown` or `panic` may be doing the daemon's work in a process of their own: two at a time would open
+    what the other closes.
+    """
+    if _lock.try_hold(DAEMON):
+        return True
+    holder = _lock.holder()
+    if holder is not None and holder.role == DAEMON:
+        raise BusyError(f"{holder} runs already; `systemctl restart vmcryptd` starts it anew")
+    log.warning("%s works in its own process; vmcryptd starts when that has ended", holder)
+    host.extend_timeout(LONGEST_WAIT_S)
+    host.notify(f"STATUS=Waiting for {holder} to end")
+    holding = asyncio.create_task(_lock.hold(DAEMON, Infinity))
+    stopping = asyncio.create_task(stop.wait())
+    done, _ = await asyncio.wait({holding, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if holding not in done:
+        holding.cancel()
+        return False
+    holding.result()
+    return True
+
+
+def down_here(verb: str) -> None:
+    """`shutdown` or `panic` in this process, when the daemon or the bus is dead. Raises VmcryptdError.
+
+    The caller holds the host's lock. A configuration with a mistake does not keep anything open: then the last valid
+    one counts.
+    """
     host.log_to_journal()
     keep_out_of_core_dumps()
 
     async def run() -> None:
-        settings = configuration.load(validated=configuration.VALIDATED)
-        engine = Engine(settings, real_ports(settings))
+        settings = _last_valid_settings()
+        ports = real_ports(settings)
+        engine = Engine(settings, ports)
         engine.start()
         try:
-            await engine.shutdown()
+            if verb == "panic":
+                # Without libvirt's answer no guest could be killed, and each would keep its volumes open.
+                with contextlib.suppress(VmcryptdError):
+                    await ports.domains.refresh(PANIC_LIBVIRT_S)
+                await engine.panic()
+            else:
+                await engine.shutdown()
         finally:
             await engine.background_done()
 
     asyncio.run(run())
+
+
+def _last_valid_settings() -> Settings:
+    """Raises ConfigError if the files are refused and no valid settings were kept."""
+    try:
+        return configuration.load(validated=configuration.VALIDATED)
+    except ConfigError as error:
+        settings = configuration.last_valid(configuration.VALIDATED)
+        if settings is None:
+            raise
+        log.error("%s; the last valid configuration is used", error)
+        return settings
 
 
 if __name__ == "__main__":

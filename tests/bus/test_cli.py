@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ from tests.bus.simulated import (
 from vmcryptd import daemon as daemon_module
 from vmcryptd.bus.client import Client, translated
 from vmcryptd.bus.transport import RemoteError
-from vmcryptd.cli import keys, main, output, render, verbs
+from vmcryptd.cli import keys, main, output, render, verbs, without_daemon
 from vmcryptd.core.errors import (
     BusyError,
     NotAuthorizedError,
     WrongKeyError,
     subclasses,
 )
+from vmcryptd.posix.host_lock import HostLock
 
 __all__ = ["host"]  # a fixture
 
@@ -382,25 +384,120 @@ def test_a_refused_configuration(manual: Host, capsys: pytest.CaptureFixture[str
     assert shown.count("\n") == 1
 
 
-def test_shutdown_without_a_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostLock:
+    """The lock of a host of this test's own."""
+    monkeypatch.setattr(without_daemon, "HostLock", lambda: HostLock(tmp_path / "lock"))
+    return HostLock(tmp_path / "lock")
+
+
+@pytest.mark.parametrize("verb", ["shutdown", "panic"])
+def test_going_down_without_a_daemon(
+    verb: str, host: Host, lock: HostLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
-    monkeypatch.setattr(daemon_module, "shutdown_here", lambda: done.append("here"))
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert main.main(["shutdown"]) == 0
+
+    def down_here(verb: str) -> None:
+        assert not lock.try_hold("another")
+        assert str(lock.holder()) == f"vmcryptctl {verb} (pid {os.getpid()})"
+        done.append(verb)
+
+    monkeypatch.setattr(daemon_module, "down_here", down_here)
+    assert main.main([verb]) == 0
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent/bus")
-    assert main.main(["shutdown"]) == 0
-    assert done == ["here", "here"]
+    assert main.main([verb]) == 0
+    assert done == [verb, verb]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr("vmcryptd.cli.terminal.is_interactive", lambda: False)
-    assert main.main(["shutdown"]) == 5
+    assert main.main([verb]) == 5
+    assert done == [verb, verb]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from vmcryptd.posix.host_lock import HostLock
+lock = HostLock(Path(sys.argv[1]))
+assert lock.try_hold(sys.argv[2])
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def another_holds(lock: HostLock, role: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(lock._path), role],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROJECT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
+        yield process
+        process.kill()
+
+
+def test_shutdown_waits_for_a_daemon_that_is_silent(
+    lock: HostLock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two at a time would open what the other closes."""
+    with another_holds(lock, "vmcryptd") as process:
+
+        def down_here(verb: str) -> None:
+            assert process.wait(0) == -signal.SIGKILL
+            done.append(verb)
+
+        done: list[str] = []
+        monkeypatch.setattr(daemon_module, "down_here", down_here)
+        said = without_daemon.say
+
+        def say(text: str) -> None:
+            said(text)
+            process.kill()  # it lived until the shutdown waited for it
+
+        monkeypatch.setattr(without_daemon, "say", say)
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        assert main.main(["shutdown"]) == 0
+        assert done == ["shutdown"]
+    assert f"vmcryptd (pid {process.pid}) runs, but does not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["vmcryptd", "vmcryptctl shutdown"])
+def test_panic_ends_whatever_is_in_its_way(
+    role: str, lock: HostLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(daemon_module, "down_here", done.append)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with another_holds(lock, role) as process:
+        assert main.main(["panic"]) == 0
+        assert process.wait(10) == -signal.SIGKILL
+    assert done == ["panic"]
+
+
+def test_a_daemon_that_is_back_is_asked(
+    lock: HostLock, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the lock when it is there again."""
+    monkeypatch.setattr(daemon_module, "down_here", lambda verb: pytest.fail("beside a daemon"))
+    said = without_daemon.say
+
+    def say(text: str) -> None:
+        said(text)
+        with ThreadPoolExecutor() as aside:
+            aside.submit(host.start, MAIL.replace("passphrase", "open = true\npassphrase")).result()
+
+    monkeypatch.setattr(without_daemon, "say", say)
+    with another_holds(lock, "vmcryptd"):
+        assert main.main(["shutdown"]) == 0
+    assert {host.states()[name] for name in ("cr_a", "cr_b")} == {"locked"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_shutdown_with_a_daemon_that_leaves(
-    number: int, host: Host, monkeypatch: pytest.MonkeyPatch
+    number: int, host: Host, lock: HostLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    monkeypatch.setattr(daemon_module, "shutdown_here", lambda: done.append("here"))
+    monkeypatch.setattr(daemon_module, "down_here", done.append)
     host.start(
         MAIL.replace("autostart = true", 'autostart = true\nrunning = true\nstop_delay = "10min"')
         .replace("passphrase", "open = true\npassphrase")
@@ -412,13 +509,13 @@ def test_shutdown_with_a_daemon_that_leaves(
 
     with meanwhile(leave):
         assert main.main(["shutdown"]) == 0
-    assert done == ["here"]
+    assert done == ["shutdown"]
 
 
 def test_what_went_wrong_in_a_shutdown_is_not_tried_twice(
     manual: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(daemon_module, "shutdown_here", lambda: pytest.fail("twice"))
+    monkeypatch.setattr(daemon_module, "down_here", lambda verb: pytest.fail("twice"))
     assert main.main(["shutdown"]) == 1
     assert "used" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import pytest
 
 from vmcryptd.adapters.systemd.host import StateFiles
 from vmcryptd.config import files
+from vmcryptd.posix.host_lock import HostLock
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "packaging/debian"
 KEY = "not a key, but as precious"
@@ -26,6 +27,7 @@ def root(tmp_path: Path) -> Path:
     for name in (name for name in dir(memory) if name.startswith("keep_")):
         keep = getattr(memory, name)
         keep({}, {}) if name == "keep_seen" else keep({})
+    assert HostLock(runtime / "lock").try_hold("vmcryptd")
     (tmp_path / "etc").mkdir()
     files.load(tmp_path / "etc", state / "settings.json")
     return tmp_path

@@ -122,9 +122,9 @@ class Client:
         except ValueError as error:  # a file name that is no text, for example
             raise VmcryptdError(str(error)) from None
 
-    async def ping(self) -> None:
+    async def ping(self, timeout_s: float = READ_S) -> None:
         """Raises UnreachableError unless the daemon answers, or could be started and does."""
-        await self._read(ROOT, "org.freedesktop.DBus.Peer", "Ping")
+        await self._read(ROOT, "org.freedesktop.DBus.Peer", "Ping", timeout_s=timeout_s)
 
     async def is_running(self) -> bool:
         """Asks the bus, which does not start the daemon for that."""
@@ -191,11 +191,12 @@ class Client:
         await self.connection.disconnect()
 
     async def _read(
-        self, path: str, interface: str, member: str, signature: str = "", *body: Any
-    ) -> list[Any]:
+        self, path: str, interface: str, member: str, signature: str = "", *body: Any,
+        timeout_s: float = READ_S,
+    ) -> list[Any]:  # fmt: skip
         try:
             return await self.connection.call(
-                NAME, path, interface, member, signature, body, timeout_s=READ_S
+                NAME, path, interface, member, signature, body, timeout_s=timeout_s
             )
         except RemoteError as error:
             raise translated(error) from None

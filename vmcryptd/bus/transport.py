@@ -459,6 +459,12 @@ async def connect(address: str | None = None, *, timeout_s: float = 25) -> Conne
         # A socket that systemd holds for a dead bus daemon accepts, and never answers.
         async with asyncio.timeout(timeout_s):
             await transport.connect()
+    except asyncio.CancelledError:
+        # Its reader would find the socket closed, and leave that error to nobody.
+        if transport is not None:
+            asyncio.get_running_loop().remove_reader(transport._fd)
+        _close_socket(transport)
+        raise
     except Exception as error:
         _close_socket(transport)
         reason = str(error) or type(error).__name__

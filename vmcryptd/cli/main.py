@@ -52,6 +52,8 @@ CONSOLE_MARGIN_S = 30.0
 # What closing may take after the guests had their time.
 CLOSING_S = 300.0
 LONGEST_STOP_S = 86400.0
+# root is answered within 3 s, whatever else goes on.
+PANIC_ANSWER_S = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,9 +108,11 @@ def _run(argv: list[str]) -> int:
         try:
             return asyncio.run(RUN[verb.name](arguments))
         except VmcryptdError as error:
-            if verb.name != "shutdown" or error.exit_code != EXIT_UNREACHABLE:
+            if error.exit_code != EXIT_UNREACHABLE or verb.name not in ("shutdown", "panic"):
                 raise
-            return _shutdown_here(str(error))
+            from vmcryptd.cli import without_daemon
+
+            return without_daemon.go_down(verb.name, str(error), lambda: RUN[verb.name](arguments))
     except SystemExit as asked:  # --help of a verb
         return int(asked.code or 0)
     except UsageError as error:
@@ -339,6 +343,7 @@ async def _boot(arguments: Namespace) -> int:
 
 async def _panic(arguments: Namespace) -> int:
     async with changing() as client:
+        await client.ping(PANIC_ANSWER_S)  # one that is silent is not waited for
         await client.call("Panic")
     return EXIT_OK
 
@@ -363,17 +368,6 @@ async def _shutdown(arguments: Namespace) -> int:
     async with changing() as client:
         await client.follow(show)
         await client.call("Shutdown")
-    return EXIT_OK
-
-
-def _shutdown_here(reason: str) -> int:
-    """Without a daemon, or without a bus: the same engine in this process."""
-    if os.geteuid() != 0:
-        raise UnreachableError(f"{reason}; root can shut down without it")
-    say(f"{reason}; stopping the guests and closing the volumes without it")
-    from vmcryptd.daemon import shutdown_here
-
-    shutdown_here()
     return EXIT_OK
 
 

@@ -162,10 +162,18 @@ def settings(texts: Mapping[str, str], validated: Path | None = None) -> Setting
     return parsed
 
 
-def _load_validated(validated: Path, texts: Mapping[str, str]) -> Settings | None:
+def last_valid(validated: Path) -> Settings | None:
+    """The settings that were valid last, whatever the files say now; None if none were kept.
+
+    An older vmcryptd may have written them.
+    """
+    return _load_validated(validated, None)
+
+
+def _load_validated(validated: Path, texts: Mapping[str, str] | None) -> Settings | None:
     try:
         content = json.loads(validated.read_text(encoding="utf-8"))
-        if content["version"] != __version__ or content["texts"] != texts:
+        if texts is not None and (content["version"] != __version__ or content["texts"] != texts):
             return None
         raw = content["settings"]
         return Settings(

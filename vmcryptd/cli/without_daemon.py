@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`shutdown` and `panic` when the daemon or the bus is dead: the same engine in this process.
+
+Never beside a living daemon. One that is silent, or is being restarted, holds the host's lock: then whichever comes
+first counts, its answer or the lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from vmcryptd.cli.output import say
+from vmcryptd.core.errors import EXIT_OK, UnreachableError
+from vmcryptd.posix.host_lock import HostLock
+
+# systemd kills a silent daemon after 30 s (WatchdogSec=); a start takes seconds.
+DAEMON_END_S = 120.0
+
+
+def go_down(verb: str, reason: str, again: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Returns the exit status. `again` asks the daemon once more. Raises VmcryptdError."""
+    if os.geteuid() != 0:
+        raise UnreachableError(f"{reason}; root can run `vmcryptctl {verb}` without it")
+    lock = HostLock()
+    try:
+        code = asyncio.run(_answer(lock, verb, again))
+        if code is not None:
+            return code
+        say(f"{reason}; stopping the guests and closing the volumes without it")
+        from vmcryptd.daemon import down_here
+
+        down_here(verb)
+        return EXIT_OK
+    finally:
+        lock.release()
+
+
+async def _answer(
+    lock: HostLock, verb: str, again: Callable[[], Coroutine[Any, Any, int]]
+) -> int | None:
+    """The daemon's answer after all; None once this process holds the lock. Raises VmcryptdError."""
+    role = f"vmcryptctl {verb}"
+    if lock.try_hold(role):
+        return None
+    say(f"{lock.holder() or 'vmcryptd'} runs, but does not answer; waiting until it does, or ends")
+    if verb == "panic":
+        lock.kill_holder(role)
+    holding = asyncio.create_task(lock.hold(role, DAEMON_END_S))
+    answering = asyncio.create_task(again())
+    try:
+        await asyncio.wait({holding, answering}, return_when=asyncio.FIRST_COMPLETED)
+        if not holding.done():
+            try:
+                return answering.result()
+            except UnreachableError:
+                pass
+        await holding
+        return None
+    finally:
+        holding.cancel()
+        answering.cancel()
+        await asyncio.wait({holding, answering})
