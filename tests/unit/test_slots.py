@@ -12,7 +12,7 @@ from vmcryptd.core.errors import OutOfMemoryError, VmcryptdError, WrongKeyError
 from vmcryptd.core.goals import Goal
 from vmcryptd.core.model import Header, KeySlot, Token
 from vmcryptd.engine import unlock_with_key
-from vmcryptd.engine.kdf import heights
+from vmcryptd.engine.derivation import heights
 
 COSTLY = KeySlot(0, "argon2id", 1048576, iterations=4)
 CHEAP = KeySlot(1, "pbkdf2", iterations=1000)
@@ -134,12 +134,14 @@ async def test_an_answer_is_not_derived_twice_for_a_slot(run: Running) -> None:
         await opened(volume, key, slot)  # type: ignore[arg-type]
 
     run.host.open = poor  # type: ignore[method-assign]
-    job = run.engine.begin(Goal.parse("unlock:a"), may_ask=False)
-    await run.engine.ended(job)
+    job = run.engine.scheduler.begin(Goal.parse("unlock:a"), may_ask=False)
+    await run.engine.scheduler.ended(job)
     assert isinstance(job.error, OutOfMemoryError)
     assert run.host.done("try") == ["try a 0"]
     run.host.open = opened  # type: ignore[method-assign]
-    await run.engine.wait(run.engine.begin(Goal.parse("unlock:a"), may_ask=False))
+    await run.engine.scheduler.wait(
+        run.engine.scheduler.begin(Goal.parse("unlock:a"), may_ask=False)
+    )
     assert run.host.done("try") == ["try a 0", "try a 1"]
     run.engine.prompt.withdraw(answer)
 
@@ -172,7 +174,7 @@ CHAIN = (
 @play(CHAIN + volume("by_hand", 'after = ["a"]\nunlock = "manual"'))
 async def test_the_longest_chain_goes_first(run: Running) -> None:
     assert heights(run.engine.graph) == {"low": 2, "mid": 1}
-    run.engine._steps.unlocker._attempts._budget._cores = 1
+    run.engine.attempts._budget._cores = 1
     run.engine.boot()
     await run.until(lambda: run.host.questions)
     run.host.answer("alpha")

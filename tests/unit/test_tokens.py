@@ -299,7 +299,7 @@ async def test_one_at_a_time_of_each_kind(run: Running) -> None:
 
 @play(volume("a", BOTH, TPM) + volume("b", '"prompt"'))
 async def test_a_passphrase_is_derived_while_a_token_works(run: Running) -> None:
-    run.engine._steps.unlocker._attempts._budget._cores = 1
+    run.engine.attempts._budget._cores = 1
     run.host.hold("token a 0")
     run.engine.boot()
     await run.until(lambda: run.host.done("token"))

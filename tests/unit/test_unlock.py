@@ -18,7 +18,7 @@ from vmcryptd.core.errors import (
 )
 from vmcryptd.core.model import Header, VolumeSpec
 from vmcryptd.engine import unlock_with_key
-from vmcryptd.engine.kdf import KdfBudget
+from vmcryptd.engine.derivation import KdfBudget
 
 A = opened_by("alpha")
 GIB = 1024 * 1024

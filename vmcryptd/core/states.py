@@ -48,6 +48,19 @@ class Activities:
         """Keep those of these volumes, forget the others."""
         self.volumes = {name: self.volumes.get(name) or Activity() for name in volumes}
 
+    def seen(self, graph: Graph) -> None:
+        """What is open or runs has not failed, and what is closed was opened by nothing."""
+        for name, node in graph.volumes.items():
+            activity = self.volumes[name]
+            if node.is_open:
+                if activity.doing is None or activity.doing is VolumeState.WAITING:
+                    activity.error = None
+            elif activity.doing is None:
+                activity.key_source = ""
+        for name, guest in graph.guests.items():
+            if guest.is_running:
+                self.guest(name).error = None
+
     def guest(self, name: str) -> Activity:
         return self._guests.setdefault(name, Activity())
 

@@ -9,8 +9,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from vmcryptd.core import graph as graphs
-from vmcryptd.core import identity
-from vmcryptd.core.errors import AmbiguousDeviceError, DeadlineError, VmcryptdError
+from vmcryptd.core import identity, planner
+from vmcryptd.core.errors import (
+    AmbiguousDeviceError,
+    DeadlineError,
+    LibvirtError,
+    VmcryptdError,
+)
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
     BlockDevice,
@@ -30,6 +35,7 @@ log = logging.getLogger(__name__)
 # One look serves all events within this time: a mapping that comes makes about five. Most are of our own steps, whose
 # end is looked at at once.
 COALESCE_S = 0.2
+LIBVIRT_TIMEOUT_S = 30.0
 
 
 class Sight(NamedTuple):
@@ -69,6 +75,9 @@ class Inventory:
         self._chains: dict[str, tuple[str, ...]] = {}
         # Of each chain the members that were there when it was read: those beneath could be read.
         self._chains_read: dict[str, frozenset[str]] = {}
+        self.libvirt_error: LibvirtError | None = None  # why boot does without guests
+        self._boot_set: tuple[list[str], list[str]] = [], []
+        self._boot_set_of: Graph | None = None
         self._observation = Observation()
         self._may_follow_libvirt = False
         self._look: asyncio.TimerHandle | None = None
@@ -97,6 +106,37 @@ class Inventory:
     @property
     def needs_libvirt(self) -> bool:
         return bool(self.settings.volumes or self.settings.guests)
+
+    @property
+    def boot_set(self) -> tuple[list[str], list[str]]:
+        """The volumes and guests that boot brings up, as planner.boot_set; worked out once a graph."""
+        if self._boot_set_of is not self.graph:
+            self._boot_set_of, self._boot_set = self.graph, planner.boot_set(self.graph)
+        return self._boot_set
+
+    async def know_libvirt(self) -> None:
+        """Have libvirt answer once before boot ends; `libvirt_error` tells if it does not."""
+        if not self.needs_libvirt or self._domains.current().reachable:
+            return
+        try:
+            await self._domains.refresh(LIBVIRT_TIMEOUT_S)
+            self.libvirt_error = None
+        except VmcryptdError as error:
+            self.libvirt_error = LibvirtError(f"{error}; guests start when it is back")
+            log.error("%s", self.libvirt_error)
+        self.observe()
+
+    async def know_libvirt_going_down(self) -> None:
+        """The same before the way down, which goes on without."""
+        if self.needs_libvirt and not self._domains.current().reachable:
+            try:
+                await self._domains.refresh(LIBVIRT_TIMEOUT_S)
+            except VmcryptdError as error:
+                log.warning(
+                    "%s; guests cannot be stopped, what they do not hold is closed all the same",
+                    error,
+                )
+        self.observe()
 
     def configure(self, settings: Settings) -> None:
         """Take a new configuration. Raises GraphError, and then the old one stays."""

@@ -1,17 +1,32 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A job: one goal that is pursued, the steps begun for it, and how they ended."""
+"""Jobs: goals that are pursued, the steps begun for them, how they ended, and whether new ones may begin."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Iterable
+import contextlib
+import itertools
+import logging
+from collections.abc import Container, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, NamedTuple
 
-from vmcryptd.core.errors import CancelledError, DependencyError, InternalError, VmcryptdError
-from vmcryptd.core.goals import Goal, Plan, StepId
+from vmcryptd.core.errors import (
+    BusyError,
+    CancelledError,
+    DependencyError,
+    InternalError,
+    ShuttingDownError,
+    VmcryptdError,
+)
+from vmcryptd.core.goals import Goal, Plan, StepId, Verb
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import Infinity
+from vmcryptd.core.ports import Memory
+from vmcryptd.posix.changes import Changes
+
+log = logging.getLogger(__name__)
 
 
 class JobState(StrEnum):
@@ -65,6 +80,127 @@ class Job:
         }
         own = {k: error for k, error in found.items() if not isinstance(error, DependencyError)}
         return own or found
+
+
+class Unasked(NamedTuple):
+    """For what begins by itself: steps that are not taken for it."""
+
+    done: frozenset[StepId]  # were done, and if they are undone now, somebody meant it
+    failed: frozenset[StepId]  # have failed for a reason that is still there
+
+    @property
+    def steps(self) -> frozenset[StepId]:
+        return self.done | self.failed
+
+
+class Jobs:
+    """Those that run, and what goes on beside them."""
+
+    def __init__(self, memory: Memory, changes: Changes) -> None:
+        self.running: dict[int, Job] = {}
+        self.is_closed = False
+        self._memory = memory
+        self._changes = changes
+        self._numbers = itertools.count(1)
+        self._going_down = 0  # requests to go down that are under way
+        self._beside: tuple[str, ...] = ()
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_going_down(self) -> bool:
+        return self._going_down > 0
+
+    @property
+    def is_rising(self) -> bool:
+        return any(job.is_rising for job in self.running.values())
+
+    def check_may_begin(self, *, rising: bool) -> None:
+        """Raises ShuttingDownError after `close`; BusyError on the way up while everything goes down."""
+        if self.is_closed:
+            raise ShuttingDownError("vmcryptd is stopping; ask again when it is back")
+        if rising and self.is_going_down:
+            raise BusyError("everything is being stopped and closed; try again when that is done")
+
+    def register(
+        self,
+        goal: Goal,
+        may_ask: bool = True,
+        without: frozenset[StepId] = frozenset(),
+        deadline: float = Infinity,
+    ) -> Job:
+        """A new job; `end` it. Raises as `check_may_begin`."""
+        self.check_may_begin(rising=goal.is_rising or goal.verb is Verb.ROTATE)
+        job = Job(next(self._numbers), goal, may_ask, without, deadline)
+        self.running[job.id] = job
+        self._keep()
+        return job
+
+    def end(self, job: Job) -> None:
+        job.state = JobState.FAILED if job.error else JobState.DONE
+        self.running.pop(job.id, None)
+        self._keep()
+        self._changes.notify()
+
+    async def ended(self, job: Job) -> None:
+        await self._changes.until(lambda: job.id not in self.running)
+
+    def may_ask(self, step: StepId) -> bool:
+        """Whether a person may be asked for it: one of the jobs that want it says so."""
+        return any(job.may_ask for job in self.running.values() if step in job.tasks)
+
+    def stop_rising(self) -> None:
+        """What comes up begins nothing new."""
+        for job in self.running.values():
+            job.is_stopped = job.is_stopped or job.is_rising
+
+    @contextlib.contextmanager
+    def going_down(self) -> Iterator[None]:
+        """Nothing comes up meanwhile."""
+        self._going_down += 1
+        self._changes.notify()
+        try:
+            yield
+        finally:
+            self._going_down -= 1
+            self._changes.notify()
+
+    def close(self) -> None:
+        """Nothing begins any more, and what is kept for the next daemon stays as it is."""
+        self.is_closed = True
+        for job in self.running.values():
+            job.is_stopped = True
+
+    # --- for the next daemon ---
+
+    def keep_beside(self, *beside: str) -> None:
+        """What the next daemon is to know beside the goals that are pursued now."""
+        if beside != self._beside:
+            self._beside = beside
+            self._keep()
+
+    def _keep(self) -> None:
+        if not self.is_closed:
+            rising = (job for job in self.running.values() if job.is_rising and job.may_ask)
+            self._memory.keep_goals([*(str(job.goal) for job in rising), *self._beside])
+
+    # --- beside the jobs ---
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Let it run in the background; an error is logged."""
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._spawned)
+
+    def _spawned(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            trace = None if isinstance(error, VmcryptdError) else error
+            log.error("in the background: %s", error, exc_info=trace)
+
+    async def background_done(self) -> None:
+        """Wait until what goes on beside the jobs has ended."""
+        while self._background:
+            await asyncio.wait(self._background)
 
 
 def together(errors: Iterable[VmcryptdError]) -> VmcryptdError:

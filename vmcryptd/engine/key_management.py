@@ -12,8 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from vmcryptd.core import planner
@@ -28,6 +27,7 @@ from vmcryptd.core.errors import (
 )
 from vmcryptd.core.model import Header, KeySlot, Token, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
+from vmcryptd.engine.derivation import Attempts
 from vmcryptd.engine.inventory import Inventory
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,6 @@ NEW_SLOT_KIB = 1024 * 1024
 # What cryptsetup does at the least. Nobody makes a slot for a passphrase so cheap.
 FEWEST_ITERATIONS = 1000
 
-Derivation = Callable[[int], AbstractAsyncContextManager[None]]
-
 
 class KeySlots:
     """Looks into headers and changes them, each volume's one thing at a time."""
@@ -47,13 +45,11 @@ class KeySlots:
         self,
         ports: Ports,
         inventory: Inventory,
-        derivation: Derivation,
-        changed: Callable[[], None],
+        attempts: Attempts,
     ) -> None:
         self._ports = ports
         self._inventory = inventory
-        self._derivation = derivation  # holds memory for a key derivation of so many KiB
-        self._changed = changed
+        self._attempts = attempts
         self._due = ports.memory.backups_due()
         self.rotating: set[str] = set()  # volumes whose header somebody else is at, for hours
         self._locks: dict[str, asyncio.Lock] = {}
@@ -209,7 +205,7 @@ class KeySlots:
         known = {slot.number for slot in before.slots}
         async with self.changing(spec, before):
             new_kib = NEW_SLOT_KIB if before.version > 1 and not is_random else 0
-            async with self._derivation(max(before.memory_kib, new_kib)):
+            async with self._attempts.room_aside(max(before.memory_kib, new_kib)):
                 await self._ports.slots.add(spec, key, new_key, is_random=is_random)
             after = await self._ports.crypt.header(spec)
             added = [slot for slot in after.slots if slot.number not in known]
@@ -219,7 +215,7 @@ class KeySlots:
                     f"`vmcryptctl key list {spec.name}` shows what it holds now"
                 )
             number = added[0].number
-            async with self._derivation(added[0].memory_kib):
+            async with self._attempts.room_aside(added[0].memory_kib):
                 works = await self._ports.slots.fits(spec, number, new_key)
             if not works:
                 raise StorageError(
@@ -234,7 +230,7 @@ class KeySlots:
     async def _remove(self, spec: VolumeSpec, header: Header, slot: int, key: Key) -> None:
         """The key has to open another slot, else WrongKeyError."""
         async with self.changing(spec, header):
-            async with self._derivation(header.memory_kib):
+            async with self._attempts.room_aside(header.memory_kib):
                 await self._ports.slots.remove(spec, slot, key)
             self._inventory.forget_fitted(spec.name, slot)
             log.info("key slot %s of volume %s is wiped", slot, spec.name)
@@ -296,12 +292,12 @@ class KeySlots:
         others = {other: when for other, when in self._due.items() if other != name}
         self._due = {**others, name: since} if since else others
         self._ports.memory.keep_backups_due(self._due)
-        self._changed()
+        self._inventory.changes.notify()
 
     async def slot_of(self, spec: VolumeSpec, header: Header, key: Key) -> KeySlot:
         # The cheap ones first: of a keystore's key and a passphrase only the latter takes its time.
         for slot in sorted(header.slots, key=lambda slot: (slot.cost, slot.number)):
-            async with self._derivation(slot.memory_kib):
+            async with self._attempts.room_aside(slot.memory_kib):
                 if await self._ports.slots.fits(spec, slot.number, key):
                     return slot
         raise WrongKeyError(

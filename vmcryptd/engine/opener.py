@@ -4,48 +4,40 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 
-from vmcryptd.core.errors import (
-    AmbiguousDeviceError,
-    BusyError,
-    DeviceMissingError,
-    VmcryptdError,
-)
-from vmcryptd.core.model import Header, Unlock, VolumeSpec
+from vmcryptd.core.errors import AmbiguousDeviceError, BusyError, DeviceMissingError
+from vmcryptd.core.model import Header, Unlock, VolumeSpec, VolumeState
 from vmcryptd.core.ports import Crypt, Keys
+from vmcryptd.core.states import Activities
 from vmcryptd.engine.derivation import Attempts
 from vmcryptd.engine.inventory import Inventory, Sight
+from vmcryptd.engine.key_management import KeySlots
 from vmcryptd.engine.opening import Opening
 from vmcryptd.engine.prompt import Answer, Prompt
 from vmcryptd.engine.tokens import Tokens
 
-# Makes up for the end that a rotation of the volume's key lacks. Returns the header as it is then.
-FinishRotation = Callable[[VolumeSpec, Header], Awaitable[Header]]
 
-
-class Unlocker:
+class Opener:
     """Opens one volume at a time per caller; what it needs beneath is open already."""
 
     def __init__(
         self,
         crypt: Crypt,
-        finish_rotation: FinishRotation,
         keys: Keys,
-        prompt: Prompt,
         inventory: Inventory,
-        doing: Callable[[str, bool], None],
-        told: Callable[[str, VmcryptdError], None],
+        activities: Activities,
+        prompt: Prompt,
+        attempts: Attempts,
+        key_slots: KeySlots,
     ) -> None:
         self._crypt = crypt
-        self._finish_rotation = finish_rotation
         self._keys = keys
         self._prompt = prompt
         self._inventory = inventory
-        self._doing = doing  # tells that a volume is busy (True) or waits (False)
-        self._told = told  # tells why a volume waits
-        self._attempts = Attempts(crypt, inventory)
-        self._tokens = Tokens(crypt, inventory, self._attempts)
+        self._activities = activities
+        self._attempts = attempts
+        self._key_slots = key_slots
+        self._tokens = Tokens(crypt, inventory, attempts)
         self._openings: dict[str, Opening] = {}  # the latest of each volume
         self.absent: set[str] = set()  # volumes whose device or header is waited for
         self.seen: dict[str, Sight] = {}  # what there was of each when it was tried last
@@ -66,7 +58,8 @@ class Unlocker:
         self, name: str, attempt: Callable[[Opening], Awaitable[str | None]]
     ) -> str | None:
         spec = self._inventory.graph.volumes[name].spec
-        self._doing(name, True)
+        self._activities.volumes[name].doing = VolumeState.UNLOCKING
+        self._inventory.changes.notify()
         header = await self._crypt.header(spec)
         self._inventory.accept_header(name, header)
         if self._is_usable(name):
@@ -77,7 +70,7 @@ class Unlocker:
                 f"`dmsetup info {name}` tells more, remove or rename it"
             )
         if header.data_reencrypted:
-            header = await self._finish_rotation(spec, header)
+            header = await self._key_slots.finish_rotation(spec, header)
         opening = self._openings[name] = self._opening(spec, header)
         try:
             return await attempt(opening)
@@ -96,7 +89,6 @@ class Unlocker:
         return name in self._openings and self._openings[name].is_stuck
 
     def _opening(self, spec: VolumeSpec, header: Header) -> Opening:
-        name = spec.name
         return Opening(
             spec,
             header,
@@ -106,17 +98,12 @@ class Unlocker:
             self._inventory,
             self._attempts,
             self._tokens,
-            doing=lambda is_busy: self._doing(name, is_busy),
-            told=lambda error: self._told(name, error),
+            self._activities.volumes[spec.name],
         )
 
     def _is_usable(self, name: str) -> bool:
         node = self._inventory.graph.volumes.get(name)
         return node is not None and node.is_usable
-
-    def derivation(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
-        """Room in the budget for a key derivation that is none of an opening."""
-        return self._attempts.derivation(memory_kib)
 
     async def _wait_for_device(self, spec: VolumeSpec) -> None:
         def is_there() -> bool:

@@ -18,9 +18,10 @@ from vmcryptd.core.errors import (
     WrongKeyError,
     WrongPinError,
 )
-from vmcryptd.core.model import Header, KeySource, SourceKind, Token, VolumeSpec
+from vmcryptd.core.model import Header, KeySource, SourceKind, Token, VolumeSpec, VolumeState
 from vmcryptd.core.ports import Crypt, Keys
 from vmcryptd.core.slot_order import Tried
+from vmcryptd.core.states import Activity
 from vmcryptd.engine.derivation import Attempts
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.prompt import Answer, Prompt
@@ -52,8 +53,7 @@ class Opening:
         inventory: Inventory,
         attempts: Attempts,
         tokens: Tokens,
-        doing: Callable[[bool], None],
-        told: Callable[[VmcryptdError], None],
+        activity: Activity,
     ) -> None:
         self.is_stuck = False  # its sources are exhausted, and something is waited for
         self._spec = spec
@@ -64,8 +64,7 @@ class Opening:
         self._inventory = inventory
         self._attempts = attempts
         self._tokens = tokens
-        self._doing = doing  # that it is busy (True) or waits for a person (False)
-        self._told = told  # why it is still locked
+        self._activity = activity
         self._failures: dict[str, VmcryptdError] = {}  # source → how it failed last
         self._later: list[KeySource] = []  # may give a key after a while
         self._missing: list[KeySource] = []  # key files that are not there
@@ -277,7 +276,7 @@ class Opening:
                 async with self._turn():
                     if self._is_usable:
                         return ""
-                    self._doing(True)
+                    self._shows(VolumeState.UNLOCKING)
                     await self._read_header()
                     await self._tokens.open(self._spec, self._header, token, pin)
                 return str(source)
@@ -332,7 +331,7 @@ class Opening:
         async with self._turn():
             if self._is_usable:
                 return True
-            self._doing(True)
+            self._shows(VolumeState.UNLOCKING)
             # Whoever was asked may have added the key slot only now.
             await self._read_header()
             return await self._try_answer(answer)
@@ -374,7 +373,12 @@ class Opening:
 
     def _rest(self) -> None:
         """Nothing is tried just now."""
-        self._doing(not (self._spec.asks or self._pins))
+        is_asking = self._spec.asks or self._pins
+        self._shows(VolumeState.WAITING if is_asking else VolumeState.UNLOCKING)
+
+    def _shows(self, state: VolumeState) -> None:
+        self._activity.doing = state
+        self._inventory.changes.notify()
 
     @property
     def _is_usable(self) -> bool:
@@ -387,7 +391,8 @@ class Opening:
         if str(failure) != str(self._failures.get(source)):
             log.warning("volume %s: %s", self._spec.name, failure)
         self._failures[source] = failure
-        self._told(self._exhausted())
+        self._activity.error = self._exhausted()
+        self._inventory.changes.notify()
 
     def _exhausted(self) -> VmcryptdError:
         name, failures = self._spec.name, list(self._failures.values())

@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
 
 from vmcryptd.core import planner
 from vmcryptd.core.errors import (
@@ -25,9 +24,10 @@ from vmcryptd.core.goals import Goal, Verb
 from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Header, Infinity, KeySlot, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
+from vmcryptd.engine.derivation import Attempts
 from vmcryptd.engine.inventory import Inventory
-from vmcryptd.engine.jobs import Job, outcome
-from vmcryptd.engine.key_management import Derivation, KeySlots, opened_by
+from vmcryptd.engine.jobs import Job, Jobs, outcome
+from vmcryptd.engine.key_management import KeySlots, opened_by
 
 log = logging.getLogger(__name__)
 
@@ -59,20 +59,14 @@ class Rotations:
         ports: Ports,
         inventory: Inventory,
         key_slots: KeySlots,
-        derivation: Derivation,
-        begin: Callable[[Goal], Job],
-        end: Callable[[Job], None],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
-        changed: Callable[[], None],
+        attempts: Attempts,
+        jobs: Jobs,
     ) -> None:
         self._ports = ports
         self._inventory = inventory
         self._key_slots = key_slots
-        self._derivation = derivation
-        self._begin_job = begin  # raises VmcryptdError while nothing new may begin
-        self._end_job = end
-        self._spawn = spawn
-        self._changed = changed
+        self._attempts = attempts
+        self._jobs = jobs
         self._running: dict[str, _Rotation] = {}
 
     def start(self) -> None:
@@ -84,7 +78,7 @@ class Rotations:
                 rotation.begun.set()
             elif self._key_slots.backup_due_since(name):
                 # It is due from the start of a rotation on to its end.
-                self._spawn(self._look(spec))
+                self._jobs.spawn(self._look(spec))
 
     def close(self) -> None:
         """Let them go on by themselves."""
@@ -121,7 +115,7 @@ class Rotations:
             def work(rotation: _Rotation) -> Coroutine[None, None, None]:
                 return self._rotate(rotation, header, mapping, key, number)
 
-            async with self._derivation(header.memory_kib):
+            async with self._attempts.room_aside(header.memory_kib):
                 rotation = self._begin(spec, work)
                 begun = asyncio.create_task(rotation.begun.wait())
                 try:
@@ -176,13 +170,13 @@ class Rotations:
     def _begin(
         self, spec: VolumeSpec, work: Callable[[_Rotation], Coroutine[None, None, None]]
     ) -> _Rotation:
-        rotation = _Rotation(spec, self._begin_job(Goal(Verb.ROTATE, spec.name)))
+        rotation = _Rotation(spec, self._jobs.register(Goal(Verb.ROTATE, spec.name)))
         self._running[spec.name] = rotation
         self._key_slots.rotating.add(spec.name)
         task = asyncio.create_task(work(rotation))
         rotation.job.task = task
         task.add_done_callback(lambda _: self._ended(rotation))
-        self._changed()
+        self._inventory.changes.notify()
         return rotation
 
     def _ended(self, rotation: _Rotation) -> None:
@@ -194,7 +188,7 @@ class Rotations:
             trace = None if isinstance(unforeseen, VmcryptdError) else unforeseen
             level = logging.INFO if isinstance(error, CancelledError) else logging.ERROR
             log.log(level, "%s", error, exc_info=trace)
-        self._end_job(rotation.job)
+        self._jobs.end(rotation.job)
 
     async def _rotate(
         self, rotation: _Rotation, before: Header, mapping: str, key: Key, slot: int | None
@@ -251,7 +245,7 @@ class Rotations:
             if rotation.job.progress != progress:
                 rotation.job.progress = progress
                 self._inventory.reencrypting.add(rotation.name)
-                self._changed()
+                self._inventory.changes.notify()
 
         return told
 
@@ -277,7 +271,7 @@ class Rotations:
         except VmcryptdError as error:
             log.debug("%s", error)  # who opens the volume is told
             return
-        self._changed()
+        self._inventory.changes.notify()
 
 
 def check_alone(header: Header, name: str, kept: KeySlot) -> None:

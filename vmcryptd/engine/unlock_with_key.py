@@ -34,12 +34,12 @@ async def unlock(engine: Engine, name: str, fd: int) -> None:
     try:
         if not closed:
             return
-        job = engine.begin(Goal(Verb.UNLOCK, name), may_ask=False)
+        job = engine.scheduler.begin(Goal(Verb.UNLOCK, name), may_ask=False)
         await _tried(engine, [job], answer, closed, patient=True)
         if name in answer.accepted:
-            await engine.wait(job)
-        elif not engine.is_running(StepId(Action.UNLOCK, name)):
-            await engine.ended(job)
+            await engine.scheduler.wait(job)
+        elif StepId(Action.UNLOCK, name) not in engine.scheduler.running:
+            await engine.scheduler.ended(job)
     finally:
         engine.prompt.withdraw(answer)
     planner.check_volume(engine.graph, name)
@@ -58,14 +58,14 @@ async def unlock_all(engine: Engine, fd: int) -> None:
     """
     key = await engine.receive(fd)
     engine.inventory.observe()
-    volumes, _ = engine.boot_set
+    volumes, _ = engine.inventory.boot_set
     # What stands behind a keystore does not wait for a person itself, and may take an answer all the same.
     closed = _closed(engine, [*volumes, *engine.waiting, *sorted(engine.prompt.expected)])
     answer = engine.prompt.offer(key, "key")
     try:
         # Whoever needs a keystore has begun to open it, and may find another key meanwhile.
         jobs = [
-            engine.begin(Goal(Verb.UNLOCK, name), may_ask=False, look=False)
+            engine.scheduler.begin(Goal(Verb.UNLOCK, name), may_ask=False, look=False)
             for name in closed
             if engine.settings.volumes[name].lock is not Lock.BOOT
         ]
@@ -112,18 +112,22 @@ async def _tried(
     """
 
     def is_absent(name: str) -> bool:
-        return not patient and engine.is_absent(name)
+        return not patient and name in engine.opener.absent
 
     is_behind = engine.prompt.is_behind  # a keystore, and has tried what that left to it
 
     def is_settled(name: str) -> bool:
-        if not engine.is_running(StepId(Action.UNLOCK, name)):
+        if StepId(Action.UNLOCK, name) not in engine.scheduler.running:
             return True
-        if answer.only is None and engine.is_stuck(name) and name not in engine.prompt.expected:
+        if (
+            answer.only is None
+            and engine.opener.is_stuck(name)
+            and name not in engine.prompt.expected
+        ):
             return True  # it asks nobody, and waits for a server
         if name in answer.refused:
             # Else it is about to fail.
-            return name in engine.waiting or engine.is_stuck(name) or is_behind(name)
+            return name in engine.waiting or engine.opener.is_stuck(name) or is_behind(name)
         if name not in engine.graph.volumes:
             return False  # its step is about to be cancelled
         if name in answer.accepted:
@@ -131,7 +135,7 @@ async def _tried(
         if is_absent(name):
             # What comes up now may bring its device.
             return not any(
-                step.action in (Action.ACTIVATE, Action.MOUNT) for step in engine.running
+                step.action in (Action.ACTIVATE, Action.MOUNT) for step in engine.scheduler.running
             )
         # That this key does not open a keystore is no reason not to try it on the volume.
         bearing = engine.graph.bearing([name])

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is shown: the host's state and every volume's and guest's; systemd's status line and target follow it."""
+
+from __future__ import annotations
+
+from vmcryptd.core.goals import BOOT
+from vmcryptd.core.model import HostState
+from vmcryptd.core.ports import Host, Memory
+from vmcryptd.core.states import (
+    Activities,
+    GuestView,
+    VolumeView,
+    guest_view,
+    host_state,
+    volume_state,
+    volume_view,
+)
+from vmcryptd.engine.boot import BootPolicy
+from vmcryptd.engine.inventory import Inventory
+from vmcryptd.engine.jobs import Jobs
+from vmcryptd.engine.key_management import KeySlots
+from vmcryptd.engine.prompt import Prompt
+from vmcryptd.engine.rotation import Rotations
+
+
+class Announcer:
+    """Tells systemd, and keeps for the next daemon, what has become different."""
+
+    def __init__(
+        self,
+        host: Host,
+        memory: Memory,
+        inventory: Inventory,
+        activities: Activities,
+        prompt: Prompt,
+        jobs: Jobs,
+        key_slots: KeySlots,
+        rotations: Rotations,
+        boot: BootPolicy,
+    ) -> None:
+        self._host = host
+        self._memory = memory
+        self._inventory = inventory
+        self._activities = activities
+        self._prompt = prompt
+        self._jobs = jobs
+        self._key_slots = key_slots
+        self._rotations = rotations
+        self._boot = boot
+        self._status = ""  # as systemd knows it
+        self._sources: dict[str, str] = {}  # as kept for the next daemon
+        self._is_target_wanted: bool | None = None
+        self._is_target_reached: bool | None = None
+        self._is_moving_target = False
+        inventory.changes.watch(self._announce)
+
+    def start(self) -> None:
+        """Show what an earlier run of the daemon has kept."""
+        self._sources = self._memory.sources()
+        volumes = self._inventory.graph.volumes
+        for name, source in self._sources.items():
+            if name in volumes and volumes[name].is_open:
+                self._activities.volumes[name].key_source = source
+
+    # --- what is shown ---
+
+    @property
+    def state(self) -> HostState:
+        graph = self._inventory.graph
+        volumes, guests = self._inventory.boot_set
+        return host_state(
+            (volume_state(graph, name, self._activities.volumes[name]) for name in volumes),
+            ((graph.guests[n].state, bool(self._activities.guest(n).error)) for n in guests),
+            stopping=self._jobs.is_going_down,
+            rising=self._jobs.is_rising,
+            waiting=bool(self._prompt.waiting),
+            booted=self._boot.booted,
+            failed=self._inventory.libvirt_error is not None,
+        )
+
+    @property
+    def is_console_needed(self) -> bool:
+        """Whether a question for a person is open or may still come while the host boots."""
+        return (
+            (bool(self._prompt.expected) or self._prompt.is_asking_pin)
+            and not self._prompt.declined
+            and any(job.goal == BOOT for job in self._jobs.running.values())
+        )
+
+    def status_line(self, state: HostState) -> str:
+        graph = self._inventory.graph
+        match state:
+            case HostState.WAITING:
+                return (
+                    f"Waiting for the key of {', '.join(self._prompt.waiting)}: vmcryptctl unlock"
+                )
+            case HostState.DEGRADED:
+                failed = [name for name, activity in self._activities.all() if activity.error]
+                return f"Degraded: {', '.join(failed) or self._inventory.libvirt_error}"
+        count = sum(node.is_open for node in graph.volumes.values())
+        return f"{str(state).capitalize()}: {count} of {len(graph.volumes)} volumes open"
+
+    def volume_views(self) -> list[VolumeView]:
+        return [
+            volume_view(
+                self._inventory.graph,
+                name,
+                self._activities.volumes[name],
+                header_backup_due=bool(self._key_slots.backup_due_since(name)),
+                rotation=self._rotations.state(name),
+            )
+            for name in self._inventory.graph.volumes
+        ]
+
+    def guest_views(self) -> list[GuestView]:
+        graph = self._inventory.graph
+        return [guest_view(graph, name, self._activities.guest(name)) for name in graph.guests]
+
+    # --- whom it is told to ---
+
+    def _announce(self) -> None:
+        self._keep_sources()
+        state = self.state
+        if state is HostState.READY and self._is_target_wanted is not True:
+            self._want_target(True)
+        elif state in (HostState.STOPPING, HostState.LOCKED) and self._is_target_wanted is True:
+            self._want_target(False)
+        if (line := self.status_line(state)) != self._status:
+            self._status = line
+            self._host.status(line)
+
+    def _keep_sources(self) -> None:
+        volumes = self._activities.volumes.items()
+        sources = {name: activity.key_source for name, activity in volumes if activity.key_source}
+        if sources != self._sources:
+            self._sources = sources
+            self._memory.keep_sources(sources)
+
+    def _want_target(self, is_wanted: bool) -> None:
+        self._is_target_wanted = is_wanted
+        if not self._is_moving_target:
+            self._is_moving_target = True
+            self._jobs.spawn(self._move_target())
+
+    async def _move_target(self) -> None:
+        """One after the other: two at once could arrive the wrong way round."""
+        try:
+            while (wanted := self._is_target_wanted) is not self._is_target_reached:
+                if wanted is None:
+                    return
+                await self._host.reach_target(wanted)
+                self._is_target_reached = wanted
+        finally:
+            self._is_moving_target = False

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Waiting for the steps before a step; what waits for a keystore tries the answers that do not open that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from vmcryptd.core.errors import DependencyError, LibvirtError, VmcryptdError
+from vmcryptd.core.goals import Action, Step, StepId
+from vmcryptd.core.states import Activity
+from vmcryptd.engine.inventory import Inventory
+from vmcryptd.engine.jobs import Job, outcome
+from vmcryptd.engine.opener import Opener
+from vmcryptd.engine.prompt import Answer, Prompt
+
+
+class Predecessors:
+    """The steps that another one stands behind."""
+
+    def __init__(self, inventory: Inventory, prompt: Prompt, opener: Opener) -> None:
+        self._inventory = inventory
+        self._prompt = prompt
+        self._opener = opener
+
+    async def ended(self, job: Job, step: Step, activity: Activity) -> str | None:
+        """Wait for the steps before this one. Raises DependencyError.
+
+        A volume that waits for a keystore tries the answers that do not fit that one: its passphrase may be lost, or
+        the person know only the volume's. Returns what has opened the volume meanwhile; None if nothing has.
+        """
+        await _ended(job, step, step.after)
+        if not step.order:
+            return None
+        if step.action is not Action.UNLOCK:
+            await _ended(job, step, step.order)
+            return None
+        name = step.object
+        with self._prompt.behind(name, lambda answer: self._is_left(job, name, answer)):
+            waiting = asyncio.ensure_future(_ended(job, step, step.order))
+            try:
+                while not waiting.done():
+                    passed_on = asyncio.ensure_future(self._prompt.passed_on(name))
+                    try:
+                        both = {waiting, passed_on}
+                        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        passed_on.cancel()
+                    if not waiting.done():
+                        opened_by = await self._opener.open_by(name, passed_on.result())
+                        if opened_by is not None:
+                            return opened_by
+                        activity.doing = None
+                        self._inventory.changes.notify()
+            finally:
+                waiting.cancel()
+        return None
+
+    def _is_left(self, job: Job, name: str, answer: Answer) -> bool:
+        """Whether the answer opens none of the keystores that the volume waits for, as far as these are there."""
+        volumes = self._inventory.graph.volumes
+        if name not in volumes or not volumes[name].device:
+            return False
+
+        def leaves(keystore: str) -> bool:
+            if volumes[keystore].is_usable:
+                return False  # the key in it comes next
+            unlocking = job.tasks.get(StepId(Action.UNLOCK, keystore))
+            if unlocking is None or unlocking.done() or keystore in self._opener.absent:
+                return True
+            is_tried = answer.is_for(keystore) and (
+                answer.only is not None or keystore in self._prompt.expected
+            )
+            return keystore in answer.refused or (not is_tried and self._opener.is_stuck(keystore))
+
+        return all(map(leaves, volumes[name].keys_in))
+
+
+async def _ended(job: Job, step: Step, before: Iterable[StepId]) -> None:
+    """Wait for these steps, which come before this one. Raises DependencyError."""
+    tasks = {other: job.tasks[other] for other in before if other in job.tasks}
+    if tasks:
+        await asyncio.wait(tasks.values())
+    for other in step.after:
+        if other in tasks and (error := outcome(tasks[other])) is not None:
+            if isinstance(error, LibvirtError) and other.action in (Action.STOP, Action.STOP_POOL):
+                # libvirt does not say whether it has stopped. The kernel does: it closes nothing that is in use.
+                continue
+            raise DependencyError(
+                f"{step.action} {step.object} was not tried, "
+                f"because {other.action} {other.object} failed: {error}"
+            )
+
+
+def is_reported(job: Job, step: Step, error: VmcryptdError) -> bool:
+    """Whether it failed because an earlier step of the same volume did: the error of that one says why."""
+    before = [other for other in step.after if other.object == step.object]
+    return isinstance(error, DependencyError) and any(
+        outcome(job.tasks[other]) for other in before if other in job.tasks
+    )
