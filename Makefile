@@ -5,6 +5,8 @@
 #   make bench    the numbers
 #   make demo     a whole host, from boot to shutdown, to look at
 #   make deb      dist/vmcryptd_*.deb
+#   make dist     dist/vmcryptd-VERSION.tar.gz
+#   make release  VERSION=: checks, tests and tags a release
 #   make docs     write the files anew that are generated from the code
 #   make install  DESTDIR= PREFIX=/usr SYSCONFDIR=/etc
 #
@@ -25,7 +27,7 @@ all: man
 
 # --- development ---
 
-.PHONY: check lint types unit test vm lint-deb bench demo deb docs clean host-packages
+.PHONY: check lint types unit test vm lint-deb bench demo deb dist release docs clean host-packages
 
 host-packages:
 	@packaging/install-host-packages packaging/host-packages $(wildcard packaging/image/host-packages)
@@ -77,13 +79,23 @@ docs: $(VENV)/stamp
 deb: host-packages
 	packaging/build-deb
 
+VERSION_NOW := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' vmcryptd/__init__.py)
+
+dist:
+	@mkdir -p dist
+	git archive --prefix=vmcryptd-$(VERSION_NOW)/ --output=dist/vmcryptd-$(VERSION_NOW).tar.gz HEAD
+	@echo dist/vmcryptd-$(VERSION_NOW).tar.gz
+
+release:
+	packaging/release $(VERSION)
+
 lint-deb: host-packages
 	lintian --info --display-info --pedantic --allow-root --fail-on error,warning dist/*.deb
 
 clean:
 	rm -rf build/man build/venv build/pytest build/mypy build/ruff build/vmcryptd.egg-info dist
 
-SHELL_SCRIPTS := .ci/run packaging/build-deb packaging/install-host-packages units/vmcryptd.shutdown \
+SHELL_SCRIPTS := .ci/run packaging/build-deb packaging/release $(wildcard packaging/debian/tests/simulated packaging/debian/tests/installed) packaging/install-host-packages units/vmcryptd.shutdown \
 	$(wildcard packaging/image/customize config/completion/vmcryptctl.bash config/examples/fetch-from-vault)
 
 # --- installation: the one list of what goes where; packaging/debian and the spec use it ---
@@ -149,4 +161,5 @@ install: man
 	    $(INSTALL) -Dm 644 "$$page" -t "$(DESTDIR)$(DATADIR)/man/man$${page##*.}"; \
 	done
 	$(INSTALL) -Dm 644 $(wildcard README.md NEWS.md) -t $(DESTDIR)$(DOCDIR)
+	$(INSTALL) -Dm 644 $(wildcard docs/guides/*.md) -t $(DESTDIR)$(DOCDIR)/guides
 	$(INSTALL) -Dm 644 $(wildcard config/examples/*) -t $(DESTDIR)$(DOCDIR)/examples
