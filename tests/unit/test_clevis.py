@@ -16,7 +16,7 @@ from vmcryptd.adapters.keysources.sources import SystemKeys
 from vmcryptd.core.errors import KeyUnavailableError, NotYetError, StillWaitingError, WrongKeyError
 from vmcryptd.core.model import Header, KeySlot, Token, VolumeSpec
 from vmcryptd.core.ports import Key
-from vmcryptd.engine import opening, unlock_with_key
+from vmcryptd.engine import attempt, unlock_with_key
 from vmcryptd.posix import run as processes
 
 A, B = opened_by("alpha"), opened_by("beta")
@@ -26,7 +26,7 @@ AWAY = f"{A}\n{BOUND}\naway = true"
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "AGAIN_S", (0.001, 0.002))
+    monkeypatch.setattr(attempt, "AGAIN_S", (0.001, 0.002))
 
 
 def volume(name: str, sim: str, keys: str = '"clevis", "prompt"') -> str:
@@ -107,7 +107,7 @@ async def test_a_key_for_all_that_wait_for_a_person(run: Running) -> None:
 @play(volume("a", AWAY, '"clevis"'))
 async def test_not_for_ever_where_nobody_can_be_asked(run: Running) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "ALONE_S", 0.01)
+        patch.setattr(attempt, "ALONE_S", 0.01)
         run.engine.boot()
         await run.idle()
     assert run.volumes() == {"a": "failed"}

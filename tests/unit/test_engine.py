@@ -27,6 +27,7 @@ from vmcryptd.core.errors import (
 from vmcryptd.core.goals import BOOT
 from vmcryptd.core.model import GuestState, Settings
 from vmcryptd.engine import panic, prompt, unlock_with_key
+from vmcryptd.engine.opening import Phase
 from vmcryptd.engine.prompt import Held
 
 A, B = opened_by("alpha"), opened_by("beta")
@@ -466,7 +467,7 @@ async def test_nobody_waits_for_a_keystore_that_is_not_there_to_give_another_key
     run: Running,
 ) -> None:
     run.engine.boot()
-    await run.until(lambda: "store" in run.engine.opener.absent)
+    await run.until(lambda: run.engine.openings.phase("store") is Phase.ABSENT)
     await unlock_with_key.unlock(run.engine, "a", handed_in("beta"))
     await run.idle()
     assert run.volumes() == {"store": "missing", "a": "unlocked"}
@@ -745,7 +746,7 @@ async def test_a_disk_that_answers_late(run: Running) -> None:
 @play(volume("a", A + "\npresent = false", timeout="infinity"))
 async def test_a_key_waits_for_the_device_of_its_volume(run: Running) -> None:
     unlocking = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("alpha")))
-    await run.until(lambda: "a" in run.engine.opener.absent)
+    await run.until(lambda: run.engine.openings.phase("a") is Phase.ABSENT)
     run.host.volume("a", present=True)
     await unlocking
     assert run.volumes() == {"a": "unlocked"}
@@ -950,7 +951,7 @@ BIG = "memory_kib = 1048576"
 @play("".join(volume(f"v{i}", f"{A}\n{BIG}") for i in range(6)))
 async def test_key_derivations_stay_within_the_budget(run: Running) -> None:
     run.host.available_kib = 5 * 1024 * 1024  # half of it is the budget: two at a time
-    run.engine.attempts._budget._cores = 16
+    run.engine.derivations._budget._cores = 16
     run.engine.boot()
     run.host.answer("alpha")
     await run.idle()
@@ -1420,7 +1421,9 @@ def reconfigured(text: str) -> Settings:
 @play(volume("a") + volume("b") + volume("c", A + "\npresent = false"))
 async def test_volumes_are_taken_away_and_come(run: Running) -> None:
     run.engine.boot()
-    await run.until(lambda: run.engine.waiting == ["a", "b"] and "c" in run.engine.opener.absent)
+    await run.until(
+        lambda: run.engine.waiting == ["a", "b"] and run.engine.openings.phase("c") is Phase.ABSENT
+    )
     fresh = reconfigured(volume("b") + volume("d"))
     more = Host.parse(volume("b") + volume("d"))
     run.host._volumes["d"] = more._volumes["d"]

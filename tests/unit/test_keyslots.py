@@ -115,7 +115,7 @@ async def test_two_at_once_cannot_take_away_both_ways_in(run: Running) -> None:
 @play(HOST)
 async def test_derivations_take_turns_in_the_memory_budget(run: Running) -> None:
     run.host.available_kib = 0
-    taken = run.engine.attempts.room_aside(65536)
+    taken = run.engine.derivations.room_aside(65536)
     async with taken:
         testing = asyncio.ensure_future(run.engine.key_slots.test("mail", handed_in("one")))
         for _ in range(200):
@@ -129,7 +129,7 @@ async def test_what_is_due_outlives_the_daemon(run: Running) -> None:
     keys = run.engine.key_slots
     await keys.add("mail", handed_in("one"), handed_in("two"))
     since = keys.backup_due_since("mail")
-    again = KeySlots(run.engine._ports, run.engine.inventory, run.engine.attempts)
+    again = KeySlots(run.engine._ports, run.engine.inventory, run.engine.derivations)
     assert again.backup_due_since("mail") == since
     await again.change("mail", handed_in("one"), handed_in("three"))
     assert again.backup_due_since("mail") == since  # not from now on

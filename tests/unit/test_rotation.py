@@ -347,7 +347,7 @@ def test_tokens_go_with_their_key_slots(monkeypatch: pytest.MonkeyPatch) -> None
 @play(HOST)
 async def test_it_takes_its_turn_in_the_memory_budget(run: Running) -> None:
     run.host.available_kib = 0
-    async with run.engine.attempts.room_aside(65536):
+    async with run.engine.derivations.room_aside(65536):
         task = rotating(run)
         for _ in range(200):
             await asyncio.sleep(0.001)

@@ -174,7 +174,7 @@ CHAIN = (
 @play(CHAIN + volume("by_hand", 'after = ["a"]\nunlock = "manual"'))
 async def test_the_longest_chain_goes_first(run: Running) -> None:
     assert heights(run.engine.graph) == {"low": 2, "mid": 1}
-    run.engine.attempts._budget._cores = 1
+    run.engine.derivations._budget._cores = 1
     run.engine.boot()
     await run.until(lambda: run.host.questions)
     run.host.answer("alpha")

@@ -11,7 +11,7 @@ import pytest
 from tests.lib import Running, digest, handed_in, opened_by, play
 from vmcryptd.core.errors import CancelledError, KeyUnavailableError, VmcryptdError, WrongKeyError
 from vmcryptd.core.model import VolumeSpec
-from vmcryptd.engine import opening, unlock_with_key
+from vmcryptd.engine import attempt, unlock_with_key
 
 ALPHA = opened_by("alpha")
 PIN = f'pin_sha256 = "{digest("1234")}"'
@@ -28,7 +28,7 @@ def volume(name: str, keys: str, *tokens: str, sim: str = ALPHA) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "AGAIN_S", (0.001, 0.002))
+    monkeypatch.setattr(attempt, "AGAIN_S", (0.001, 0.002))
 
 
 BOTH = '"tpm2", "prompt"'
@@ -299,7 +299,7 @@ async def test_one_at_a_time_of_each_kind(run: Running) -> None:
 
 @play(volume("a", BOTH, TPM) + volume("b", '"prompt"'))
 async def test_a_passphrase_is_derived_while_a_token_works(run: Running) -> None:
-    run.engine.attempts._budget._cores = 1
+    run.engine.derivations._budget._cores = 1
     run.host.hold("token a 0")
     run.engine.boot()
     await run.until(lambda: run.host.done("token"))

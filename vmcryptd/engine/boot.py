@@ -21,7 +21,7 @@ from vmcryptd.core.states import Activities
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, Unasked
 from vmcryptd.engine.late import Late
-from vmcryptd.engine.opener import Opener
+from vmcryptd.engine.opening import Openings
 from vmcryptd.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -40,14 +40,14 @@ class BootPolicy:
         inventory: Inventory,
         activities: Activities,
         jobs: Jobs,
-        opener: Opener,
+        openings: Openings,
         scheduler: Scheduler,
     ) -> None:
         self.booted = False  # asked for, and nothing took it back
         self._inventory = inventory
         self._activities = activities
         self._jobs = jobs
-        self._opener = opener
+        self._openings = openings
         self._scheduler = scheduler
         self._late = Late(inventory)
         # What boot brings up and has been up since it was asked for: if it is down now, somebody meant it.
@@ -216,7 +216,7 @@ class BootPolicy:
         name = step_id.object
         lacks = step_id.action is Action.UNLOCK and isinstance(error, _LACKS)
         if lacks and self.booted and name in self._inventory.boot_set[0]:
-            self._late.rest(name, self._opener.seen[name])
+            self._late.rest(name, self._openings.of(name).seen)
             self._keep()
             self._open_late()  # it may have come in this moment
 

@@ -24,7 +24,7 @@ from vmcryptd.core.slot_order import Tried
 from vmcryptd.engine.inventory import Inventory
 
 
-class Attempts:
+class Derivations:
     """Tries keys, as many side by side as the budget allows."""
 
     def __init__(self, crypt: Crypt, inventory: Inventory) -> None:

@@ -17,12 +17,13 @@ from vmcryptd.core.ports import Key, Ports
 from vmcryptd.core.states import Activities, GuestView, VolumeView
 from vmcryptd.engine.announcer import Announcer
 from vmcryptd.engine.boot import BootPolicy
-from vmcryptd.engine.derivation import Attempts
+from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.hooks import Hooks
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, together
 from vmcryptd.engine.key_management import KeySlots
 from vmcryptd.engine.opener import Opener
+from vmcryptd.engine.opening import Openings
 from vmcryptd.engine.panic import panic
 from vmcryptd.engine.predecessors import Predecessors
 from vmcryptd.engine.prompt import Prompt
@@ -52,20 +53,21 @@ class Engine:
         hooks = Hooks(ports.host, self.inventory)
         self.prompt = Prompt(ports.keys, self.changes.notify, hooks.waiting)
         self.inventory.rebuilt.watch(self.prompt.changes.notify)  # opened by hand, perhaps
-        self.attempts = Attempts(ports.crypt, self.inventory)
-        self.key_slots = KeySlots(ports, self.inventory, self.attempts)
-        self.rotations = Rotations(ports, self.inventory, self.key_slots, self.attempts, self._jobs)
-        self.opener = Opener(
-            ports.crypt, ports.keys, self.inventory, self._activities, self.prompt, self.attempts,
+        self.openings = Openings(self.inventory, self.prompt)
+        self.derivations = Derivations(ports.crypt, self.inventory)
+        self.key_slots = KeySlots(ports, self.inventory, self.derivations)
+        self.rotations = Rotations(
+            ports, self.inventory, self.key_slots, self.derivations, self._jobs
+        )
+        opener = Opener(
+            ports.crypt, ports.keys, self.inventory, self._activities, self.prompt, self.openings, self.derivations,
             self.key_slots,
         )  # fmt: skip
-        steps = Steps(
-            ports, self.inventory, self._activities, self._jobs, self.opener, self.rotations
-        )
-        predecessors = Predecessors(self.inventory, self.prompt, self.opener)
-        self.scheduler = Scheduler(self.inventory, self._jobs, self.prompt, predecessors, steps)
+        steps = Steps(ports, self.inventory, self._activities, self._jobs, opener, self.rotations)
+        predecessors = Predecessors(self.inventory, self.prompt, self.openings, opener)
+        self.scheduler = Scheduler(self.inventory, self._jobs, self.openings, predecessors, steps)
         self._boot = BootPolicy(
-            self.inventory, self._activities, self._jobs, self.opener, self.scheduler
+            self.inventory, self._activities, self._jobs, self.openings, self.scheduler
         )
         self._announcer = Announcer(
             ports.host, ports.memory, self.inventory, self._activities, self.prompt, self._jobs,

@@ -27,7 +27,7 @@ from vmcryptd.core.errors import (
 )
 from vmcryptd.core.model import Header, KeySlot, Token, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
-from vmcryptd.engine.derivation import Attempts
+from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.inventory import Inventory
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ class KeySlots:
         self,
         ports: Ports,
         inventory: Inventory,
-        attempts: Attempts,
+        derivations: Derivations,
     ) -> None:
         self._ports = ports
         self._inventory = inventory
-        self._attempts = attempts
+        self._derivations = derivations
         self._due = ports.memory.backups_due()
         self.rotating: set[str] = set()  # volumes whose header somebody else is at, for hours
         self._locks: dict[str, asyncio.Lock] = {}
@@ -205,7 +205,7 @@ class KeySlots:
         known = {slot.number for slot in before.slots}
         async with self.changing(spec, before):
             new_kib = NEW_SLOT_KIB if before.version > 1 and not is_random else 0
-            async with self._attempts.room_aside(max(before.memory_kib, new_kib)):
+            async with self._derivations.room_aside(max(before.memory_kib, new_kib)):
                 await self._ports.slots.add(spec, key, new_key, is_random=is_random)
             after = await self._ports.crypt.header(spec)
             added = [slot for slot in after.slots if slot.number not in known]
@@ -215,7 +215,7 @@ class KeySlots:
                     f"`vmcryptctl key list {spec.name}` shows what it holds now"
                 )
             number = added[0].number
-            async with self._attempts.room_aside(added[0].memory_kib):
+            async with self._derivations.room_aside(added[0].memory_kib):
                 works = await self._ports.slots.fits(spec, number, new_key)
             if not works:
                 raise StorageError(
@@ -230,7 +230,7 @@ class KeySlots:
     async def _remove(self, spec: VolumeSpec, header: Header, slot: int, key: Key) -> None:
         """The key has to open another slot, else WrongKeyError."""
         async with self.changing(spec, header):
-            async with self._attempts.room_aside(header.memory_kib):
+            async with self._derivations.room_aside(header.memory_kib):
                 await self._ports.slots.remove(spec, slot, key)
             self._inventory.forget_fitted(spec.name, slot)
             log.info("key slot %s of volume %s is wiped", slot, spec.name)
@@ -297,7 +297,7 @@ class KeySlots:
     async def slot_of(self, spec: VolumeSpec, header: Header, key: Key) -> KeySlot:
         # The cheap ones first: of a keystore's key and a passphrase only the latter takes its time.
         for slot in sorted(header.slots, key=lambda slot: (slot.cost, slot.number)):
-            async with self._attempts.room_aside(slot.memory_kib):
+            async with self._derivations.room_aside(slot.memory_kib):
                 if await self._ports.slots.fits(spec, slot.number, key):
                     return slot
         raise WrongKeyError(

@@ -9,10 +9,11 @@ from vmcryptd.core.errors import AmbiguousDeviceError, BusyError, DeviceMissingE
 from vmcryptd.core.model import Header, Unlock, VolumeSpec, VolumeState
 from vmcryptd.core.ports import Crypt, Keys
 from vmcryptd.core.states import Activities
-from vmcryptd.engine.derivation import Attempts
-from vmcryptd.engine.inventory import Inventory, Sight
+from vmcryptd.engine.attempt import Attempt
+from vmcryptd.engine.derivation import Derivations
+from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.key_management import KeySlots
-from vmcryptd.engine.opening import Opening
+from vmcryptd.engine.opening import Opening, Openings, Phase
 from vmcryptd.engine.prompt import Answer, Prompt
 from vmcryptd.engine.tokens import Tokens
 
@@ -27,7 +28,8 @@ class Opener:
         inventory: Inventory,
         activities: Activities,
         prompt: Prompt,
-        attempts: Attempts,
+        openings: Openings,
+        derivations: Derivations,
         key_slots: KeySlots,
     ) -> None:
         self._crypt = crypt
@@ -35,29 +37,29 @@ class Opener:
         self._prompt = prompt
         self._inventory = inventory
         self._activities = activities
-        self._attempts = attempts
+        self._derivations = derivations
         self._key_slots = key_slots
-        self._tokens = Tokens(crypt, inventory, attempts)
-        self._openings: dict[str, Opening] = {}  # the latest of each volume
-        self.absent: set[str] = set()  # volumes whose device or header is waited for
-        self.seen: dict[str, Sight] = {}  # what there was of each when it was tried last
+        self._tokens = Tokens(crypt, inventory, derivations)
+        self._openings = openings
 
     async def open(self, name: str, may_ask: Callable[[], bool]) -> str:
         """Make the mapping. Returns the key source that fitted. Raises VmcryptdError."""
-        self.seen[name] = self._inventory.sight(name)
-        await self._wait_for_device(self._inventory.graph.volumes[name].spec)
-        self.seen[name] = self._inventory.sight(name)
+        opening = self._openings.of(name)
+        opening.seen = self._inventory.sight(name)
+        await self._wait_for_device(self._inventory.graph.volumes[name].spec, opening)
+        opening.seen = self._inventory.sight(name)
         self._prompt.fetching(name)
-        return await self._open(name, lambda opening: opening.run(may_ask)) or ""
+        return await self._open(name, lambda attempt: attempt.run(may_ask)) or ""
 
     async def open_by(self, name: str, answer: Answer) -> str | None:
         """The same with one answer and nothing else. Returns None if it does not fit."""
-        return await self._open(name, lambda opening: opening.by_answer(answer))
+        return await self._open(name, lambda attempt: attempt.by_answer(answer))
 
     async def _open(
-        self, name: str, attempt: Callable[[Opening], Awaitable[str | None]]
+        self, name: str, attempt: Callable[[Attempt], Awaitable[str | None]]
     ) -> str | None:
         spec = self._inventory.graph.volumes[name].spec
+        self._openings.of(name).phase = Phase.TRYING
         self._activities.volumes[name].doing = VolumeState.UNLOCKING
         self._inventory.changes.notify()
         header = await self._crypt.header(spec)
@@ -71,41 +73,34 @@ class Opener:
             )
         if header.data_reencrypted:
             header = await self._key_slots.finish_rotation(spec, header)
-        opening = self._openings[name] = self._opening(spec, header)
         try:
-            return await attempt(opening)
+            return await attempt(self._attempt(spec, header))
         except BusyError:
             # Somebody else may have been quicker just now.
             self._inventory.observe()
             if self._is_usable(name):
                 return ""
             raise
-        finally:
-            if self._openings.get(name) is opening:
-                del self._openings[name]
 
-    def is_stuck(self, name: str) -> bool:
-        """Whether its sources are exhausted, and a person or a server is waited for."""
-        return name in self._openings and self._openings[name].is_stuck
-
-    def _opening(self, spec: VolumeSpec, header: Header) -> Opening:
-        return Opening(
+    def _attempt(self, spec: VolumeSpec, header: Header) -> Attempt:
+        return Attempt(
             spec,
             header,
             self._crypt,
             self._keys,
             self._prompt,
             self._inventory,
-            self._attempts,
+            self._derivations,
             self._tokens,
             self._activities.volumes[spec.name],
+            self._openings.of(spec.name),
         )
 
     def _is_usable(self, name: str) -> bool:
         node = self._inventory.graph.volumes.get(name)
         return node is not None and node.is_usable
 
-    async def _wait_for_device(self, spec: VolumeSpec) -> None:
+    async def _wait_for_device(self, spec: VolumeSpec, opening: Opening) -> None:
         def is_there() -> bool:
             node = self._inventory.graph.volumes[spec.name]
             if node.rivals:
@@ -114,12 +109,9 @@ class Opener:
 
         if is_there():
             return
-        self.absent.add(spec.name)
-        try:
-            if await self._inventory.changes.until(is_there, spec.timeout_s):
-                return
-        finally:
-            self.absent.discard(spec.name)
+        opening.phase = Phase.ABSENT
+        if await self._inventory.changes.until(is_there, spec.timeout_s):
+            return
         then = f"once it is there: `vmcryptctl unlock {spec.name}`"
         if spec.unlock is Unlock.BOOT:
             then = "the volume is opened when it appears"

@@ -12,15 +12,19 @@ from vmcryptd.core.states import Activity
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, outcome
 from vmcryptd.engine.opener import Opener
+from vmcryptd.engine.opening import Openings, Phase
 from vmcryptd.engine.prompt import Answer, Prompt
 
 
 class Predecessors:
     """The steps that another one stands behind."""
 
-    def __init__(self, inventory: Inventory, prompt: Prompt, opener: Opener) -> None:
+    def __init__(
+        self, inventory: Inventory, prompt: Prompt, openings: Openings, opener: Opener
+    ) -> None:
         self._inventory = inventory
         self._prompt = prompt
+        self._openings = openings
         self._opener = opener
 
     async def ended(self, job: Job, step: Step, activity: Activity) -> str | None:
@@ -40,6 +44,7 @@ class Predecessors:
             waiting = asyncio.ensure_future(_ended(job, step, step.order))
             try:
                 while not waiting.done():
+                    self._openings.of(name).phase = Phase.BEHIND
                     passed_on = asyncio.ensure_future(self._prompt.passed_on(name))
                     try:
                         both = {waiting, passed_on}
@@ -66,12 +71,15 @@ class Predecessors:
             if volumes[keystore].is_usable:
                 return False  # the key in it comes next
             unlocking = job.tasks.get(StepId(Action.UNLOCK, keystore))
-            if unlocking is None or unlocking.done() or keystore in self._opener.absent:
+            phase = self._openings.phase(keystore)
+            if unlocking is None or unlocking.done() or phase is Phase.ABSENT:
                 return True
             is_tried = answer.is_for(keystore) and (
                 answer.only is not None or keystore in self._prompt.expected
             )
-            return keystore in answer.refused or (not is_tried and self._opener.is_stuck(keystore))
+            return keystore in answer.refused or (
+                not is_tried and phase in (Phase.WAITING, Phase.ALONE)
+            )
 
         return all(map(leaves, volumes[name].keys_in))
 

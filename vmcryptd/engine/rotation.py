@@ -24,7 +24,7 @@ from vmcryptd.core.goals import Goal, Verb
 from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Header, Infinity, KeySlot, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
-from vmcryptd.engine.derivation import Attempts
+from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, outcome
 from vmcryptd.engine.key_management import KeySlots, opened_by
@@ -59,13 +59,13 @@ class Rotations:
         ports: Ports,
         inventory: Inventory,
         key_slots: KeySlots,
-        attempts: Attempts,
+        derivations: Derivations,
         jobs: Jobs,
     ) -> None:
         self._ports = ports
         self._inventory = inventory
         self._key_slots = key_slots
-        self._attempts = attempts
+        self._derivations = derivations
         self._jobs = jobs
         self._running: dict[str, _Rotation] = {}
 
@@ -115,7 +115,7 @@ class Rotations:
             def work(rotation: _Rotation) -> Coroutine[None, None, None]:
                 return self._rotate(rotation, header, mapping, key, number)
 
-            async with self._attempts.room_aside(header.memory_kib):
+            async with self._derivations.room_aside(header.memory_kib):
                 rotation = self._begin(spec, work)
                 begun = asyncio.create_task(rotation.begun.wait())
                 try:

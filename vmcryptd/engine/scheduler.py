@@ -23,8 +23,8 @@ from vmcryptd.core.goals import BOOT, Action, Goal, Plan, Step, StepId, Verb
 from vmcryptd.core.model import GuestState, Infinity, Unlock
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, Unasked, outcome
+from vmcryptd.engine.opening import Openings
 from vmcryptd.engine.predecessors import Predecessors, is_reported
-from vmcryptd.engine.prompt import Prompt
 from vmcryptd.engine.steps import Steps
 from vmcryptd.posix.changes import Changes
 
@@ -41,13 +41,13 @@ class Scheduler:
         self,
         inventory: Inventory,
         jobs: Jobs,
-        prompt: Prompt,
+        openings: Openings,
         predecessors: Predecessors,
         steps: Steps,
     ) -> None:
         self._inventory = inventory
         self._jobs = jobs
-        self._prompt = prompt
+        self._openings = openings
         self._predecessors = predecessors
         self._steps = steps
         self._running: dict[StepId, tuple[asyncio.Task[None], Job]] = {}
@@ -212,7 +212,7 @@ class Scheduler:
     def _call_off(self, step_id: StepId, task: asyncio.Task[None]) -> None:
         if task.cancel() and step_id.action is Action.UNLOCK:
             # At once, or the question would come again before the step has ended.
-            self._prompt.release(step_id.object)
+            self._openings.end(step_id.object)
 
     def _is_undone(self, job: Job) -> bool:
         """Whether what the job wants to be up is open still, but just being closed."""
@@ -238,14 +238,11 @@ class Scheduler:
                 task = asyncio.create_task(self._run(job, step))
                 self._running[step.id] = (task, job)
                 task.add_done_callback(functools.partial(self._step_done, step.id))
-                if step.action is Action.UNLOCK and self._volume_asks(step.object):
-                    self._prompt.expect(step.object)
+                if step.action is Action.UNLOCK:
+                    self._openings.plan(step.object)
             else:
                 task, _ = running
             job.tasks[step.id] = task
-
-    def _volume_asks(self, name: str) -> bool:
-        return self._inventory.settings.volumes[name].asks
 
     async def _run(self, job: Job, step: Step) -> None:
         """One step from the first wait to its end. Raises VmcryptdError; DependencyError if what it needs failed."""
@@ -316,7 +313,7 @@ class Scheduler:
             volume = self._inventory.graph.volumes.get(name)
             if volume is not None and volume.keys_in:
                 self._call_off_needless()
-            self._prompt.release(name)
+            self._openings.end(name)
         self._inventory.changes.notify()
         self._replans.notify()
         if isinstance(error, InternalError):

@@ -9,17 +9,17 @@ from collections import defaultdict
 from vmcryptd.core.errors import KeyUnavailableError
 from vmcryptd.core.model import Header, KeySource, Token, VolumeSpec
 from vmcryptd.core.ports import Crypt, Key
-from vmcryptd.engine.derivation import Attempts
+from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.inventory import Inventory
 
 
 class Tokens:
     """Opens volumes by their tokens: one of a kind at a time, as there is one chip, and rarely a second stick."""
 
-    def __init__(self, crypt: Crypt, inventory: Inventory, attempts: Attempts) -> None:
+    def __init__(self, crypt: Crypt, inventory: Inventory, derivations: Derivations) -> None:
         self._crypt = crypt
         self._inventory = inventory
-        self._attempts = attempts
+        self._derivations = derivations
         self._devices: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def of(self, spec: VolumeSpec, header: Header, source: KeySource) -> list[Token]:
@@ -41,7 +41,7 @@ class Tokens:
         Raises WrongPinError, also if one is needed and not given, and KeyUnavailableError.
         """
         memory_kib = max((s.memory_kib for s in header.slots if s.number in token.slots), default=0)
-        async with self._devices[token.kind], self._attempts.room_for_token(spec, memory_kib):
+        async with self._devices[token.kind], self._derivations.room_for_token(spec, memory_kib):
             node = self._inventory.graph.volumes[spec.name]
             suspended = node.mapping if node.is_open and node.suspended else ""
             await self._crypt.open_by_token(spec, token, pin, suspended)

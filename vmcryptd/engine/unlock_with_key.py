@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from vmcryptd.core import planner
 from vmcryptd.core.errors import StillWaitingError, VmcryptdError
-from vmcryptd.core.goals import Action, Goal, StepId, Verb
+from vmcryptd.core.goals import Goal, Verb
 from vmcryptd.core.model import Lock
 from vmcryptd.engine.engine import Engine
 from vmcryptd.engine.jobs import Job
+from vmcryptd.engine.opening import Phase
 from vmcryptd.engine.prompt import Answer
 
 
@@ -38,7 +39,7 @@ async def unlock(engine: Engine, name: str, fd: int) -> None:
         await _tried(engine, [job], answer, closed, patient=True)
         if name in answer.accepted:
             await engine.scheduler.wait(job)
-        elif StepId(Action.UNLOCK, name) not in engine.scheduler.running:
+        elif engine.openings.phase(name) is Phase.ENDED:
             await engine.scheduler.ended(job)
     finally:
         engine.prompt.withdraw(answer)
@@ -110,40 +111,13 @@ async def _tried(
 
     `patient`: devices that are not there are waited for, for as long as their volumes say.
     """
+    openings, running = engine.openings, engine.scheduler.running
 
-    def is_absent(name: str) -> bool:
-        return not patient and name in engine.opener.absent
-
-    is_behind = engine.prompt.is_behind  # a keystore, and has tried what that left to it
-
-    def is_settled(name: str) -> bool:
-        if StepId(Action.UNLOCK, name) not in engine.scheduler.running:
-            return True
-        if (
-            answer.only is None
-            and engine.opener.is_stuck(name)
-            and name not in engine.prompt.expected
-        ):
-            return True  # it asks nobody, and waits for a server
-        if name in answer.refused:
-            # Else it is about to fail.
-            return name in engine.waiting or engine.opener.is_stuck(name) or is_behind(name)
-        if name not in engine.graph.volumes:
-            return False  # its step is about to be cancelled
-        if name in answer.accepted:
-            return False  # its step is about to end
-        if is_absent(name):
-            # What comes up now may bring its device.
-            return not any(
-                step.action in (Action.ACTIVATE, Action.MOUNT) for step in engine.scheduler.running
-            )
-        # That this key does not open a keystore is no reason not to try it on the volume.
-        bearing = engine.graph.bearing([name])
-        return any(
-            is_absent(lower) or (lower in answer.refused and (lower in bearing or is_behind(name)))
-            for lower in engine.graph.beneath([name])[:-1]
+    def is_done(name: str) -> bool:
+        return openings.has_tried(answer, name) or (
+            not patient and openings.is_left_out(name, running)
         )
 
-    await engine.inventory.changes.until(
-        lambda: not any(job.id in engine.jobs for job in jobs) or all(map(is_settled, volumes))
+    await engine.changes.until(
+        lambda: not any(job.id in engine.jobs for job in jobs) or all(map(is_done, volumes))
     )
