@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vmcryptd.core.errors import BusyError, ConfigError, VmcryptdError
 from vmcryptd.core.model import Infinity, Settings
 from vmcryptd.core.ports import Ports
 from vmcryptd.engine.engine import Engine
+from vmcryptd.posix.file_watch import FileWatch
 from vmcryptd.posix.host_lock import DAEMON, HostLock
 
 log = logging.getLogger(__name__)
@@ -114,22 +116,64 @@ def real_ports(settings: Settings) -> Ports:
     )
 
 
-def _composition(arguments: Arguments) -> tuple[Settings, Ports, Callable[[], Settings]]:
+class Source:
+    """The files with the configuration, and what they said when it was taken over."""
+
+    def __init__(
+        self,
+        directory: Path,
+        read: Callable[[], Mapping[str, str]],
+        parse: Callable[[Mapping[str, str]], Settings],
+    ) -> None:
+        self._directory = directory
+        self._read, self._parse = read, parse
+        self._loaded: Mapping[str, str] = {}
+        self._running: Mapping[str, str] = {}
+
+    def load(self) -> Settings:
+        """Raises ConfigError."""
+        self._loaded = self._read()
+        return self._parse(self._loaded)
+
+    def taken_over(self) -> None:
+        """What was loaded last is what runs."""
+        self._running = self._loaded
+
+    def texts(self) -> Mapping[str, str] | None:
+        """What the files say now; None if they cannot be read."""
+        try:
+            return self._read()
+        except ConfigError:
+            return None
+
+    def differs(self, texts: Mapping[str, str] | None) -> bool:
+        return texts != self._running
+
+    def watched(self) -> list[Path]:
+        files = map(Path, {**self._loaded, **self._running})
+        return [self._directory, self._directory / configuration.DROP_INS, *files]
+
+
+def _composition(arguments: Arguments) -> tuple[Settings, Ports, Source]:
     if arguments.sim is not None:
-        from vmcryptd.adapters.sim.host import Simulation
+        from vmcryptd.adapters.sim.host import Simulation, read
 
         simulation = Simulation.load(arguments.sim)
-        return simulation.settings, simulation.ports(), simulation.reload
-
-    def load() -> Settings:
-        return configuration.load(
-            arguments.config or configuration.DIRECTORY,
-            configuration.VALIDATED,
-            required=arguments.config is not None,
+        source = Source(
+            arguments.sim.parent,
+            functools.partial(read, arguments.sim),
+            lambda texts: simulation.reload(next(iter(texts.values()))),
         )
+        return source.load(), simulation.ports(), source
 
-    settings = load()
-    return settings, real_ports(settings), load
+    directory = arguments.config or configuration.DIRECTORY
+    source = Source(
+        directory,
+        functools.partial(configuration.read, directory, required=arguments.config is not None),
+        functools.partial(configuration.settings, validated=configuration.VALIDATED),
+    )
+    settings = source.load()
+    return settings, real_ports(settings), source
 
 
 async def _serve(arguments: Arguments) -> int:
@@ -143,7 +187,7 @@ async def _serve(arguments: Arguments) -> int:
     connecting = asyncio.create_task(transport.connect(arguments.bus))
     await asyncio.sleep(0)
     try:
-        settings, ports, load = _composition(arguments)
+        settings, ports, source = _composition(arguments)
     except VmcryptdError:
         connecting.cancel()
         raise
@@ -154,12 +198,15 @@ async def _serve(arguments: Arguments) -> int:
     objects = Objects(connection, service.ROOT, authority)
     engine = Engine(settings, ports)
     engine.start()
+    source.taken_over()
 
     async def reload() -> None:
         host.notify(f"RELOADING=1\nMONOTONIC_USEC={int(loop.time() * 1e6)}")
         try:
             before = engine.settings.daemon.libvirt_uri
-            engine.configure(load())
+            engine.configure(source.load())
+            source.taken_over()
+            shown.config_changed = False
             log.info("the configuration was read again")
             if engine.settings.daemon.libvirt_uri != before:
                 log.warning("the new libvirt_uri counts from the next `systemctl restart vmcryptd`")
@@ -167,14 +214,22 @@ async def _serve(arguments: Arguments) -> int:
             log.error("the configuration is refused, the running one is kept: %s", error)
             raise
         finally:
+            files.look_again()
             host.ready()
 
     shown = service.Service(engine, objects, reload)
+
+    def looked(texts: Mapping[str, str] | None) -> None:
+        shown.config_changed = source.differs(texts)
+        shown.changed()
+
+    files = FileWatch(source.watched, source.texts, looked)
     engine.changes.watch(shown.changed)
     await objects.serve(service.NAME)
     host.ready()
     # What was made by now lives as long as the process: the collector need not look at it again.
     gc.freeze()
+    files.start()
     watchdog = asyncio.create_task(_watchdog())
     engine.inventory.watch_libvirt()
     engine.resume()
@@ -182,6 +237,7 @@ async def _serve(arguments: Arguments) -> int:
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     host.stopping()
     watchdog.cancel()
+    files.close()
     await objects.stop()
     engine.close()
     if not stop.is_set():

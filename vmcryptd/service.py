@@ -48,9 +48,10 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     ConsoleNeeded: bool
     ConsolePromptUSec: int
     HeldKeys: list[dict[str, str]]
+    ConfigChanged: bool
 
     def __init__(self, engine: Engine, reload: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(**manager_properties(engine))
+        super().__init__(**manager_properties(engine), ConfigChanged=False)
         self._engine = engine
         self._reload = reload
 
@@ -291,6 +292,7 @@ class Service:
         self._shown: dict[tuple[type[View], str], _Shown] = {}
         self._due: asyncio.Handle | None = None
         self._told_at = -TELL_S
+        self.config_changed = False  # the files differ from what runs
         self._manager = Manager(engine, reload)
         objects.export(ROOT, self._manager)
         objects.refresh = self.refresh
@@ -330,4 +332,4 @@ class Service:
             elif view != shown.view:  # most are as they were
                 shown.interface.changed(**_properties(view))
                 self._shown[key] = shown._replace(view=view)
-        self._manager.changed(**manager_properties(engine))
+        self._manager.changed(**manager_properties(engine), ConfigChanged=self.config_changed)

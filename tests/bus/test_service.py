@@ -251,6 +251,7 @@ SURFACE = {
             "RotateKey": "shb→", "StopRotation": "s→",
             "State": "s", "Waiting": "as", "Version": "s",
             "ConsoleNeeded": "b", "ConsolePromptUSec": "x", "HeldKeys": "aa{ss}",
+            "ConfigChanged": "b",
         },
         OBJECT_MANAGER: {"GetManagedObjects": "→a{oa{sa{sv}}}"},
     },
@@ -603,6 +604,32 @@ async def test_a_bad_configuration_is_refused_and_the_old_one_kept(daemon: Daemo
     daemon.sim.write_text("")
     await daemon.call("Reload")
     assert await daemon.call("Plan", "s", "boot") == '{"goal": "boot", "steps": []}'
+
+
+@with_daemon(HOST)
+async def test_files_that_differ_from_what_runs_are_shown(daemon: Daemon) -> None:
+    async def shown(expected: bool) -> None:
+        async def is_so() -> bool:
+            return bool(await daemon.get("ConfigChanged")) is expected
+
+        await daemon.until(is_so)
+
+    await shown(False)
+    daemon.sim.write_text(HOST + "# a comment\n")
+    await shown(True)
+    daemon.sim.write_text(HOST)
+    await shown(False)
+    daemon.sim.write_text("[")
+    await shown(True)
+    with pytest.raises(RemoteError):
+        await daemon.call("Reload")
+    assert await daemon.get("ConfigChanged") is True
+    daemon.sim.unlink()
+    daemon.sim.write_text(HOST + "# another comment\n")
+    await daemon.call("Reload")
+    assert await daemon.get("ConfigChanged") is False
+    daemon.sim.unlink()
+    await shown(True)
 
 
 # --- who may ---

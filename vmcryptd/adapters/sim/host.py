@@ -134,10 +134,7 @@ class Simulation:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a description. Raises ConfigError."""
-        try:
-            return cls.parse(path.read_text(encoding="utf-8"), str(path), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        return cls.parse(read(path)[str(path)], str(path), path)
 
     @classmethod
     def parse(cls, text: str, name: str = "simulation", path: Path | None = None) -> Self:
@@ -159,10 +156,9 @@ class Simulation:
             memory=self,
         )
 
-    def reload(self) -> Settings:
-        if self._path is None:
-            return self.settings
-        fresh = Simulation.load(self._path)
+    def reload(self, text: str) -> Settings:
+        """Take over another description. What is open stays so. Raises ConfigError."""
+        fresh = Simulation.parse(text, str(self._path or "simulation"))
         for name, volume in fresh._volumes.items():
             self._volumes.setdefault(name, volume)
         for name, guest in fresh._guests.items():
@@ -491,6 +487,14 @@ class Simulation:
 
     def keep_backups_due(self, volumes: dict[str, str]) -> None:
         self._backups_due = dict(volumes)
+
+
+def read(path: Path) -> dict[str, str]:
+    """The text of a description, by its path. Raises ConfigError."""
+    try:
+        return {str(path): path.read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:
