@@ -156,12 +156,40 @@ def test_status_of_names(mail: Host, capsys: pytest.CaptureFixture[str]) -> None
     assert 'no guest "cr_bb"; did you mean "cr_b"?' in capsys.readouterr().err
 
 
+def test_files_that_differ_from_what_runs(
+    mail: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    verbs_that_say_so = (["status"], ["plan", "boot"], ["check"])
+
+    def said() -> list[bool]:
+        found = []
+        for verb in verbs_that_say_so:
+            main.main(verb)
+            captured = capsys.readouterr()
+            found.append("changed on disk -- run: vmcryptctl reload" in captured.out + captured.err)
+        return found
+
+    assert said() == [False, False, False]
+    mail.sim.write_text(MAIL + "# a comment\n")
+    mail.until(lambda client: bool(client.host["ConfigChanged"]))
+    assert said() == [True, True, True]
+    assert main.main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config_changed"] is True
+    main.main(["check", "--json"])
+    assert json.loads(capsys.readouterr().out)["config_changed"] is True
+    main.main(["check", "--config", str(tmp_path)])  # what runs has nothing to do with it
+    assert "changed on disk" not in capsys.readouterr().err
+    assert main.main(["reload"]) == 0
+    assert said() == [False, False, False]
+
+
 def test_status_as_json(mail: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["status", "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status == {
         "state": "waiting",
         "waiting": ["cr_a", "cr_b"],
+        "config_changed": False,
         "held_keys": [],
         "volumes": [
             {

@@ -132,6 +132,10 @@ class Client:
         [owned] = await self.connection.call(*driver, "NameHasOwner", "s", [NAME], timeout_s=READ_S)
         return bool(owned)
 
+    async def is_config_changed(self) -> bool:
+        """Whether the configuration's files differ from what the daemon runs."""
+        return bool((await self._read(ROOT, PROPERTIES, "Get", "ss", MANAGER, "ConfigChanged"))[0])
+
     async def load(self) -> None:
         """Read all that the daemon shows. Raises VmcryptdError."""
         [[host], [objects]] = await asyncio.gather(

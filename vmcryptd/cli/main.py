@@ -25,6 +25,7 @@ from vmcryptd.cli.output import (
     say,
 )
 from vmcryptd.cli.render import (
+    CHANGED_ON_DISK,
     change,
     guest_members,
     printable,
@@ -160,11 +161,14 @@ async def _plan(arguments: Namespace) -> int:
 
     async with connect() as client:
         [text] = await client.call("Plan", "s", arguments.GOAL)
+        is_old = await client.is_config_changed()
     plan = json.loads(text)
     if arguments.json:
         print_json(plan)
     else:
         print("\n".join(page().plan(plan)))
+    if is_old:
+        say(CHANGED_ON_DISK)
     return EXIT_OK
 
 
@@ -176,20 +180,33 @@ async def _check(arguments: Namespace) -> int:
     candidate = arguments.config
     if candidate is None:
         findings = await check.problems()
+        is_old = await _runs_older_files()
     else:
         findings = await check.problems(Path(candidate), required=True)
+        is_old = False
     if arguments.json:
         print_json(
             {
                 "ok": check.exit_status(findings) == EXIT_OK,
                 "findings": [one._asdict() for one in findings],
+                "config_changed": is_old,
             }
         )
     elif findings:
         print("\n".join(page().findings([one._asdict() for one in findings])))
     else:
         print("nothing is wrong: boot will work")
+    if is_old:
+        say(CHANGED_ON_DISK)
     return check.exit_status(findings)
+
+
+async def _runs_older_files() -> bool:
+    """Whether a daemon runs that has not read the files as they are now."""
+    with contextlib.suppress(VmcryptdError):  # the check needs no daemon, and starts none
+        async with connect() as client:
+            return await client.is_running() and await client.is_config_changed()
+    return False
 
 
 async def _wait(arguments: Namespace) -> int:

@@ -51,6 +51,10 @@ def guest_members(values: Properties) -> dict[str, Any]:
     }
 
 
+# The daemon runs what it read last.
+CHANGED_ON_DISK = "the configuration has changed on disk -- run: vmcryptctl reload"
+
+
 def status_members(
     host: Properties,
     volumes: Iterable[Properties],
@@ -61,6 +65,7 @@ def status_members(
     return {
         "state": host["State"],
         "waiting": list(host["Waiting"]),
+        "config_changed": bool(host.get("ConfigChanged")),
         "held_keys": [
             {"source": key["source"], "volumes": key["volumes"].split(), "until": key["until"]}
             for key in host.get("HeldKeys", ())
@@ -114,6 +119,8 @@ class Page:
         lines[0] = self.state(word) + lines[0][len(word) :]
         for key in host.get("HeldKeys", ()):
             lines += self._wrapped(held(key), 4)
+        if host.get("ConfigChanged"):
+            lines += self._wrapped(CHANGED_ON_DISK, 4)
         return [*lines, *self.volumes(volumes, jobs), *self.guests(guests)]
 
     def volumes(self, volumes: Sequence[Properties], jobs: Iterable[Properties] = ()) -> list[str]:
