@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vmcryptd.adapters.keysources.sources import SystemKeys
+from vmcryptd.adapters.luks import mappings
+from vmcryptd.adapters.luks.key_slots import CryptsetupSlots
 from vmcryptd.adapters.luks.mappings import Cryptsetup, _slot, open_failure, token_failure
+from vmcryptd.core import luks_header, slot_order
 from vmcryptd.core.errors import (
     BusyError,
     DamagedHeaderError,
@@ -292,3 +300,86 @@ def test_closing_what_is_not_open() -> None:
 def test_memory(tmp_path: Path) -> None:
     assert Cryptsetup().available_memory_kib() > 1000
     assert Cryptsetup(meminfo=tmp_path / "none").available_memory_kib() == 0
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the metadata in both copies of a LUKS2 header, and the checksums with it."""
+    size = luks_header.SIZES[0]
+    with path.open("r+b") as file:
+        for offset in (0, size):
+            file.seek(offset)
+            copy = bytearray(file.read(size))
+            text, _, _ = copy[luks_header.BINARY_SIZE :].partition(b"\0")
+            metadata = json.loads(text)
+            change(metadata)
+            text = bytearray(json.dumps(metadata).encode())
+            copy[luks_header.BINARY_SIZE :] = text.ljust(size - luks_header.BINARY_SIZE, b"\0")
+            copy[luks_header.CHECKSUM] = bytes(64)
+            copy[luks_header.CHECKSUM] = hashlib.sha256(copy).digest().ljust(64, b"\0")
+            file.seek(offset)
+            file.write(copy)
+
+
+async def fits(volume: VolumeSpec, slot: int, secret: Path) -> bool:
+    key = await SystemKeys().fetch(KeySource(SourceKind.FILE, f"{secret}"), volume)
+    try:
+        return await CryptsetupSlots().fits(volume, slot, key)
+    finally:
+        key.close()
+
+
+def test_one_slot_with_an_unknown_derivation(tmp_path: Path) -> None:
+    """cryptsetup itself opens nothing any more by such a header, unless a slot is named."""
+    device = tmp_path / "device"
+    alpha, beta = secret(tmp_path, "alpha", b"alpha"), secret(tmp_path, "beta", b"beta")
+    os.truncate(os.open(device, os.O_CREAT | os.O_RDWR, 0o600), 20 * 1024 * 1024)
+    cryptsetup("luksFormat", "--type", "luks2", *QUICK, f"{device}", f"{alpha}")
+    cryptsetup("luksAddKey", *QUICK, "--key-file", f"{alpha}", f"{device}", f"{beta}")
+    rewritten(device, lambda metadata: metadata["keyslots"]["0"]["kdf"].update(type="scrypt"))
+    volume = VolumeSpec("cr_test", f"{device}")
+    header = asyncio.run(Cryptsetup().header(volume))
+    assert [slot.number for slot in slot_order.order(header, None)] == [1, 0]
+    assert header.slots[0].caveat == "has the key derivation scrypt, which is not known here"
+    assert asyncio.run(fits(volume, 1, beta))
+    assert not asyncio.run(fits(volume, 1, alpha))
+    with pytest.raises(StorageError):
+        asyncio.run(fits(volume, 0, alpha))
+
+
+def test_a_disk_that_does_not_answer_keeps_none_from_the_others(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when more reads of it hang than there are threads for everything else."""
+    dead = tmp_path / "dead"
+    released = threading.Event()
+    reading: list[str] = []
+    real = mappings.read_header
+
+    def read(path: str) -> Header:
+        reading.append(path)
+        if path == f"{dead}":
+            released.wait()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(mappings, "read_header", read)
+    monkeypatch.setattr(mappings, "HEADER_TIMEOUT_S", 0.05)
+
+    async def go() -> None:
+        crypt = Cryptsetup()
+        answered = asyncio.Event()
+        crypt.watch(answered.set)
+        bad, good = VolumeSpec("bad", f"{dead}"), VolumeSpec("good", f"{place / 'two'}")
+        for _ in range(40):
+            with pytest.raises(DeviceUnreadableError, match=f"volume bad: {dead} has not answered"):
+                await crypt.header(bad)
+        monkeypatch.setattr(mappings, "HEADER_TIMEOUT_S", 60.0)
+        assert (await crypt.header(good)).version == 2
+        assert (crypt.silent(), reading.count(f"{dead}")) == ({f"{dead}"}, 1)
+        released.set()
+        await answered.wait()
+        assert crypt.silent() == frozenset()
+        with pytest.raises(DeviceUnreadableError, match="cannot be read: Input/output error"):
+            await crypt.header(bad)
+
+    asyncio.run(go())

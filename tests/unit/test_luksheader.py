@@ -157,18 +157,39 @@ def test_the_copy_written_last_counts() -> None:
             id="negative memory",
         ),
         pytest.param(
-            copy(metadata={"keyslots": {"1": {"type": "luks2", "kdf": {"type": "scrypt"}}}}),
-            id="unknown key derivation",
-        ),
-        pytest.param(
-            copy(metadata={"keyslots": {"1": {"type": "luks2", "kdf": PBKDF, "priority": 7}}}),
-            id="unknown priority",
+            copy(metadata={"keyslots": {"1": {"type": "luks2", "kdf": {"type": 5}}}}),
+            id="key derivation without a name",
         ),
     ],
 )
 def test_damaged(data: bytes) -> None:
     with pytest.raises(DamagedHeaderError):
         luks_header.parse(data)
+
+
+def test_a_slot_that_is_not_understood_is_one_slot() -> None:
+    slots = {
+        "0": {"type": "luks2", "kdf": {"type": "scr\nypt"}},
+        "1": {"type": "luks2", "kdf": PBKDF, "priority": 7},
+        "2": {"type": "luks9"},
+    }
+    unknown, usual = luks_header.parse(copy(metadata={"keyslots": slots})).slots
+    assert unknown.caveat == "has the key derivation scr\\nypt, which is not known here"
+    assert (usual.number, usual.priority, usual.caveat) == (1, 1, "")
+
+
+@pytest.mark.parametrize(
+    ("slot", "caveat"),
+    [
+        (KeySlot(0, "argon2id", 1024**2, iterations=20), ""),
+        (KeySlot(0, "pbkdf2", iterations=20_000_000), ""),
+        (KeySlot(0, "argon2id", 3 * 1024**2, 4, 4), "claims 3072 MiB of memory and 4 iterations"),
+        (KeySlot(0, "argon2id", 64, 4, 2**31), "claims 0 MiB of memory and 2147483648 iterations"),
+        (KeySlot(0, "pbkdf2", iterations=2**31), "claims 2147483648 iterations"),
+    ],
+)
+def test_what_a_slot_claims(slot: KeySlot, caveat: str) -> None:
+    assert slot.caveat == caveat
 
 
 def test_damaged_luks1_slot() -> None:

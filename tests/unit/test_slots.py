@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from tests.lib import Host, Running, handed_in, key, opened_by, play
 from vmcryptd.core import slot_order
 from vmcryptd.core.errors import OutOfMemoryError, VmcryptdError, WrongKeyError
@@ -38,6 +40,13 @@ def test_priorities_as_cryptsetup_means_them() -> None:
     assert order(preferred, CHEAP, ignored) == [0, 1]
     assert order(ignored) == [2]
     assert order(preferred, CHEAP, ignored, fitted=2) == [2, 0, 1]
+
+
+def test_what_claims_too_much_or_is_not_known_comes_last() -> None:
+    absurd = KeySlot(3, "argon2id", 3 * 1024**2, iterations=2**31, priority=2)
+    unknown = KeySlot(4, "scrypt")
+    assert order(absurd, unknown, COSTLY) == [0, 3, 4]
+    assert order(absurd, unknown, COSTLY, fitted=3) == [3, 0, 4]
 
 
 def test_what_only_a_machine_knows_is_not_tried() -> None:
@@ -182,3 +191,69 @@ async def test_the_longest_chain_goes_first(run: Running) -> None:
     tries = run.host.done("try")
     assert tries.index("try low") <= 1  # whoever came first is let in at once
     assert run.volumes()["top"] == "unlocked"
+
+
+ABSURD = "memory_kib = 3145728\niterations = 2147483647"
+HOSTILE = f"""
+[volume.a]
+device = "/dev/a"
+[sim.volume.a]
+{opened_by("beta")}
+{ABSURD}
+slots = [%s]
+[volume.b]
+device = "/dev/b"
+[sim.volume.b]
+{opened_by("alpha")}
+[volume.c]
+device = "/dev/c"
+[sim.volume.c]
+{opened_by("alpha")}
+"""
+
+
+@play(HOSTILE % f"{{{opened_by('alpha')}, memory_kib = 1048576}}")
+async def test_an_absurd_slot_is_not_tried_before_one_that_fits(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.host.done("try") == ["try a 1", "try b", "try c"]
+
+
+@play(HOSTILE % "")
+async def test_an_absurd_slot_holds_up_nobody(run: Running) -> None:
+    """Not those that wait beside it, nor those that come while it is tried."""
+    run.host.hold("try a")
+    run.engine.boot()
+    run.host.answer("alpha")
+    opened = {"a": "unlocking", "b": "unlocked", "c": "unlocked"}
+    await run.until(lambda: run.volumes() == opened and "try a" in run.host.calls)
+    await run.engine.lock("b")
+    await unlock_with_key.unlock(run.engine, "b", handed_in("alpha"))
+    run.host.release("try a")
+    await run.until(lambda: run.engine.waiting == ["a"])
+
+
+@play(HOSTILE % f"{{{opened_by('x')}, memory_kib = 0}}")
+async def test_an_absurd_slot_that_cannot_be_tried_says_what_it_claims(run: Running) -> None:
+    async def open_(volume: object, key: object, slot: int | None = None) -> None:
+        if slot == 1:
+            raise WrongKeyError("it fits not")
+        raise OutOfMemoryError("killed")
+
+    run.host.open = open_  # type: ignore[method-assign, assignment]
+    with pytest.raises(WrongKeyError) as caught:
+        await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
+    claim = "key slot 0 claims 3072 MiB of memory and 2147483647 iterations: killed"
+    assert str(caught.value) == f"it fits not; {claim}"
+    run.host.volume("a", slots={0: run.host._volumes["a"].slots[0]})
+    with pytest.raises(OutOfMemoryError, match=f"volume a; {claim}"):
+        await unlock_with_key.unlock(run.engine, "a", handed_in("alpha"))
+
+
+@play(ONE + f"""\nkdf = "scrypt"\nslots = [{{{opened_by("beta")}}}]\n""")
+async def test_a_slot_whose_derivation_is_not_known_is_skipped(run: Running) -> None:
+    with pytest.raises(WrongKeyError, match="key slot 0 has the key derivation scrypt"):
+        await unlock_with_key.unlock(run.engine, "a", handed_in("x"))
+    assert run.host.done("try") == ["try a 1", "try a 0"]
+    await unlock_with_key.unlock(run.engine, "a", handed_in("beta"))

@@ -33,14 +33,14 @@ class Derivations:
         self.ends: dict[int, asyncio.Event] = {}
         self.tasks: list[asyncio.Task[None]] = []
 
-    def start(self, *sizes: int, height: int = 0) -> None:
+    def start(self, *sizes: int, height: int = 0, is_absurd: bool = False) -> None:
         for size in sizes:
             number = len(self.tasks)
             self.ends[number] = asyncio.Event()
-            self.tasks.append(asyncio.create_task(self._derive(number, size, height)))
+            self.tasks.append(asyncio.create_task(self._derive(number, size, height, is_absurd)))
 
-    async def _derive(self, number: int, size: int, height: int) -> None:
-        async with self.budget.take(size, self.share, height):
+    async def _derive(self, number: int, size: int, height: int, is_absurd: bool) -> None:
+        async with self.budget.take(size, self.share, height, is_absurd=is_absurd):
             self.running.append(number)
             try:
                 await self.ends[number].wait()
@@ -121,6 +121,26 @@ def test_a_cancelled_one_gives_back_what_it_held() -> None:
         derivations.tasks[2].cancel()  # while it waits
         assert await derivations.settle() == [1]
         assert await derivations.end(1) == []
+
+    asyncio.run(test())
+
+
+def test_an_absurd_one_runs_beside_the_others_and_after_them() -> None:
+    async def test() -> None:
+        derivations = Derivations(KdfBudget(lambda: 4 * GIB, cores=2))
+        derivations.start(GIB)
+        derivations.start(0, 3 * GIB, is_absurd=True)
+        derivations.start(GIB)
+        assert await derivations.settle() == [0, 3]
+        assert await derivations.end(0) == [3]
+        assert await derivations.end(3) == [1]  # one of them at a time
+        derivations.start(GIB, GIB)
+        assert await derivations.settle() == [1, 4, 5]
+        assert await derivations.end(1) == [4, 5]
+        derivations.tasks[4].cancel()
+        derivations.tasks[5].cancel()
+        assert await derivations.settle() == [2]
+        assert await derivations.end(2) == []
 
     asyncio.run(test())
 

@@ -383,6 +383,8 @@ def _backup_note(values: Properties) -> str:
 
 
 def _cost(slot: Mapping[str, Any]) -> str:
+    if not slot["iterations"]:
+        return f"{slot['kdf']}, not known"
     if slot["memory_kib"]:
         mib = -(-slot["memory_kib"] // 1024)
         return f"{slot['kdf']}, {mib} MiB, {_count(slot['iterations'], 'round')}"

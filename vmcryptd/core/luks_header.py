@@ -16,6 +16,7 @@ from typing import Any
 
 from vmcryptd.core.errors import DamagedHeaderError, NotLuksError
 from vmcryptd.core.model import Header, KeySlot, Token
+from vmcryptd.core.text import escaped
 
 USUAL_SIZE = 32 * 1024  # both copies of a LUKS2 header with the default JSON area; enough for LUKS1
 WHOLE_SIZE = 8 * 1024 * 1024  # both copies of the largest
@@ -264,9 +265,9 @@ def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
     if value.get("type") != "luks2" or not isinstance(kdf, dict):
         return
     kind, priority = kdf.get("type"), value.get("priority", 1)
+    if priority not in (0, 1, 2) or isinstance(priority, bool):
+        priority = 1  # so does cryptsetup
     salt = str(kdf.get("salt", ""))
-    if priority not in (0, 1, 2):
-        raise DamagedHeaderError(f"key slot {number} has an unknown priority")
     if kind == "pbkdf2":
         yield KeySlot(
             int(number),
@@ -285,8 +286,10 @@ def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
             priority=priority,
             salt=salt,
         )
+    elif isinstance(kind, str) and kind:
+        yield KeySlot(int(number), escaped(kind, 32), priority=priority, salt=salt)
     else:
-        raise DamagedHeaderError(f"key slot {number} has an unknown key derivation")
+        raise DamagedHeaderError(f"key slot {number} has no key derivation")
 
 
 def _unbound(metadata: object) -> set[str]:

@@ -377,12 +377,17 @@ class Observation(NamedTuple):
 # --- LUKS headers ------------------------------------------------------------------------
 
 
+# What a header says costs nothing to write. cryptsetup itself chooses 1 GiB at most, and some seconds.
+ABSURD_KIB = 2 * 1024 * 1024
+ABSURD_COST = 300_000_000  # as KeySlot.cost: five minutes of one core
+
+
 @dataclass(frozen=True)
 class KeySlot:
     """What one LUKS key slot costs to try."""
 
     number: int
-    kdf: str  # argon2id | argon2i | pbkdf2
+    kdf: str  # argon2id | argon2i | pbkdf2, or one that is not known here
     memory_kib: int = 0
     threads: int = 1
     iterations: int = 0
@@ -398,6 +403,25 @@ class KeySlot:
         A core fills about as many KiB for Argon2 in a second as it does rounds of PBKDF2, a million.
         """
         return self.iterations * (self.memory_kib or 1)
+
+    @property
+    def is_known(self) -> bool:
+        return self.kdf in ("argon2id", "argon2i", "pbkdf2")
+
+    @property
+    def is_absurd(self) -> bool:
+        """Whether it claims more than anybody who wants to open the volume would choose."""
+        return self.memory_kib > ABSURD_KIB or self.cost > ABSURD_COST
+
+    @property
+    def caveat(self) -> str:
+        """Why it is tried last; empty for a slot like any other."""
+        if not self.is_known:
+            return f"has the key derivation {self.kdf}, which is not known here"
+        if self.is_absurd:
+            memory = f"{self.memory_kib // 1024} MiB of memory and " if self.memory_kib else ""
+            return f"claims {memory}{self.iterations} iterations"
+        return ""
 
 
 class Token(NamedTuple):

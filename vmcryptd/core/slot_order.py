@@ -21,7 +21,8 @@ Tried = set[tuple[str, int, str]]
 def order(header: Header, fitted: int | None) -> tuple[KeySlot, ...]:
     """The slots that a passphrase or key file may fit, the likeliest and cheapest first.
 
-    `fitted` is the slot that it opened last time. Empty when only cryptsetup itself can tell.
+    Those with a caveat come last, whatever priority they claim. `fitted` is the slot that it opened last time. Empty
+    when only cryptsetup itself can tell.
     """
     if header.is_reencrypting:
         return ()
@@ -30,7 +31,9 @@ def order(header: Header, fitted: int | None) -> tuple[KeySlot, ...]:
     # Priority 0 means: only when named. Where there is nothing else, there is nothing else to name.
     named = [slot for slot in typed if slot.priority > 0] or typed
     last = [slot for slot in header.slots if slot.number == fitted]
-    rest = sorted(named, key=lambda slot: (-slot.priority, slot.cost, slot.number))
+    rest = sorted(
+        named, key=lambda slot: (bool(slot.caveat), -slot.priority, slot.cost, slot.number)
+    )
     return tuple(dict.fromkeys((*last, *rest)))
 
 

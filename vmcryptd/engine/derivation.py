@@ -10,18 +10,27 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
+import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
 from vmcryptd.core import slot_order
-from vmcryptd.core.errors import WrongKeyError
+from vmcryptd.core.errors import (
+    DeadlineError,
+    OutOfMemoryError,
+    StorageError,
+    VmcryptdError,
+    WrongKeyError,
+)
 from vmcryptd.core.graph import Graph
-from vmcryptd.core.model import Header, KeySlot, Unlock, VolumeSpec
+from vmcryptd.core.model import ABSURD_KIB, Header, KeySlot, Unlock, VolumeSpec
 from vmcryptd.core.ports import Crypt, Key
 from vmcryptd.core.slot_order import Tried
 from vmcryptd.engine.inventory import Inventory
+
+log = logging.getLogger(__name__)
 
 
 class Derivations:
@@ -45,59 +54,82 @@ class Derivations:
     ) -> None:
         """Make or resume the mapping with a key, by any slot that may fit, or by `only` this one.
 
-        Slots in `tried` are left out, and those that do not fit are added. Raises WrongKeyError if none fits.
+        Slots in `tried` are left out, and those that do not fit are added. Raises WrongKeyError if none fits, as far
+        as they could be tried.
         """
         order = slot_order.order(header, self._inventory.fitted(spec.name, source))
         if not order:
-            return await self._derive(spec, key, None, header.memory_kib)
+            return await self._derive(spec, key, None, header.slots)
         if only is not None:
             order = tuple(slot for slot in header.slots if slot.number == only)
         tried = set() if tried is None else tried
-        error = WrongKeyError(
+        error: VmcryptdError = WrongKeyError(
             f"volume {spec.name}: the key was tried on each of its key slots before"
         )
+        skipped = []
         for slot in order:
             identity = (spec.name, slot.number, slot.salt)
             if identity in tried:
                 continue
+            if slot.caveat:
+                log.warning(
+                    "volume %s: key slot %d %s; it is tried last",
+                    spec.name, slot.number, slot.caveat,
+                )  # fmt: skip
             try:
-                await self._derive(spec, key, slot, slot.memory_kib)
+                await self._derive(spec, key, slot.number, (slot,))
             except WrongKeyError as wrong:
                 tried.add(identity)
                 error = wrong
+            except (StorageError, OutOfMemoryError, DeadlineError) as failed:
+                if not slot.caveat:
+                    raise
+                tried.add(identity)
+                skipped.append(f"key slot {slot.number} {slot.caveat}: {failed}")
+                if len(order) == 1:
+                    error = failed
             else:
                 if len(header.slots) > 1:  # of one alone the order is known
                     self._inventory.note_fitted(spec.name, source, slot.number)
                 return None
+        if skipped:
+            told = [str(error)] if isinstance(error, WrongKeyError) else [f"volume {spec.name}"]
+            raise type(error)("; ".join((*told, *skipped)))
         raise error
 
     async def _derive(
-        self, spec: VolumeSpec, key: Key, slot: KeySlot | None, memory_kib: int
+        self, spec: VolumeSpec, key: Key, number: int | None, slots: Sequence[KeySlot]
     ) -> None:
-        async with self._room(spec, memory_kib):
+        async with self._room(spec, slots):
             node = self._inventory.graph.volumes[spec.name]
-            number = None if slot is None else slot.number
             if node.is_open and node.suspended:
                 await self._crypt.resume(spec, node.mapping, key, number)
             else:
                 await self._crypt.open(spec, key, number)
 
     @asynccontextmanager
-    async def room_for_token(self, spec: VolumeSpec, memory_kib: int) -> AsyncIterator[None]:
+    async def room_for_token(
+        self, spec: VolumeSpec, slots: Sequence[KeySlot]
+    ) -> AsyncIterator[None]:
         """For the derivation behind a token. One that costs next to nothing takes none from the others."""
-        if not memory_kib:
+        if not any(slot.memory_kib or slot.is_absurd for slot in slots):
             yield
             return
-        async with self._room(spec, memory_kib):
+        async with self._room(spec, slots):
             yield
 
     def room_aside(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
         """For a key derivation that opens nothing: it waits behind those that do."""
-        return self._budget.take(memory_kib, self._inventory.settings.daemon.kdf_memory, 0)
-
-    def _room(self, spec: VolumeSpec, memory_kib: int) -> AbstractAsyncContextManager[None]:
         share = self._inventory.settings.daemon.kdf_memory
-        return self._budget.take(memory_kib, share, self._height(spec.name))
+        return self._budget.take(memory_kib, share, 0, is_absurd=memory_kib > ABSURD_KIB)
+
+    def _room(
+        self, spec: VolumeSpec, slots: Sequence[KeySlot]
+    ) -> AbstractAsyncContextManager[None]:
+        share = self._inventory.settings.daemon.kdf_memory
+        memory_kib = max((slot.memory_kib for slot in slots), default=0)
+        is_absurd = any(slot.is_absurd for slot in slots)
+        return self._budget.take(memory_kib, share, self._height(spec.name), is_absurd=is_absurd)
 
     def _height(self, name: str) -> int:
         if self._heights_of is not self._inventory.graph:
@@ -108,14 +140,21 @@ class Derivations:
 
 @dataclass(order=True)
 class _Waiting:
-    place: tuple[int, int]  # the highest first, then in order of arrival
+    place: tuple[bool, int, int]  # the absurd last, the highest first, then in order of arrival
     memory_kib: int = field(compare=False)
     share: float = field(compare=False)
     may_start: asyncio.Future[None] = field(compare=False)
 
+    @property
+    def is_absurd(self) -> bool:
+        return self.place[0]
+
 
 class KdfBudget:
-    """Lets key derivations run side by side as far as memory and cores allow; a single one always runs."""
+    """Lets key derivations run side by side as far as memory and cores allow; a single one always runs.
+
+    One that claims absurdly much runs when nothing else wants to, and nothing waits for it.
+    """
 
     def __init__(self, available_kib: Callable[[], int], cores: int = os.cpu_count() or 1) -> None:
         self._available_kib = available_kib
@@ -123,17 +162,20 @@ class KdfBudget:
         self._idle_kib = 0
         self._used_kib = 0
         self._running = 0
+        self._is_absurd_running = False
         self._waiting: list[_Waiting] = []
         self._arrivals = itertools.count()
 
     @asynccontextmanager
-    async def take(self, memory_kib: int, share: float, height: int = 0) -> AsyncIterator[None]:
+    async def take(
+        self, memory_kib: int, share: float, height: int = 0, *, is_absurd: bool = False
+    ) -> AsyncIterator[None]:
         """Hold `memory_kib`, once that fits into `share` of what is available.
 
         `height`: how long a chain of volumes waits for this one.
         """
         may_start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = _Waiting((-height, next(self._arrivals)), memory_kib, share, may_start)
+        entry = _Waiting((is_absurd, -height, next(self._arrivals)), memory_kib, share, may_start)
         bisect.insort(self._waiting, entry)
         self._start()
         try:
@@ -141,17 +183,21 @@ class KdfBudget:
         except asyncio.CancelledError:
             if entry in self._waiting:
                 self._waiting.remove(entry)
+                self._start()  # an absurd one may have waited for it
             else:
-                self._end(memory_kib)  # it had just been let in
+                self._end(entry)  # it had just been let in
             raise
         try:
             yield
         finally:
-            self._end(memory_kib)
+            self._end(entry)
 
-    def _end(self, memory_kib: int) -> None:
-        self._used_kib -= memory_kib
-        self._running -= 1
+    def _end(self, entry: _Waiting) -> None:
+        if entry.is_absurd:
+            self._is_absurd_running = False
+        else:
+            self._used_kib -= entry.memory_kib
+            self._running -= 1
         self._start()
 
     def _start(self) -> None:
@@ -162,13 +208,19 @@ class KdfBudget:
         for entry in list(self._waiting):
             if self._running >= self._cores:
                 return
-            if self._fits(entry.memory_kib, entry.share, available_kib):
-                self._waiting.remove(entry)
+            if entry.is_absurd:
+                if self._running or self._is_absurd_running or self._waiting[0] is not entry:
+                    return
+                self._is_absurd_running = True
+            elif self._fits(entry.memory_kib, entry.share, available_kib):
                 self._used_kib += entry.memory_kib
                 self._running += 1
-                # Cancelled just now: `take` gives it back as soon as its task runs.
-                if not entry.may_start.cancelled():
-                    entry.may_start.set_result(None)
+            else:
+                continue
+            self._waiting.remove(entry)
+            # Cancelled just now: `take` gives it back as soon as its task runs.
+            if not entry.may_start.cancelled():
+                entry.may_start.set_result(None)
 
     def _fits(self, memory_kib: int, share: float, available_kib: int) -> bool:
         if self._running == 0:

@@ -18,9 +18,11 @@ from typing import Any
 from vmcryptd.core import planner
 from vmcryptd.core.errors import (
     BusyError,
+    DeadlineError,
     DependencyError,
     LastKeyError,
     NoSuchKeySlotError,
+    OutOfMemoryError,
     StorageError,
     VmcryptdError,
     WrongKeyError,
@@ -74,6 +76,7 @@ class KeySlots:
                     "threads": slot.threads,
                     "iterations": slot.iterations,
                     "priority": slot.priority,
+                    "caveat": slot.caveat,
                     "fitted_by": [
                         str(source)
                         for source in spec.keys
@@ -296,10 +299,18 @@ class KeySlots:
 
     async def slot_of(self, spec: VolumeSpec, header: Header, key: Key) -> KeySlot:
         # The cheap ones first: of a keystore's key and a passphrase only the latter takes its time.
-        for slot in sorted(header.slots, key=lambda slot: (slot.cost, slot.number)):
+        ordered = sorted(header.slots, key=lambda one: (bool(one.caveat), one.cost, one.number))
+        for slot in ordered:
             async with self._derivations.room_aside(slot.memory_kib):
-                if await self._ports.slots.fits(spec, slot.number, key):
-                    return slot
+                try:
+                    if await self._ports.slots.fits(spec, slot.number, key):
+                        return slot
+                except (StorageError, OutOfMemoryError, DeadlineError) as error:
+                    if not slot.caveat:
+                        raise
+                    log.warning(
+                        "volume %s: key slot %d %s: %s", spec.name, slot.number, slot.caveat, error
+                    )
         raise WrongKeyError(
             f"The key fits no key slot of {spec.name}: try another; "
             f"`vmcryptctl key list {spec.name}` shows the key slots"

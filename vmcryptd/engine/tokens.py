@@ -40,8 +40,8 @@ class Tokens:
 
         Raises WrongPinError, also if one is needed and not given, and KeyUnavailableError.
         """
-        memory_kib = max((s.memory_kib for s in header.slots if s.number in token.slots), default=0)
-        async with self._devices[token.kind], self._derivations.room_for_token(spec, memory_kib):
+        slots = [slot for slot in header.slots if slot.number in token.slots]
+        async with self._devices[token.kind], self._derivations.room_for_token(spec, slots):
             node = self._inventory.graph.volumes[spec.name]
             suspended = node.mapping if node.is_open and node.suspended else ""
             await self._crypt.open_by_token(spec, token, pin, suspended)

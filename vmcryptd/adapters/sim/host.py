@@ -37,6 +37,7 @@ from vmcryptd.core.errors import (
     NotLuksError,
     NotYetError,
     OutOfMemoryError,
+    StorageError,
     VmcryptdError,
     WrongKeyError,
     WrongPinError,
@@ -304,6 +305,8 @@ class Simulation:
                 f"volume {volume.name}: the key derivation ran out of memory (simulated)"
             )
         tried = [one for n, one in simulated.slots.items() if slot in (None, n)]
+        if any(one.kdf for one in tried):
+            raise StorageError("Keyslot open failed (simulated)")
         if simulated.data_reencrypted or not any([await self._fits(one, key) for one in tried]):
             raise WrongKeyError(
                 f"volume {volume.name}: the key fits no key slot of {volume.device}"
@@ -541,6 +544,8 @@ def _slot(entry: dict[str, Any]) -> SimSlot:
         digest=entry.get("passphrase_sha256", ""),
         sources=tuple(entry.get("sources", ())),
         memory_kib=entry.get("memory_kib", 65536),
+        iterations=entry.get("iterations", 0),
+        kdf=entry.get("kdf", ""),
         priority=entry.get("priority", 1),
     )
 

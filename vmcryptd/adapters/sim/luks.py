@@ -37,6 +37,8 @@ class SimSlot:
     digest: str = ""
     sources: tuple[str, ...] = ()
     memory_kib: int = 65536  # 0: PBKDF2
+    iterations: int = 0  # 0: few
+    kdf: str = ""  # another than these
     priority: int = 1
 
 
@@ -70,10 +72,10 @@ def key_slots(volume: HasSlots) -> tuple[KeySlot, ...]:
     return tuple(
         KeySlot(
             number,
-            "argon2id" if slot.memory_kib else "pbkdf2",
+            slot.kdf or ("argon2id" if slot.memory_kib else "pbkdf2"),
             slot.memory_kib,
             threads=4 if slot.memory_kib else 1,
-            iterations=4 if slot.memory_kib else 1000,
+            iterations=slot.iterations or (4 if slot.memory_kib else 1000),
             priority=slot.priority,
             salt=slot.digest,
         )
