@@ -199,6 +199,7 @@ async def _serve(arguments: Arguments) -> int:
     engine = Engine(settings, ports)
     engine.start()
     source.taken_over()
+    await engine.inventory.look()
 
     async def reload() -> None:
         host.notify(f"RELOADING=1\nMONOTONIC_USEC={int(loop.time() * 1e6)}")
@@ -297,6 +298,7 @@ def down_here(verb: str) -> None:
         ports = real_ports(settings)
         engine = Engine(settings, ports)
         engine.start()
+        await engine.inventory.look()
         try:
             if verb == "panic":
                 # Without libvirt's answer no guest could be killed, and each would keep its volumes open.

@@ -123,11 +123,13 @@ def test_what_a_look_misses_is_awaited(tmp_path: Path) -> None:
         blocks = SysfsBlocks(Roots(f"{tmp_path}/sys", "/proc", f"{tmp_path}/mountinfo"))
         blocks.watch(news)
         try:
+            await blocks.look([f"{key}"])
             assert blocks.observe([f"{key}"]).files == {}
             (tmp_path / "stick").mkdir()
             (tmp_path / "stick/key").write_text("key")
             while f"{key}" not in blocks.observe([f"{key}"]).files:
                 await news.next()
+                await blocks.look([f"{key}"])
         finally:
             blocks.close()
 

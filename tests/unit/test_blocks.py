@@ -5,24 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vmcryptd.adapters.storage import blocks, holders
+from vmcryptd.adapters.storage import paths as paths_module
 from vmcryptd.adapters.storage.blocks import SysfsBlocks, device_of, mount_unit
-from vmcryptd.adapters.storage.sysfs import (
-    Lasting,
-    Links,
-    MountTable,
-    Roots,
-    forget,
-    observe,
-    parse_mounts,
-    unescape,
-)
+from vmcryptd.adapters.storage.mounts import MountTable, parse_mounts, unescape
+from vmcryptd.adapters.storage.sysfs import Lasting, Links, Roots, forget, observe
 from vmcryptd.core.errors import StorageError
-from vmcryptd.core.model import BlockDevice, Lock, Mount, VolumeSpec
+from vmcryptd.core.model import BlockDevice, Lock, Mount, Storage, VolumeSpec
 from vmcryptd.posix.run import Completed
 
 UUID = "CRYPT-LUKS2-0b7d6a2e94a54c1ea5a76b7c3b3a1f00-cr_imap"
@@ -39,13 +34,15 @@ class Tree:
             directory.mkdir(parents=True)
         (self.proc / "self/ns/mnt").symlink_to("mnt:[1]")
         self.mountinfo = path / "mountinfo"
+        self.fstab = path / "fstab"
         self.udev = path / "udev"
         self.udev.mkdir()
         self.mountinfo.touch()
 
     @property
     def roots(self) -> Roots:
-        return Roots(str(self.sys), str(self.proc), str(self.mountinfo), str(self.udev))
+        places = (self.sys, self.proc, self.mountinfo, self.udev, self.fstab)
+        return Roots(*map(str, places))
 
     def device(
         self, name: str, number: str, slaves: tuple[str, ...] = (), **attributes: str
@@ -200,6 +197,15 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert (dict(storage.devices), storage.mounts, dict(storage.files)) == ({}, (), {})
 
 
+def looked_up(tree: Tree, *paths: Path | str) -> Storage:
+    async def look() -> Storage:
+        blocks = SysfsBlocks(tree.roots)
+        await blocks.look(map(str, paths))
+        return blocks.observe(list(map(str, paths)))
+
+    return asyncio.run(look())
+
+
 def test_files_and_links(tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "disk.img").touch()
     (tmp_path / "link").symlink_to("disk.img")
@@ -207,7 +213,7 @@ def test_files_and_links(tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "round").symlink_to("round")
     names = ("disk.img", "link", "gone", "round", "link/below", "nope")
     paths = [str(tmp_path / name) for name in names]
-    storage = observe(tree.roots, [*paths, "relative"])
+    storage = looked_up(tree, *paths, "relative")
     device = os.stat(tmp_path).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     assert storage.files == {paths[0]: number, paths[1]: number}
@@ -217,14 +223,132 @@ def test_files_and_links(tree: Tree, tmp_path: Path) -> None:
     assert not storage.links
 
 
-def test_network_file_systems_are_not_touched(tree: Tree, tmp_path: Path) -> None:
+def test_files_on_a_server_are_found(tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "nfs").mkdir()
     (tmp_path / "nfs/disk").touch()
     (tmp_path / "link").symlink_to("nfs/disk")
     tree.mount("0:50", str(tmp_path / "nfs"), "nfs4", "server:/x")
-    storage = observe(tree.roots, [str(tmp_path / "nfs/disk"), str(tmp_path / "link")])
-    assert not storage.files
-    assert storage.real[str(tmp_path / "link")] == str(tmp_path / "nfs/disk")
+    storage = looked_up(tree, tmp_path / "nfs/disk", tmp_path / "link")
+    assert storage.files == {str(tmp_path / "nfs/disk"): "0:50", str(tmp_path / "link"): "0:50"}
+    assert storage.real == {str(tmp_path / "link"): str(tmp_path / "nfs/disk")}
+
+
+class Hanging:
+    """Looks at a directory hang until it is released, as those at a dead server's do."""
+
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+        self.directory = str(directory)
+        self.looked = 0
+        self._released = threading.Event()
+        for name in ("stat", "readlink"):
+            patch.setattr(paths_module.os, name, self._hanging(getattr(os, name)))
+        patch.setattr(paths_module, "LOOK_S", 0.05)
+
+    def release(self) -> None:
+        self._released.set()
+
+    def _hanging(self, call: Any) -> Any:
+        def look(path: str, *more: Any, **options: Any) -> Any:
+            if str(path).startswith(self.directory + "/"):
+                assert threading.current_thread() is not threading.main_thread()
+                self.looked += 1
+                self._released.wait()
+            return call(path, *more, **options)
+
+        return look
+
+
+def test_a_file_system_that_hangs_holds_up_no_other(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for directory in ("dead", "sound"):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "disk").touch()
+    (tmp_path / "link").symlink_to("dead/disk")
+    tree.mount("0:50", str(tmp_path / "dead"), "nfs4", "server:/x")
+    tree.mount("252:1", str(tmp_path / "sound"))
+    paths = [str(tmp_path / name) for name in ("dead/disk", "sound/disk", "link")]
+    hanging = Hanging(tmp_path / "dead", monkeypatch)
+
+    async def scene() -> None:
+        answered = asyncio.Event()
+        blocks = SysfsBlocks(tree.roots)
+        blocks.watch(answered.set)
+        try:
+            await blocks.look(paths)
+            assert blocks.observe(paths).files == {paths[1]: "252:1"}
+            assert blocks.observe(paths).real == {paths[2]: paths[0]}
+            looks = hanging.looked
+            await blocks.look(paths)
+            assert hanging.looked == looks  # one thread hangs, and none is added
+            hanging.release()
+            await answered.wait()
+            await blocks.look(paths)
+            assert blocks.observe(paths).files[paths[0]] == "0:50"
+        finally:
+            hanging.release()
+            blocks.close()
+
+    asyncio.run(scene())
+
+
+def test_nothing_is_looked_at_on_a_suspended_device(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dm-1 is suspended, and dm-2 lies on it. What was known of their files is kept."""
+    tree.change("dm-1", dm__suspended="0")
+    paths = []
+    for name, number in (("crypt", "253:1"), ("lv", "253:2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "disk").touch()
+        paths.append(str(tmp_path / name / "disk"))
+        tree.mount(number, str(tmp_path / name))
+
+    async def scene() -> None:
+        blocks = SysfsBlocks(tree.roots)
+        await blocks.look(paths)
+        assert blocks.observe(paths).files == {paths[0]: "253:1", paths[1]: "253:2"}
+        tree.change("dm-1", dm__suspended="1")
+        hangings = [Hanging(tmp_path / name, monkeypatch) for name in ("crypt", "lv")]
+        await blocks.look(paths)
+        assert blocks.observe(paths).files == {paths[0]: "253:1", paths[1]: "253:2"}
+        assert [hanging.looked for hanging in hangings] == [0, 0]
+
+    asyncio.run(scene())
+
+
+def test_what_was_known_goes_with_the_mount(tree: Tree, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.touch()
+    tree.mount("252:1", str(tmp_path))
+
+    async def scene() -> None:
+        blocks = SysfsBlocks(tree.roots)
+        await blocks.look([str(disk)])
+        assert blocks.observe([str(disk)]).files == {str(disk): "252:1"}
+        tree.lines.clear()
+        tree.mount("252:0", "/")
+        assert not blocks.observe([str(disk)]).files
+
+    asyncio.run(scene())
+
+
+def test_bind_mounts_of_the_fstab_lead_to_what_they_will_show(tree: Tree, tmp_path: Path) -> None:
+    images, vm = tmp_path / "images", tmp_path / "srv/v m"
+    for directory in (images, vm):
+        directory.mkdir(parents=True)
+    escaped = str(vm).replace(" ", "\\040")
+    tree.fstab.write_text(
+        "# comment\n/dev/vda1 / ext4 defaults 0 1\nbroken\n"
+        f"{escaped}/images/ {images} none rw,bind,noauto 0 0\n"
+    )
+    disk = images / "a.qcow2"
+    assert looked_up(tree, disk).real == {str(disk): f"{vm}/images/a.qcow2"}
+    disk.touch()  # on the host's own disk, where it is hidden later
+    assert not looked_up(tree, disk).files
+    tree.mount("252:1", str(images))
+    assert looked_up(tree, disk).real == {}
+    assert looked_up(tree, disk).files == {str(disk): "252:1"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device nodes")
@@ -234,7 +358,7 @@ def test_block_device_paths(tree: Tree, tmp_path: Path) -> None:
     except PermissionError:
         pytest.skip("device nodes are not allowed here")
     (tmp_path / "by-name").symlink_to("node")
-    storage = observe(tree.roots, [str(tmp_path / "by-name")])
+    storage = looked_up(tree, tmp_path / "by-name")
     assert storage.links == {str(tmp_path / "by-name"): "dm-1"}
 
 
@@ -261,8 +385,8 @@ def test_mount_of_a_path() -> None:
         Mount("1:4", "/srv"),
     )
     table = MountTable(mounts)
-    found = [table.of(path) for path in ("/srv/vm/x/y", "/srv/vmx", "/etc", "/")]
-    assert [mount.number for mount in found if mount] == ["1:3", "1:4", "1:1", "1:1"]
+    found = [table.on(path) for path in ("/srv/vm/x/y", "/srv/vmx", "/etc", "/")]
+    assert [mount.number for mount in found] == ["1:3", "1:4", "1:1", "1:1"]
 
 
 def test_unmount_order() -> None:

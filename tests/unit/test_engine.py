@@ -1187,7 +1187,7 @@ async def test_lock_ends_what_comes_up_on_it(run: Running) -> None:
 async def test_lock_while_a_guest_starts(run: Running) -> None:
     run.host.hold("starting g")
     run.engine.boot()
-    await run.until(lambda: run.guests()["g"] == "starting")
+    await run.until(lambda: "starting g" in run.host.calls)
     locking = asyncio.ensure_future(run.engine.lock("a"))
     await run.until(lambda: True)
     run.host.release("starting g")

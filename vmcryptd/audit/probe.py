@@ -105,7 +105,9 @@ async def look(settings: Settings) -> Facts:
             error = str(failure)
         finally:
             await libvirt.close()
-    storage = blocks.observe(sorted(graphs.wanted_paths(settings, virtualisation, chains)))
+    wanted = sorted(graphs.wanted_paths(settings, virtualisation, chains))
+    await blocks.look(wanted)
+    storage = blocks.observe(wanted)
     paths, uuids = StateFiles().seen()
     observation = Observation(storage, virtualisation, Remembered(paths, uuids), {}, chains)
     graph = graphs.build(settings, observation)

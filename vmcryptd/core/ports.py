@@ -42,8 +42,11 @@ class Blocks(Protocol):
     def watch(self, changed: Changed) -> None:
         """Call `changed` after udev has processed a block device event, or a mount came or went."""
 
+    async def look(self, paths: Iterable[str]) -> None:
+        """Ask the file systems of the paths for them. Waits for none that does not answer in a moment."""
+
     def observe(self, paths: Iterable[str]) -> Storage:
-        """The devices and mounts now; `paths` are looked up into `links` and `files`."""
+        """The devices and mounts now, and what `look` last found of the paths; blocks never."""
 
     async def wait_udev(self) -> None:
         """Wait until udev has processed what is queued (bounded)."""

@@ -83,6 +83,7 @@ class Inventory:
         self._look: asyncio.TimerHandle | None = None
         self._shared: asyncio.Future[None] | None = None
         self._reading: set[asyncio.Task[None]] = set()
+        self._looking: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Look for the first time, and from then on whenever a device or mount changes."""
@@ -149,32 +150,42 @@ class Inventory:
         self._remember()
         self._read_chains()
         self._follow_libvirt()
+        self.changed()  # no file system has been asked for its new paths yet
 
     def changed(self) -> None:
         """Something is different: look soon."""
         if self._look is None:
-            self._look = asyncio.get_running_loop().call_later(COALESCE_S, self.observe)
+            self._look = asyncio.get_running_loop().call_later(COALESCE_S, self._look_for_all)
 
     async def look(self) -> None:
         """Look now, once for everybody who wants that in this turn of the loop."""
         if self._shared is None:
-            loop = asyncio.get_running_loop()
-            self._shared = loop.create_future()
-            loop.call_soon(self._look_for_all, self._shared)
+            self._shared = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_soon(self._look_for_all)
         await asyncio.wait({self._shared})
 
-    def _look_for_all(self, shared: asyncio.Future[None]) -> None:
-        self._shared = None
+    def _look_for_all(self) -> None:
+        self._no_look_soon()
+        shared, self._shared = self._shared, None
+        task = asyncio.create_task(self._look_at_all(shared))
+        self._looking.add(task)
+        task.add_done_callback(self._looking.discard)
+
+    async def _look_at_all(self, shared: asyncio.Future[None] | None) -> None:
         try:
+            await self._blocks.look(self._paths(self.settings))
             self.observe()
         finally:
-            shared.set_result(None)
+            if shared is not None:
+                shared.set_result(None)
 
-    def observe(self) -> None:
-        """Look now; if anything changed, rebuild the graph and tell it."""
+    def _no_look_soon(self) -> None:
         if self._look is not None:
             self._look.cancel()
             self._look = None
+
+    def observe(self) -> None:
+        """Look at devices and mounts now, as far as that cannot block; if anything changed, rebuild the graph."""
         observation = self._observe(self.settings)
         if observation == self._observation:
             return
@@ -249,15 +260,17 @@ class Inventory:
 
     def _observe(self, settings: Settings) -> Observation:
         virtualisation = self._domains.current()
-        paths = sorted(graphs.wanted_paths(settings, virtualisation, self._chains))
         return self._observation._replace(
-            storage=self._blocks.observe(paths),
+            storage=self._blocks.observe(self._paths(settings)),
             virtualisation=virtualisation,
             uuids=dict(self.uuids),
             chains=dict(self._chains),
             activated=frozenset(self.activated),
             silent=self._crypt.silent(),
         )
+
+    def _paths(self, settings: Settings) -> list[str]:
+        return sorted(graphs.wanted_paths(settings, self._domains.current(), self._chains))
 
     def _remember(self) -> None:
         """Keep where things lie while it can be seen: after the next boot it cannot."""
@@ -318,7 +331,7 @@ class Inventory:
 
     async def chains_known(self) -> None:
         """Wait until the backing chains of all disk files that are there have been read."""
-        self.observe()
+        await self.look()
         while self._reading:
             await asyncio.wait(self._reading)
-            self.observe()
+            await self.look()

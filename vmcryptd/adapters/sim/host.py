@@ -187,6 +187,9 @@ class Simulation:
         volume.present, volume.appears_after_s = True, 0.0
         self._tell()
 
+    async def look(self, paths: Iterable[str]) -> None:
+        pass
+
     def observe(self, paths: Iterable[str]) -> Storage:
         devices: dict[str, BlockDevice] = {}
         links: dict[str, str] = {}

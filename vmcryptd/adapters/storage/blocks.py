@@ -13,6 +13,8 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 
 from vmcryptd.adapters.storage import holders, sysfs
+from vmcryptd.adapters.storage.mounts import MountTable, is_remote
+from vmcryptd.adapters.storage.paths import Paths
 from vmcryptd.adapters.storage.sysfs import Roots
 from vmcryptd.core.errors import BusyError, DeadlineError, StorageError, VmcryptdError
 from vmcryptd.core.model import BlockDevice, Lock, Mount, Storage, VolumeSpec
@@ -45,6 +47,7 @@ class SysfsBlocks:
         self._threads = DaemonThreads()
         self._lasting: sysfs.Lasting = {}
         self._links: sysfs.Links = {}
+        self._paths = Paths(roots.fstab)
         self._watches = contextlib.ExitStack()
         self._appearances: Appearances | None = None
 
@@ -67,6 +70,7 @@ class SysfsBlocks:
         self._watch_devices(loop, announce_once)
         self._forget_all()  # what has changed before that was told to nobody
         self._watch_mounts(loop, announce_once)
+        self._paths.watch(announce_once)
         self._appearances = Appearances(announce_once)
         self._watches.callback(self._appearances.close)
 
@@ -74,11 +78,16 @@ class SysfsBlocks:
         """Stop watching."""
         self._watches.close()
 
+    async def look(self, paths: Iterable[str]) -> None:
+        wanted = [path for path in paths if sysfs.may_hang(path)]
+        now = self.observe(())
+        await self._paths.look(wanted, now.mounts, sysfs.suspended_numbers(now.devices))
+
     def observe(self, paths: Iterable[str]) -> Storage:
         paths = list(paths)
-        storage = sysfs.observe(self._roots, paths, self._lasting, self._links)
+        storage = sysfs.observe(self._roots, paths, self._lasting, self._links, self._paths)
         if paths and self._appearances is not None:
-            self._appearances.await_(_absent(storage, paths), storage.mounts)
+            self._appearances.await_(self._absent(storage, paths), storage.mounts)
         return storage
 
     async def wait_udev(self) -> None:
@@ -233,6 +242,18 @@ class SysfsBlocks:
         wanted = os.path.normpath(target)
         return any(mount.target == wanted for mount in self._mounts_of(mapping))
 
+    def _absent(self, storage: Storage, paths: Iterable[str]) -> Iterator[str]:
+        """Files that may appear without news of a device or mount; those of servers give none of their own."""
+        missing = [path for path in paths if sysfs.may_hang(path) and not storage.has(path)]
+        table = MountTable(storage.mounts if missing else ())
+        for path in missing:
+            answer = self._paths.known(path)
+            real = storage.real.get(path, path)
+            if answer is None or answer.is_silent or real.startswith("/dev/"):
+                continue
+            if not is_remote(table.on(real)):
+                yield real
+
     def _forget_all(self) -> None:
         self._lasting.clear()
         self._links.clear()
@@ -280,17 +301,6 @@ class SysfsBlocks:
 
         loop.add_reader(poll.fileno(), notice)
         self._watches.callback(loop.remove_reader, poll.fileno())
-
-
-def _absent(storage: Storage, paths: Iterable[str]) -> Iterator[str]:
-    """Files that may appear without news of a device or mount; those of servers give none of their own."""
-    missing = [path for path in paths if not path.startswith("/dev/") and not storage.has(path)]
-    mounts = sysfs.MountTable(storage.mounts if missing else ())
-    for path in missing:
-        real = storage.real.get(path, path)
-        mount = mounts.of(real)
-        if not real.startswith("/dev/") and not (mount and sysfs.is_remote(mount)):
-            yield real
 
 
 def device_of(event: bytes) -> str:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from vmcryptd.adapters.storage.sysfs import Roots, parse_mounts, read_file
+from vmcryptd.adapters.storage.mounts import device_number, parse_mounts, read_file
+from vmcryptd.adapters.storage.paths import within
+from vmcryptd.adapters.storage.sysfs import Roots
 from vmcryptd.core.model import BlockDevice, Mount, Storage
 
 GUEST_NAME = re.compile(r"(?:^|,)guest=((?:[^,]|,,)+)")  # QEMU doubles commas in option values
@@ -83,10 +84,6 @@ def processes(roots: Roots, over: Reach) -> tuple[list[str], list[str]]:
     return openers, elsewhere
 
 
-def within(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(directory.rstrip("/") + "/")
-
-
 def _device(device: BlockDevice) -> str:
     if device.vg:
         volume = device.dm_name.replace("--", "\0").partition("-")[2].replace("\0", "-")
@@ -105,7 +102,7 @@ def _swaps(roots: Roots, over: Reach) -> Iterator[str]:
     for line in read_file(f"{roots.proc}/swaps").splitlines()[1:]:
         path = line.split()[0].encode().decode("unicode_escape")
         on_mount = any(within(path, mount.target) for mount in over.mounts)
-        if on_mount or os.path.basename(path) in names or _rdev(path) in over.numbers:
+        if on_mount or os.path.basename(path) in names or device_number(path) in over.numbers:
             yield f"swap on {path}"
 
 
@@ -123,7 +120,7 @@ def _open_files(place: str) -> Iterator[tuple[str, str]]:
 
 def _is_of(path: str, target: str, over: Reach) -> bool:
     if target.startswith("/dev/"):
-        return _rdev(path) in over.numbers
+        return device_number(path) in over.numbers
     return any(within(target, mount.target) for mount in over.mounts)
 
 
@@ -140,16 +137,6 @@ def _link(path: str) -> str:
         return os.readlink(path)
     except OSError:
         return ""
-
-
-def _rdev(path: str) -> str:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ""
-    if not stat.S_ISBLK(status.st_mode):
-        return ""
-    return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
 
 
 def deepest_first(mounts: Iterable[Mount]) -> list[Mount]:

@@ -1,24 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Block devices from sysfs, mounts from mountinfo, paths to what they lie on. Never hangs."""
+"""Block devices from sysfs, mounts from mountinfo, links from udev. Asks the kernel and udev only: never hangs."""
 
 from __future__ import annotations
 
-import errno
-import functools
 import os
-import re
-import stat
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from vmcryptd.core.model import BlockDevice, Mount, Storage
-
-# A path on one of these may hang when its server is away; on autofs, because a look mounts it.
-NETWORK = {
-    *("9p", "afs", "autofs", "beegfs", "ceph", "cifs", "coda", "gfs2"),
-    *("lustre", "nfs", "nfs4", "ocfs2", "smb3", "smbfs", "virtiofs"),
-}
-LINKS_LIMIT = 40  # as in the kernel's own path walk
+from vmcryptd.adapters.storage.mounts import MountTable, device_number, parse_mounts, read_file
+from vmcryptd.adapters.storage.paths import Paths
+from vmcryptd.core.model import BlockDevice, Storage
 
 
 class Roots(NamedTuple):
@@ -28,6 +19,7 @@ class Roots(NamedTuple):
     proc: str = "/proc"
     mountinfo: str = "/proc/self/mountinfo"
     udev: str = "/run/udev/data"
+    fstab: str = "/etc/fstab"
 
 
 # What a disk or partition looks like never changes while it is there; its entry's inode tells that
@@ -42,8 +34,12 @@ def observe(
     paths: Iterable[str],
     lasting: Lasting | None = None,
     known_links: Links | None = None,
+    known_paths: Paths | None = None,
 ) -> Storage:
-    """`lasting` and `known_links` are kept from look to look: most of a host's devices need no second one."""
+    """`lasting` and `known_links` are kept from look to look: most of a host's devices need no second one.
+
+    What is not in /dev may lie on a file system that hangs: of that is told what `known_paths` knows.
+    """
     paths = list(paths)
     devices = block_devices(roots.sys_block, {} if lasting is None else lasting)
     mounts = parse_mounts(read_file(roots.mountinfo))
@@ -53,31 +49,42 @@ def observe(
     files: dict[str, str] = {}
     reals: dict[str, str] = {}
     for path in paths:
-        if not path.startswith("/"):
-            continue
-        # udev's links stay in /dev, so nearly all paths are done with one call.
-        if path.startswith("/dev/") and (name := names.get(_rdev(path))):
+        if path.startswith("/dev/") and (name := names.get(device_number(path))):
             links[path] = name
             continue
-        real, there = places.follow(path)
+        if known_paths is None or (answer := known_paths.known(path)) is None:
+            continue
+        real = known_paths.through_binds(answer.real, places)
         if real != path:
             reals[path] = real
-        if not there:
-            continue
-        try:
-            status = os.stat(real)
-        except OSError:
-            continue
-        if stat.S_ISBLK(status.st_mode):
-            if name := names.get(_number(status.st_rdev)):
-                links[path] = name
-        elif stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
-            files[path] = _number(status.st_dev)
-            # btrfs gives each subvolume a device number of its own, which no block device has.
-            if os.major(status.st_dev) == 0 and (mount := places.of(real)):
-                files[path] = mount.number
+        number = device_number(real) if real.startswith("/dev/") else answer.block
+        if name := names.get(number):
+            links[path] = name
+        elif answer.on and real == answer.real and places.on(real).number in ("", answer.on):
+            files[path] = answer.on
     claims = udev_claims(roots, devices, paths, {} if known_links is None else known_links)
     return Storage(devices, links, files, reals, mounts, claims)
+
+
+def may_hang(path: str) -> bool:
+    """Whether a look at the path may have to wait for a disk or server. udev's links stay in /dev."""
+    return path.startswith("/") and (not path.startswith("/dev/") or path.startswith("/dev/shm/"))
+
+
+def suspended_numbers(devices: Mapping[str, BlockDevice]) -> set[str]:
+    """The "major:minor" of all devices that are suspended, or lie on one that is."""
+    found: dict[str, bool] = {}
+
+    def is_suspended(name: str) -> bool:
+        if name not in found:
+            found[name] = False  # also ends the walk, should sysfs ever show a circle
+            device = devices.get(name)
+            found[name] = device is not None and (
+                device.suspended or any(map(is_suspended, device.below))
+            )
+        return found[name]
+
+    return {device.number for name, device in devices.items() if is_suspended(name)}
 
 
 def block_devices(sys_block: str, lasting: Lasting) -> dict[str, BlockDevice]:
@@ -176,111 +183,6 @@ def _block_device(name: str, path: str) -> BlockDevice | None:
     return BlockDevice(name, number, below, dm_name, dm_uuid, suspended, backing_file)
 
 
-@functools.lru_cache(maxsize=1)
-def parse_mounts(text: str) -> tuple[Mount, ...]:
-    """proc_pid_mountinfo(5): id parent major:minor root target options optional… - type source."""
-    found = []
-    for line in text.splitlines():
-        fields = line.split(" ")
-        try:
-            dash = fields.index("-", 6)
-            fstype, source = fields[dash + 1], unescape(fields[dash + 2])
-        except (ValueError, IndexError):
-            continue
-        number = fields[2]
-        if number.startswith("0:") and source.startswith("/dev/"):  # btrfs
-            number = _rdev(source) or number
-        found.append(Mount(number, unescape(fields[4]), source, fstype))
-    return tuple(found)
-
-
-def unescape(field: str) -> str:
-    if "\\" not in field:
-        return field
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
-
-
-def is_remote(mount: Mount) -> bool:
-    """Whether a look into it may hang for somebody else's fault."""
-    return mount.fstype in NETWORK or mount.fstype.startswith("fuse.")
-
-
-class MountTable:
-    """Tells which mount a path lies on, and follows paths without touching network file systems."""
-
-    def __init__(self, mounts: Iterable[Mount]) -> None:
-        self._by_target: Mapping[str, Mount] = {
-            mount.target: mount for mount in mounts
-        }  # the last is on top
-        self._links: dict[
-            str, str | None
-        ] = {}  # of this look: paths have most of their parts in common
-
-    def of(self, real: str) -> Mount | None:
-        """The mount of a path without symbolic links."""
-        while True:
-            if mount := self._by_target.get(real):
-                return mount
-            if real == "/" or not real.startswith("/"):
-                return None
-            real = real[: real.rfind("/")] or "/"
-
-    def follow(self, path: str) -> tuple[str, bool]:
-        """The path with its symbolic links followed, and whether that worked to its end.
-
-        It ends where something is missing, or where a network file system begins.
-        """
-        todo = path.split("/")[::-1]
-        done = ""
-        links = 0
-        while todo:
-            part = todo.pop()
-            if part in ("", "."):
-                continue
-            if part == "..":
-                done = done[: done.rfind("/")] if done else ""
-                continue
-            place = f"{done}/{part}"
-            if place not in self._links:
-                self._links[place] = self._link(place)
-            target = self._links[place] if links < LINKS_LIMIT else None
-            if target is None:
-                return os.path.normpath("/".join([place, *todo[::-1]])), False
-            if not target:
-                done = place
-                continue
-            links += 1
-            todo += target.split("/")[::-1]
-            if target.startswith("/"):
-                done = ""
-        return done or "/", True
-
-    def _link(self, place: str) -> str | None:
-        """What a symbolic link says; empty if it is none, None if it cannot be asked."""
-        mount = self._by_target.get(place)
-        if mount and is_remote(mount):
-            return None
-        try:
-            return os.readlink(place)
-        except OSError as error:
-            return "" if error.errno == errno.EINVAL else None
-
-
-def read_file(path: str) -> str:
-    """A file of /proc to its end (each read gives a page at most); empty when it is away."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        content = b"".join(iter(functools.partial(os.read, fd, 64 * 1024), b""))
-    except OSError:
-        return ""
-    finally:
-        os.close(fd)
-    return content.decode(errors="surrogateescape")
-
-
 def attribute(path: str) -> str | None:
     """An attribute in sysfs without its newline. Not open(): this takes a third of the time."""
     try:
@@ -293,15 +195,3 @@ def attribute(path: str) -> str | None:
         return None
     finally:
         os.close(fd)
-
-
-def _rdev(path: str) -> str:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ""
-    return _number(status.st_rdev) if stat.S_ISBLK(status.st_mode) else ""
-
-
-def _number(device: int) -> str:
-    return f"{os.major(device)}:{os.minor(device)}"
