@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from vmcryptd.adapters.storage.blocks import SysfsBlocks, device_of, mount_unit
 from vmcryptd.adapters.storage.mounts import MountTable, parse_mounts, unescape
 from vmcryptd.adapters.storage.sysfs import Lasting, Links, Roots, forget, observe
 from vmcryptd.core.errors import StorageError
-from vmcryptd.core.model import BlockDevice, Lock, Mount, Storage, VolumeSpec
+from vmcryptd.core.model import BlockDevice, Content, Lock, Mount, Storage, VolumeSpec
 from vmcryptd.posix.run import Completed
 
 UUID = "CRYPT-LUKS2-0b7d6a2e94a54c1ea5a76b7c3b3a1f00-cr_imap"
@@ -459,11 +461,188 @@ def test_mounting(
     spec = VolumeSpec("cr_imap", "/dev/vg/imap", content="filesystem", mount=str(target), lock=lock)
     mounting = SysfsBlocks(tree.roots).mount(spec, "cr_imap")
     if commands[-1] is None:
-        with pytest.raises(StorageError, match="cr_imap cannot be mounted .*connect to bus"):
+        with pytest.raises(
+            StorageError, match="volume cr_imap: it cannot be mounted .*connect to bus"
+        ):
             asyncio.run(mounting)
     else:
         asyncio.run(mounting)
     assert ran == [command.format(unit=unit) for command in commands if command]
+
+
+class Commands:
+    """Stands for the programs that a port runs: what each begins with, and what it answers."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, **answers: Completed | Callable[[], Completed]):
+        self.ran: list[str] = []
+        self.answers = answers
+        patch.setattr(blocks, "run", self._run)
+
+    async def _run(self, argv: list[str], timeout_s: float) -> Completed:
+        self.ran.append(" ".join(argv))
+        answer = self.answers.get(argv[0].replace("-", "_"), Completed(0))
+        return answer if isinstance(answer, Completed) else answer()
+
+    def of(self, program: str) -> list[str]:
+        return [command for command in self.ran if command.startswith(program)]
+
+
+def test_a_mount_point_below_a_symbolic_link(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd refuses such a path, and mountinfo never shows it. Nothing is made under this process's umask."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "srv").symlink_to("data")
+    real = f"{tmp_path}/data/a/vm"
+
+    def mounted() -> Completed:
+        tree.mount("253:1", real)
+        return Completed(0)
+
+    commands = Commands(monkeypatch, systemd_mount=mounted)
+    spec = VolumeSpec("cr_imap", "/dev/x", content=Content.FILESYSTEM, mount=f"{tmp_path}/srv/a/vm")
+
+    async def scene() -> None:
+        port = SysfsBlocks(tree.roots)
+        await port.mount(spec, "cr_imap")
+        await port.mount(spec, "cr_imap")
+
+    asyncio.run(scene())
+    [command] = commands.ran
+    assert command.endswith(f"/dev/mapper/cr_imap {real}")
+    assert not (tmp_path / "data/a").exists()
+
+
+@pytest.mark.parametrize(
+    ("mounted", "command", "words"),
+    [
+        ("", "", None),
+        ("", "no such directory", "cannot be mounted at .* as the fstab says: no such directory"),
+        ("252:1", "", "was mounted from .* before the volume was: add the options noauto"),
+        ("253:1", None, None),
+    ],
+)
+def test_folders_of_the_volume_that_the_fstab_mounts_elsewhere(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    mounted: str, command: str | None, words: str | None,
+) -> None:  # fmt: skip
+    images = f"{tmp_path}/images"
+    tree.fstab.write_text(f"/srv/vm/images {images} none bind 0 0\n/other /x none bind 0 0\n")
+    tree.mount("253:1", "/srv/vm")
+    if mounted:
+        tree.mount(mounted, images)
+    commands = Commands(monkeypatch, systemctl=Completed(1 if command else 0, err=command or ""))
+    spec = VolumeSpec("cr_imap", "/dev/x", content=Content.FILESYSTEM, mount="/srv/vm")
+
+    async def scene() -> None:
+        port = SysfsBlocks(tree.roots)
+        await port.look(["/srv/vm"])
+        await port.mount(spec, "cr_imap")
+
+    if words:
+        with pytest.raises(StorageError, match=f"volume cr_imap: .*{words}"):
+            asyncio.run(scene())
+    else:
+        asyncio.run(scene())
+    wanted = [f"systemctl start -- {mount_unit(images)}"] if not mounted else []
+    assert commands.ran == wanted
+
+
+GROUP = VolumeSpec("cr_imap", "/dev/x", content=Content.LVM)
+OTHER = VolumeSpec("cr_other", "/dev/y", content=Content.LVM)
+MAPPINGS = "/dev/mapper/cr_imap,/dev/mapper/cr_other"
+
+
+class Lvm(Commands):
+    """A group on cr_imap, cr_other and vdz; LVM's own settings let it see `seen`."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, *, missing: str = "2", lvs: str = "", seen: str = "",
+        refused: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(patch)
+        self.missing, self.lvs, self.seen, self.refused = missing, lvs, seen, refused
+
+    async def _run(self, argv: list[str], timeout_s: float) -> Completed:
+        self.ran.append(" ".join(argv))
+        if argv[0] == "pvs" and "--select" not in argv:
+            return Completed(0, out=f"  u-1:{self.missing}:pair\n")
+        if argv[0] == "pvs":
+            ours = MAPPINGS.replace(",", "\n  ") if "--devices" in argv else self.seen
+            return Completed(0, out=f"  {ours}\n  [unknown]\n")
+        if argv[0] == "lvs":
+            return Completed(0, out=self.lvs)
+        refused = self.refused and argv[0] == "vgchange"
+        return Completed(5, err="Refusing activation of partial LV") if refused else Completed(0)
+
+
+def activate(tree: Tree, *, locked: tuple[VolumeSpec, ...] = ()) -> None:
+    beside = () if locked else ("cr_other",)
+    asyncio.run(SysfsBlocks(tree.roots).activate(GROUP, "cr_imap", beside, locked))
+
+
+def test_a_group_on_two_volumes_that_lvm_is_kept_from(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a devices file or global_filter: a selection over what LVM sees matches nothing, and exits 0."""
+    lvm = Lvm(monkeypatch, lvs="  active::root\n  :skip activation:snap\n")
+    activate(tree)
+    [vgchange] = lvm.of("vgchange")
+    assert vgchange == f"vgchange --devices {MAPPINGS} --activate y -- pair"
+
+
+def test_a_group_on_a_disk_of_the_host_too(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    lvm = Lvm(monkeypatch, seen="/dev/vdz", lvs="  active::root\n")
+    activate(tree)
+    [vgchange] = lvm.of("vgchange")
+    assert vgchange == f"vgchange --devices {MAPPINGS},/dev/vdz --activate y -- pair"
+
+
+@pytest.mark.parametrize(("has_file", "words"), [(True, "lvmdevices --adddev"), (False, "global_filter")])  # fmt: skip
+def test_a_group_that_stays_inactive_is_an_error(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_file: bool, words: str
+) -> None:
+    monkeypatch.setattr(blocks, "DEVICES_FILE", str(tmp_path / "system.devices"))
+    if has_file:
+        (tmp_path / "system.devices").touch()
+    for refused in (True, False):
+        Lvm(monkeypatch, lvs="  active::root\n  ::data\n", refused=refused)
+        with pytest.raises(StorageError, match=f"volume cr_imap: .* pair is not active: .*{words}"):
+            activate(tree)
+
+
+def test_a_group_that_another_volume_will_complete(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Lvm(monkeypatch, lvs="  ::data\n", refused=True)
+    activate(tree, locked=(OTHER,))
+    with pytest.raises(StorageError, match="pair is not active"):
+        activate(tree, locked=(replace(OTHER, vg="x"),))
+
+
+def test_a_whole_group_whose_volumes_all_stay_inactive(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Lvm(monkeypatch, missing="0", lvs="  ::data\n")
+    with pytest.raises(StorageError, match="pair is not active: these stay inactive: data"):
+        activate(tree)
+    Lvm(monkeypatch, missing="0", lvs="")  # it has no volume yet
+    activate(tree)
+    tree.device("dm-5", "253:5", ("dm-1",), dm__name="pair-data", dm__uuid=LV)
+    lvm = Lvm(monkeypatch, missing="0")
+    activate(tree)
+    assert lvm.of("lvs") == []  # the kernel shows it
+
+
+def test_a_group_is_deactivated_with_all_that_it_is_made_of(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree.device("dm-5", "253:5", ("dm-1", "vda1"), dm__name="in--ner-data", dm__uuid=LV)
+    commands = Commands(monkeypatch)
+    asyncio.run(SysfsBlocks(tree.roots).deactivate(GROUP, "cr_imap"))
+    assert commands.ran == [
+        "vgchange --devices /dev/mapper/cr_imap,/dev/vda1 --activate n -- in-ner"
+    ]
 
 
 def test_unit_names() -> None:

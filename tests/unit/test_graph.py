@@ -256,6 +256,15 @@ def test_a_mount_point_that_is_named_by_a_symbolic_link() -> None:
     assert graph.guests["g"].needs == ("m",)
 
 
+def test_a_mount_point_below_a_symbolic_link_is_recognised() -> None:
+    spec = volume("m", content=Content.FILESYSTEM, mount="/srv/vm")
+    seen = storage(
+        luks("dm-0", "m", "m", number="253:0"), m="/dev/m", real={"/srv/vm": "/data/vm"},
+        mounts=(Mount("253:0", "/data/vm"), Mount("253:0", "/bind")),
+    )  # fmt: skip
+    assert build(settings(spec), seen).volumes["m"].mounts == ("/bind", "/srv/vm")
+
+
 def test_a_volume_mounted_below_another() -> None:
     graph = build(
         settings(

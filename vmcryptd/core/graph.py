@@ -453,7 +453,7 @@ def _build(settings: Settings, observation: Observation) -> Graph:
                 name in observation.activated
                 or any(device.vg for device in above.get(mapping.name, ()))
             ),
-            mounts=tuple(sorted(mounted.get(mapping.number, ()), key=len))
+            mounts=_mounts(spec, mounted.get(mapping.number, ()), observation.storage)
             if mapping and mapping.number
             else (),
             uuid=(mapping.luks_uuid if mapping else "")
@@ -549,6 +549,13 @@ def _carriers(volumes: Mapping[str, VolumeNode], storage: Storage) -> dict[str, 
                 found[lower] = found[place]
                 left.append(lower)
     return found
+
+
+def _mounts(spec: VolumeSpec, targets: Iterable[str], storage: Storage) -> tuple[str, ...]:
+    """As configured, where that leads there by symbolic links, which the kernel does not tell."""
+    real = storage.real.get(spec.mount or "")
+    found = (spec.mount if spec.mount and target == real else target for target in targets)
+    return tuple(sorted(found, key=len))
 
 
 def _absent(spec: VolumeSpec, device: str, storage: Storage) -> str:

@@ -51,8 +51,18 @@ class Blocks(Protocol):
     async def wait_udev(self) -> None:
         """Wait until udev has processed what is queued (bounded)."""
 
-    async def activate(self, volume: VolumeSpec, mapping: str) -> None:
-        """Activate the volume group on the mapping. Raises StorageError."""
+    async def activate(
+        self,
+        volume: VolumeSpec,
+        mapping: str,
+        beside: Sequence[str] = (),
+        locked: Sequence[VolumeSpec] = (),
+    ) -> None:
+        """Activate the volume group on the mapping. Raises StorageError.
+
+        `beside`: other open mappings that may belong to the group. `locked`: volumes that may still complete it, so
+        that it is no failure that parts of it stay inactive.
+        """
 
     async def deactivate(self, volume: VolumeSpec, mapping: str) -> None:
         """Deactivate the volume group on the mapping, and none else. Raises BusyError, StorageError."""

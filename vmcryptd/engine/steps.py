@@ -8,7 +8,7 @@ import logging
 from vmcryptd.core.errors import BusyError
 from vmcryptd.core.goals import Action, Step
 from vmcryptd.core.graph import VolumeNode
-from vmcryptd.core.model import GuestState, VolumeState
+from vmcryptd.core.model import Content, GuestState, VolumeState
 from vmcryptd.core.ports import Ports
 from vmcryptd.core.states import Activities, Activity
 from vmcryptd.engine.guests import Guests
@@ -79,7 +79,11 @@ class Steps:
                 source = await self._opener.open(name, lambda: self._jobs.may_ask(step.id))
                 self.is_opened(name, source)
             case Action.ACTIVATE:
-                await blocks.activate(node.spec, node.mapping)
+                nodes = self._inventory.graph.volumes.values()
+                others = [n for n in nodes if n.spec.content is Content.LVM and n is not node]
+                beside = [other.mapping for other in others if other.is_usable]
+                locked = [other.spec for other in others if not other.is_usable]
+                await blocks.activate(node.spec, node.mapping, beside, locked)
                 self._inventory.activated.add(name)
             case Action.MOUNT:
                 await blocks.mount(node.spec, node.mapping)

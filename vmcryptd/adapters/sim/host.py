@@ -243,7 +243,13 @@ class Simulation:
     async def wait_udev(self) -> None:
         pass
 
-    async def activate(self, volume: VolumeSpec, mapping: str) -> None:
+    async def activate(
+        self,
+        volume: VolumeSpec,
+        mapping: str,
+        beside: Sequence[str] = (),
+        locked: Sequence[VolumeSpec] = (),
+    ) -> None:
         self._set(volume.name, f"activate {volume.name}", active=True)
 
     async def deactivate(self, volume: VolumeSpec, mapping: str) -> None:

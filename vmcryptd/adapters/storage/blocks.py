@@ -13,8 +13,8 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 
 from vmcryptd.adapters.storage import holders, sysfs
-from vmcryptd.adapters.storage.mounts import MountTable, is_remote
-from vmcryptd.adapters.storage.paths import Paths
+from vmcryptd.adapters.storage.mounts import Bind, MountTable, is_remote
+from vmcryptd.adapters.storage.paths import Paths, within
 from vmcryptd.adapters.storage.sysfs import Roots
 from vmcryptd.core.errors import BusyError, DeadlineError, StorageError, VmcryptdError
 from vmcryptd.core.model import BlockDevice, Lock, Mount, Storage, VolumeSpec
@@ -36,6 +36,7 @@ MOUNT_S = 120.0  # a file system may have a journal to replay, or much to write 
 # (src/core/dbus-manager.c, transient_unit_from_message). To ask first would cost each mount another child.
 HAS_UNIT = "already loaded or has a fragment file"
 HOLDERS_S = 10.0
+DEVICES_FILE = "/etc/lvm/devices/system.devices"
 BUSY_TRIES = 3
 
 
@@ -101,34 +102,85 @@ class SysfsBlocks:
         if done.code != 0:
             log.info("udev has not settled: %s", done.complaint)
 
-    async def activate(self, volume: VolumeSpec, mapping: str) -> None:
-        # Only this device is looked at: the scan must not read what lies on guests' disks, nor take
-        # a guest's group of the same name for ours (harvester#8894).
+    async def activate(
+        self,
+        volume: VolumeSpec,
+        mapping: str,
+        beside: Sequence[str] = (),
+        locked: Sequence[VolumeSpec] = (),
+    ) -> None:
+        # Only devices of ours are looked at: the scan must not read what lies on guests' disks, nor take a guest's
+        # group of the same name for ours (harvester#8894), and LVM's own settings may keep it from ours.
         path = f"/dev/mapper/{mapping}"
-        report = ["--noheadings", "--separator", ":", "-o", "vg_uuid,vg_missing_pv_count,vg_name"]
-        done = await run(["pvs", "--devices", path, *report, "--", path], timeout_s=LVM_S)
+        fields = "vg_uuid,vg_missing_pv_count,vg_name"
+        done = await run(["pvs", "--devices", path, *_report(fields), "--", path], timeout_s=LVM_S)
         if done.code != 0:
-            raise StorageError(f"{volume.name} holds no LVM physical volume: {done.complaint}")
+            raise StorageError(
+                f"volume {volume.name}: it holds no LVM physical volume: {done.complaint}"
+            )
         uuid, missing, name = ([*done.out.strip().split(":"), "", ""])[:3]
         if not name:
-            raise StorageError(f"The physical volume on {volume.name} belongs to no volume group")
+            raise StorageError(
+                f"volume {volume.name}: its physical volume belongs to no volume group"
+            )
         if volume.vg and volume.vg != name:
             raise StorageError(
-                f"{volume.name} holds the volume group {name}, not {volume.vg}: correct `vg`"
+                f"volume {volume.name}: it holds the volume group {name}, not {volume.vg}; correct `vg`"
             )
-        if missing in ("", "0"):
-            argv = ["vgchange", "--devices", path, "--activate", "y", "--", name]
-        else:
-            # It lies on other devices too, which only a look at all can find; its UUID is unique.
-            argv = ["vgchange", "--activate", "y", "--select", f"vg_uuid={uuid}"]
-        done = await run(argv, timeout_s=LVM_S)
-        if done.code != 0 and missing not in ("", "0"):
-            # The step of the volume that is opened last will do it.
-            log.info("The volume group %s is not complete yet: %s", name, done.complaint)
-            return
-        if done.code != 0:
-            raise StorageError(f"The volume group {name} cannot be activated: {done.complaint}")
+        devices, is_whole = [path], missing in ("", "0")
+        if not is_whole:
+            devices = await self._members(uuid, path, beside)
+        argv = ["vgchange", "--devices", ",".join(devices), "--activate", "y", "--", name]
+        changed = await run(argv, timeout_s=LVM_S)
         await self.wait_udev()
+        if is_whole and any(device.vg == name for device in self.observe(()).devices.values()):
+            return
+        left = await self._inactive(name, devices)
+        if not left:
+            return
+        if any(spec.vg in (None, name) for spec in locked):
+            # The step of the volume that is opened last will do it.
+            log.info("The volume group %s is not complete yet: %s", name, changed.complaint)
+            return
+        why = changed.complaint if changed.code else f"these stay inactive: {', '.join(left)}"
+        if not is_whole:
+            why += f"; {await self._why_incomplete()}"
+        raise StorageError(f"volume {volume.name}: the volume group {name} is not active: {why}")
+
+    async def _members(self, uuid: str, path: str, beside: Sequence[str]) -> list[str]:
+        """The devices of a group: of our mappings those that belong to it, and what LVM finds by itself."""
+        ours = [path, *(f"/dev/mapper/{mapping}" for mapping in beside)]
+        found = [path]
+        for where in (["--devices", ",".join(ours)], []):
+            argv = ["pvs", *where, *_report("pv_name"), "--select", f"vg_uuid={uuid}"]
+            done = await run(argv, timeout_s=LVM_S)
+            names = [line.strip() for line in done.out.splitlines()] if done.code == 0 else []
+            found += [name for name in names if name.startswith("/")]  # not "[unknown]"
+        return list(dict.fromkeys(found))
+
+    async def _inactive(self, group: str, devices: Sequence[str]) -> list[str]:
+        """The logical volumes of a group that are not active and should be."""
+        fields = _report("lv_active,lv_skip_activation,lv_name")
+        argv = ["lvs", "--devices", ",".join(devices), *fields, "--", group]
+        done = await run(argv, timeout_s=LVM_S)
+        if done.code != 0:
+            raise StorageError(f"the volume group {group} cannot be looked at: {done.complaint}")
+        rows = [line.strip().split(":") for line in done.out.splitlines()]
+        return [name for active, skipped, name in rows if not active and not skipped]
+
+    async def _why_incomplete(self) -> str:
+        """What keeps LVM from devices that are none of ours, and what to do."""
+        with contextlib.suppress(DeadlineError):
+            has_file = functools.partial(os.path.exists, DEVICES_FILE)
+            if await self._threads.call(HOLDERS_S, has_file):
+                return (
+                    f"LVM looks at no device that {DEVICES_FILE} does not list: "
+                    "`lvmdevices --adddev DEVICE` adds one"
+                )
+        return (
+            "a physical volume is missing, or global_filter in /etc/lvm/lvm.conf hides it: "
+            "`pvs` shows what LVM sees"
+        )
 
     async def deactivate(self, volume: VolumeSpec, mapping: str) -> None:
         # The kernel is asked what is active: that costs nothing, and never waits for a disk.
@@ -141,15 +193,8 @@ class SysfsBlocks:
             if not active:
                 return
             group = active[0].vg
-            argv = [
-                "vgchange",
-                "--devices",
-                f"/dev/mapper/{mapping}",
-                "--activate",
-                "n",
-                "--",
-                group,
-            ]
+            devices = ",".join(_lvm_devices(storage, group))
+            argv = ["vgchange", "--devices", devices, "--activate", "n", "--", group]
             if attempt:
                 await self.wait_udev()  # udev may be looking into them (systemd#33129)
             done = await run(argv, timeout_s=LVM_S)
@@ -157,41 +202,72 @@ class SysfsBlocks:
                 return
             if "in use" not in done.err and "open" not in done.err:
                 raise StorageError(
-                    f"The volume group {group} cannot be deactivated: {done.complaint}"
+                    f"volume {volume.name}: the volume group {group} cannot be deactivated: {done.complaint}"
                 )
         who = ", ".join(await self.holders(mapping))
-        raise BusyError(f"The volume group {group} on {volume.name} is in use: {who}")
+        raise BusyError(f"volume {volume.name}: the volume group {group} on it is in use: {who}")
 
     async def mount(self, volume: VolumeSpec, mapping: str) -> None:
         if not volume.mount:
-            raise StorageError(f"{volume.name} has no `mount`")
-        if self._is_mounted(mapping, volume.mount):
-            return
-        unit = mount_unit(volume.mount)
-        try:
-            os.makedirs(volume.mount, mode=0o755, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"The directory {volume.mount} cannot be made: {error.strerror}"
-            ) from None
-        # Before= makes systemd stop it after our own stop at host shutdown: guests first.
+            raise StorageError(f"volume {volume.name}: it has no `mount`")
+        # systemd refuses paths with symbolic links, and the kernel tells mounts without them.
+        target = await self._real(volume, volume.mount)
+        if not self._is_mounted(mapping, target):
+            await self._mount_at(volume, mapping, target)
+        for bind in self._paths.binds:
+            if within(bind.source, target) or within(bind.source, volume.mount):
+                await self._bind(volume, mapping, bind)
+
+    async def _mount_at(self, volume: VolumeSpec, mapping: str, target: str) -> None:
+        unit = mount_unit(target)
+        # Before= makes systemd stop it after our own stop at host shutdown: guests first. It makes the directories,
+        # with 0755, so that QEMU's user can pass; the umask of this process would not let it.
         argv = [
             "systemd-mount", "--no-ask-password", "--quiet", "--collect",
             "--property=Before=vmcryptd-guests.service",
             # The guests of a whole host wait for a keystore; its journal is all that it needs.
             *(["--fsck=no"] if volume.lock is Lock.BOOT else []),
-            "--", f"/dev/mapper/{mapping}", volume.mount,
+            "--", f"/dev/mapper/{mapping}", target,
         ]  # fmt: skip
         done = await run(argv, timeout_s=MOUNT_S)
         if done.code != 0 and HAS_UNIT in done.err:
             done = await run(["systemctl", "start", "--", unit], timeout_s=MOUNT_S)
         if done.code != 0:
             raise StorageError(
-                f"{volume.name} cannot be mounted at {volume.mount}: {done.complaint}; "
+                f"volume {volume.name}: it cannot be mounted at {target}: {done.complaint}; "
                 f"`systemctl status {unit}` tells more"
             )
-        if not self._is_mounted(mapping, volume.mount):
-            raise StorageError(f"{unit} is active, but what is mounted there is not {volume.name}")
+        if not self._is_mounted(mapping, target):
+            raise StorageError(
+                f"volume {volume.name}: {unit} is active, but what is mounted there is another device"
+            )
+
+    async def _bind(self, volume: VolumeSpec, mapping: str, bind: Bind) -> None:
+        """Mount a folder of the volume where the fstab wants it, too."""
+        target = await self._real(volume, bind.target)
+        if self._is_mounted(mapping, target):
+            return
+        if MountTable(self.observe(()).mounts).has(target):
+            raise StorageError(
+                f"volume {volume.name}: {target} was mounted from {bind.source} before the volume was: add the "
+                f"options noauto and x-systemd.before=vmcryptd-guests.service to its line in the fstab, and "
+                f"`umount {target}`"
+            )
+        unit = mount_unit(target)
+        done = await run(["systemctl", "start", "--", unit], timeout_s=MOUNT_S)
+        if done.code != 0:
+            raise StorageError(
+                f"volume {volume.name}: {bind.source} cannot be mounted at {target}, as the fstab says: "
+                f"{done.complaint}; `systemctl status {unit}` tells more"
+            )
+
+    async def _real(self, volume: VolumeSpec, path: str) -> str:
+        try:
+            return await self._threads.call(HOLDERS_S, functools.partial(os.path.realpath, path))
+        except DeadlineError as error:
+            raise StorageError(
+                f"volume {volume.name}: {path} cannot be looked up: {error}"
+            ) from None
 
     async def unmount(self, volume: VolumeSpec, mapping: str) -> None:
         # Not `systemctl stop`: at host shutdown the mount's own stop job waits until ours is done,
@@ -239,8 +315,7 @@ class SysfsBlocks:
         return [mount for mount in storage.mounts if device and mount.number == device.number]
 
     def _is_mounted(self, mapping: str, target: str) -> bool:
-        wanted = os.path.normpath(target)
-        return any(mount.target == wanted for mount in self._mounts_of(mapping))
+        return any(mount.target == target for mount in self._mounts_of(mapping))
 
     def _absent(self, storage: Storage, paths: Iterable[str]) -> Iterator[str]:
         """Files that may appear without news of a device or mount; those of servers give none of their own."""
@@ -326,6 +401,18 @@ def mount_unit(path: str) -> str:
     if name.startswith("."):
         name = "\\x2e" + name[1:]
     return f"{name}.mount"
+
+
+def _report(fields: str) -> list[str]:
+    return ["--noheadings", "--separator", ":", "-o", fields]
+
+
+def _lvm_devices(storage: Storage, group: str) -> list[str]:
+    """What the active volumes of a group are made of."""
+    lvs = {device.name for device in storage.devices.values() if device.vg == group}
+    lowers = {lower for name in lvs for lower in storage.devices[name].below} - lvs
+    found = [storage.devices[lower] for lower in sorted(lowers) if lower in storage.devices]
+    return [f"/dev/mapper/{one.dm_name}" if one.dm_name else f"/dev/{one.name}" for one in found]
 
 
 def _lies_on(logical: BlockDevice, device: BlockDevice | None) -> bool:

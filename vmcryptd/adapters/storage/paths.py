@@ -65,12 +65,17 @@ class Paths:
         """Call `changed` when a file system answers that did not in time."""
         self._threads.returned = changed
 
+    @property
+    def binds(self) -> tuple[Bind, ...]:
+        """The fstab's bind mounts, those that others lie in first."""
+        return tuple(sorted(self._binds, key=lambda bind: len(bind.target)))
+
     def known(self, path: str) -> Answer | None:
         return self._answers.get(path)
 
     def through_binds(self, real: str, table: MountTable) -> str:
         """Where the path lies once the fstab's bind mounts are there that are not yet."""
-        for bind in sorted(self._binds, key=lambda bind: -len(bind.target)):
+        for bind in reversed(self.binds):
             if within(real, bind.target) and not table.has(bind.target):
                 return bind.source + real[len(bind.target) :]
         return real
