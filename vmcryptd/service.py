@@ -61,6 +61,11 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         await self._engine.unlock(volume)
 
     @exported(action=UNLOCK)
+    async def UnlockUnattended(self, volume: str) -> None:
+        """The same by sources alone. Fails with NotAsked if a person is needed, also if others have one asked."""
+        await self._engine.unlock_unattended(volume)
+
+    @exported(action=UNLOCK)
     async def UnlockWithKey(self, volume: str, key: Handle) -> None:
         """The same with a key, read to its end from the descriptor."""
         await unlock_with_key.unlock(self._engine, volume, take_fd(key))

@@ -33,7 +33,7 @@ _vmcryptctl() {
     [[ $previous == --keystore ]] && verb='' names=volumes
     case $verb in
         status) options='--help --all --json' names=all ;;
-        unlock) options='--help --key-file' names=volumes ;;
+        unlock) options='--help --key-file --no-ask --timeout' names=volumes ;;
         lock) options='--help' names=volumes ;;
         start) options='--help' names=guests ;;
         stop) options='--help' names=guests ;;

@@ -35,6 +35,8 @@ complete -c vmcryptctl -n '__fish_seen_subcommand_from status' -l json -d 'print
 complete -c vmcryptctl -n '__fish_seen_subcommand_from status' -a '(vmcryptctl _names all 2>/dev/null)'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from unlock' -l help -d 'tell more about it'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from unlock' -l key-file -r -F -d 'read the key from FILE instead of asking, to its end, newlines included; "-" is standard input'
+complete -c vmcryptctl -n '__fish_seen_subcommand_from unlock' -l no-ask -d 'ask nobody; exit status 6 if a person were needed'
+complete -c vmcryptctl -n '__fish_seen_subcommand_from unlock' -l timeout -x -d 'how long at most, such as 90s or 5min'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from unlock' -a '(vmcryptctl _names volumes 2>/dev/null)'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from lock' -l help -d 'tell more about it'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from lock' -a '(vmcryptctl _names volumes 2>/dev/null)'

@@ -22,6 +22,7 @@ from tests.bus.simulated import (
     ALPHA,
     BETA,
     CTL,
+    GAMMA,
     LONG_S,
     PROJECT,
     Host,
@@ -186,6 +187,8 @@ def test_files_that_differ_from_what_runs(
 def test_status_as_json(mail: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["status", "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
+    for number, one in enumerate(status["volumes"]):  # read from the header in the background
+        assert one.pop("uuid") in ("", f"00000000-0000-0000-0000-{number:012x}")
     assert status == {
         "state": "waiting",
         "waiting": ["cr_a", "cr_b"],
@@ -196,7 +199,6 @@ def test_status_as_json(mail: Host, capsys: pytest.CaptureFixture[str]) -> None:
                 "name": name,
                 "state": "waiting",
                 "device": f"/dev/vg/{name[-1]}",
-                "uuid": "",
                 "key_source": "",
                 "needed_by": ["imap"],
                 "header_backup_due": False,
@@ -618,11 +620,11 @@ def test_unlock_without_a_terminal_leaves_asking_to_agents(mail: Host) -> None:
 
 def test_unlock_asks_once_and_again_for_the_rest(mail: Host) -> None:
     terminal = Terminal("unlock")
-    terminal.expect("Passphrase for cr_a, cr_b:")
+    terminal.expect("Passphrase for volumes cr_a, cr_b:")
     terminal.type(f"{ALPHA}\n")
-    terminal.expect("That fitted cr_a. Passphrase for cr_b (/dev/vg/b):")
+    terminal.expect("That fitted cr_a. Passphrase for volume cr_b (/dev/vg/b):")
     terminal.type("xxx\n")
-    terminal.expect("That did not fit. Passphrase for cr_b")
+    terminal.expect("That did not fit. Passphrase for volume cr_b")
     terminal.type(f"{BETA}\n")
     terminal.expect("open now: cr_a, cr_b")
     assert terminal.end() == 0
@@ -633,7 +635,7 @@ def test_unlock_of_several_names_uses_one_answer_for_all(host: Host) -> None:
     host.start(MAIL.replace(opened_by(BETA), opened_by(ALPHA)))
     host.boot("waiting")
     terminal = Terminal("unlock", "cr_a", "cr_b")
-    terminal.expect("Passphrase for cr_a, cr_b:")
+    terminal.expect("Passphrase for volumes cr_a, cr_b:")
     terminal.type(f"{ALPHA}\n")
     terminal.expect("open now: cr_a, cr_b")
     assert terminal.end() == 0
@@ -642,7 +644,7 @@ def test_unlock_of_several_names_uses_one_answer_for_all(host: Host) -> None:
 def test_unlock_gives_up_after_three_wrong_keys(mail: Host) -> None:
     terminal = Terminal("unlock", "cr_b")
     for wrong in ("x", "", "z"):
-        terminal.expect("Passphrase for cr_b (/dev/vg/b):")
+        terminal.expect("Passphrase for volume cr_b (/dev/vg/b):")
         terminal.type(f"{wrong}\n")
     terminal.expect("fits no key slot of")
     assert terminal.end() == 3
@@ -651,7 +653,7 @@ def test_unlock_gives_up_after_three_wrong_keys(mail: Host) -> None:
 
 def test_unlock_tries_the_other_sources_before_it_asks(manual: Host) -> None:
     terminal = Terminal("unlock", "keyless")
-    terminal.expect("Passphrase for keyless (/dev/vg/keyless):")
+    terminal.expect("Passphrase for volume keyless (/dev/vg/keyless):")
     terminal.type(f"{ALPHA}\n")
     assert terminal.end() == 0
     assert manual.states()["keyless"] == "unlocked"
@@ -660,9 +662,9 @@ def test_unlock_tries_the_other_sources_before_it_asks(manual: Host) -> None:
 def test_unlock_with_nothing_waiting_begins_the_boot_set(host: Host) -> None:
     host.start(MAIL)
     terminal = Terminal("unlock")
-    terminal.expect("Passphrase for cr_a, cr_b:")
+    terminal.expect("Passphrase for volumes cr_a, cr_b:")
     terminal.type(f"{ALPHA}\n")
-    terminal.expect("Passphrase for cr_b")
+    terminal.expect("Passphrase for volume cr_b")
     terminal.type(f"{BETA}\n")
     terminal.expect("open now: cr_a, cr_b")
     assert terminal.end() == 0
@@ -676,17 +678,207 @@ def test_unlock_with_nothing_waiting_begins_the_boot_set(host: Host) -> None:
 
 def test_the_question_ends_when_somebody_else_answers(mail: Host) -> None:
     terminal = Terminal("unlock", "cr_a")
-    terminal.expect("Passphrase for cr_a")
+    terminal.expect("Passphrase for volume cr_a")
     terminal.type("half a passphr")
     mail.unlock("cr_a", ALPHA)
     terminal.expect("cr_a opened meanwhile; the question is withdrawn")
     assert terminal.end() == 0
 
 
+def test_unlock_of_a_name_does_not_ask_for_the_others(mail: Host) -> None:
+    terminal = Terminal("unlock", "cr_a")
+    terminal.expect("Passphrase for volume cr_a (/dev/vg/a):")
+    terminal.type(f"{ALPHA}\n")
+    assert terminal.end() == 0
+    assert "open now: cr_a" in terminal.seen
+    assert "cr_b" not in terminal.seen
+    assert mail.states()["cr_b"] == "waiting"
+
+
+def test_what_is_given_up_is_not_taken_for_open(mail: Host) -> None:
+    terminal = Terminal("unlock", "cr_a")
+    terminal.expect("Passphrase for volume cr_a")
+    terminal.type("half a passphr")
+    mail.call("Lock", "s", "cr_a")
+    terminal.expect("cr_a given up meanwhile; the question is withdrawn")
+    terminal.expect("volume cr_a is not open")
+    assert terminal.end() == 6
+
+
+def test_one_question_names_three_of_many(host: Host) -> None:
+    host.start("[sim]\nvolumes = 40\nguests = 40\n")
+    host.boot("waiting")
+    terminal = Terminal("unlock")
+    terminal.expect("Passphrase for volumes v0, v1, v10 and 37 more:")
+    terminal.type("\x04")
+    terminal.expect("still locked: v0, v1, v10 and 37 more")
+    assert terminal.end() == 6
+
+
+UNATTENDED = f"""
+[volume.alone]
+device = "/dev/vg/alone"
+keys = ["file:/run/alone", "prompt"]
+[sim.volume.alone]
+sources = ["file:/run/alone"]
+[volume.asking]
+device = "/dev/vg/asking"
+keys = ["file:/run/none", "prompt"]
+[sim.volume.asking]
+{opened_by(ALPHA)}
+[volume.above]
+device = "/dev/vg/above"
+keys = ["file:/run/above"]
+after = ["asking"]
+[sim.volume.above]
+sources = ["file:/run/above"]
+on = ["asking"]
+[volume.keyless]
+device = "/dev/vg/keyless"
+keys = ["file:/run/none"]
+unlock = "manual"
+[sim.guest.web]
+disks = ["/dev/mapper/asking"]
+autostart = true
+"""
+
+
+def test_no_ask_asks_nobody(host: Host) -> None:
+    host.start(UNATTENDED)
+    assert ctl("unlock", "--no-ask", "alone").code == 0
+    assert host.states()["alone"] == "unlocked"
+    for name in ("asking", "above"):
+        refused = ctl("unlock", "--no-ask", name)
+        assert refused.code == 6
+        assert "asking" in refused.err
+        assert host.states()["asking"] == "locked"
+    assert ctl("unlock", "--no-ask", "keyless").code == 1  # nobody could be asked for it
+    terminal = Terminal("unlock", "--no-ask")
+    assert terminal.end() == 6
+    assert "Passphrase" not in terminal.seen
+    # It is not the question of this caller when boot asks.
+    host.boot("waiting")
+    assert ctl("unlock", "--no-ask", "asking").code == 6
+    assert host.states()["asking"] == "waiting"
+    host.unlock("asking", ALPHA)
+    assert ctl("unlock", "--no-ask").code == 0
+
+
+def test_unlock_within_a_time(mail: Host) -> None:
+    refused = ctl("unlock", "--timeout", "100ms", "cr_a")
+    assert refused.code == 6
+    assert "not open within 100ms; still locked: cr_a" in refused.err
+    terminal = Terminal("unlock", "--timeout", "500ms")
+    terminal.expect("Passphrase for volumes cr_a, cr_b:")
+    terminal.expect("not open within 500ms; still locked: cr_a, cr_b")
+    assert terminal.end() == 6
+    assert ctl("unlock", "--timeout", "soon").code == 2
+
+
+def test_a_pipe_that_nobody_reads(mail: Host) -> None:
+    hint = '"--key-file -" takes the key from there'
+    for option in ("--no-ask", "--timeout=100ms"):
+        refused = ctl("unlock", option, "cr_a", typed=f"{ALPHA}\n")
+        assert refused.code == 6
+        assert hint in refused.err
+        assert hint not in ctl("unlock", option, "cr_a").err
+    assert hint not in ctl("unlock", "--key-file", "-", "cr_a", typed=BETA).err
+
+
+def test_a_key_that_fits_only_without_its_newline(mail: Host, tmp_path: Path) -> None:
+    sentence = "volume cr_b: the key fits without the newline at its end"
+    for names in (["cr_b"], ["cr_a", "cr_b"], []):
+        refused = ctl("unlock", "--key-file", "-", *names, typed=f"{BETA}\n")
+        assert refused.code == 3
+        assert sentence in refused.err
+    assert "newline" not in ctl("unlock", "--key-file", "-", "cr_b", typed=f"{GAMMA}\n").err
+    assert "newline" not in ctl("unlock", "--key-file", "-", "cr_b", typed="\n").err
+    assert "newline" not in ctl("unlock", "--key-file", "-", "cr_b", typed=f"{BETA}x").err
+    (tmp_path / "key").write_text(f"{BETA}\n")
+    assert sentence in ctl("unlock", "--key-file", str(tmp_path / "key"), "cr_b").err
+    assert mail.states()["cr_b"] == "waiting"
+
+
+MANY = f"""
+[volume.right]
+device = "/dev/vg/right"
+unlock = "manual"
+[sim.volume.right]
+{opened_by(ALPHA)}
+[volume.other]
+device = "/dev/vg/other"
+unlock = "manual"
+[sim.volume.other]
+{opened_by(BETA)}
+[volume.gone]
+device = "/dev/vg/gone"
+unlock = "manual"
+timeout = "10ms"
+[sim.volume.gone]
+present = false
+[volume.asked]
+device = "/dev/vg/asked"
+[sim.volume.asked]
+{opened_by(BETA)}
+[sim.guest.web]
+disks = ["/dev/mapper/asked"]
+autostart = true
+"""
+
+
+def test_one_key_for_several_volumes(host: Host, tmp_path: Path) -> None:
+    """0: all open; 3: the rest failed by the wrong key, and by nothing else; else 1."""
+    host.start(MANY)
+    key = tmp_path / "key"
+    key.write_text(ALPHA)
+    shown = ctl("unlock", "--key-file", str(key), "other", "right", "gone")
+    assert shown.code == 1
+    lines = shown.err.splitlines()
+    assert len(lines) == 2
+    assert "volume other: the key fits no key slot" in lines[0]
+    assert "volume gone" in lines[1]
+    assert host.states()["right"] == "unlocked"
+    assert ctl("unlock", "--key-file", str(key), "other", "asked").code == 3
+    assert ctl("unlock", "--key-file", str(key), "right").code == 0
+    key.write_text(BETA)
+    host.boot("waiting")
+    assert ctl("unlock", "--key-file", str(key), "other", "asked", "right").code == 0
+
+
+def test_what_failed_otherwise_and_is_still_asked_for(host: Host, tmp_path: Path) -> None:
+    host.start(MAIL)
+    key = tmp_path / "key"
+    key.write_text(ALPHA)
+    host.boot("waiting")
+    assert ctl("unlock", "--key-file", str(key)).code == 6  # cr_b
+    host.call("Lock", "s", "cr_b")
+    host.until(lambda client: client.volumes["cr_b"]["State"] != "waiting")
+    assert ctl("unlock", "--key-file", str(key), "cr_a", "cr_b").code == 3
+
+
+def test_a_volume_by_its_paths(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start(
+        f"{MAIL}\n[volume.tagged]\ndevice = 'UUID=3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11'\nunlock = 'manual'\n"
+    )
+    assert main.main(["status", "/dev/vg/b", "/dev/mapper/cr_a", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in shown["volumes"]] == ["cr_a", "cr_b"]
+    for path in ("/dev/vg/../vg/b", "/dev/disk/by-uuid/3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"):
+        assert main.main(["status", path]) == 0
+    assert main.main(["status", "UUID=3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"]) == 0
+    assert "tagged" in capsys.readouterr().out
+    assert ctl("unlock", "--key-file", "-", "/dev/vg/a", typed=ALPHA).code == 0
+    assert host.states()["cr_a"] == "unlocked"
+    assert main.main(["lock", "/dev/vg/a"]) == 0
+    assert main.main(["key", "list", "/dev/mapper/cr_b"]) == 0
+    assert main.main(["unlock", "/dev/vg/none"]) == 2
+    assert 'there is no volume "/dev/vg/none"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("keys", "code"), [("\x03", 130), ("\x04", 6)])
 def test_interrupted(mail: Host, keys: str, code: int) -> None:
     terminal = Terminal("unlock")
-    terminal.expect("Passphrase for cr_a, cr_b:")
+    terminal.expect("Passphrase for volumes cr_a, cr_b:")
     terminal.type(keys)
     assert terminal.end() == code
     assert "Traceback" not in terminal.seen

@@ -432,7 +432,7 @@ async def test_who_opens_a_volume_is_asked_for_its_keystore(daemon: Daemon) -> N
 
     def typed() -> int:
         terminal = Terminal("unlock", "above")
-        terminal.expect("Passphrase for keys (/dev/vg/keys):")
+        terminal.expect("Passphrase for volume keys (/dev/vg/keys):")
         terminal.type(f"{GAMMA}\n")
         terminal.expect("open now: above")
         return terminal.end()

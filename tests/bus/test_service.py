@@ -243,7 +243,8 @@ def with_daemon(text: str) -> Callable[[Test], Callable[[Start, Any], None]]:
 SURFACE = {
     ROOT: {
         MANAGER: {
-            "Unlock": "s→", "UnlockWithKey": "sh→", "UnlockAll": "→", "UnlockAllWithKey": "h→",
+            "Unlock": "s→", "UnlockUnattended": "s→", "UnlockWithKey": "sh→", "UnlockAll": "→",
+            "UnlockAllWithKey": "h→",
             "Lock": "s→", "LockAll": "→", "StartGuest": "s→", "StopGuest": "s→", "Boot": "→o",
             "Shutdown": "→", "Panic": "→", "Plan": "s→s", "Reload": "→",
             "ListKeys": "s→s", "TestKey": "sh→x", "AddKey": "shh→x", "RemoveKey": "sxh→",
@@ -635,8 +636,9 @@ async def test_files_that_differ_from_what_runs_are_shown(daemon: Daemon) -> Non
 # --- who may ---
 
 CHANGING = (
-    ("Unlock", "s", ("quiet",)), ("UnlockWithKey", "sh", ("outer", 0)), ("UnlockAll", "", ()),
-    ("UnlockAllWithKey", "h", (0,)), ("Lock", "s", ("stuck",)), ("LockAll", "", ()),
+    ("Unlock", "s", ("quiet",)), ("UnlockUnattended", "s", ("quiet",)),
+    ("UnlockWithKey", "sh", ("outer", 0)), ("UnlockAll", "", ()), ("UnlockAllWithKey", "h", (0,)),
+    ("Lock", "s", ("stuck",)), ("LockAll", "", ()),
     ("StartGuest", "s", ("imap",)), ("StopGuest", "s", ("imap",)), ("Boot", "", ()),
     ("Shutdown", "", ()), ("Panic", "", ()), ("Reload", "", ()), ("TestKey", "sh", ("outer", 0)),
     ("AddKey", "shh", ("outer", 0, 1)), ("RemoveKey", "sxh", ("outer", 0, 0)),

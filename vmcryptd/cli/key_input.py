@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
@@ -13,11 +14,19 @@ from vmcryptd.cli import terminal
 from vmcryptd.cli.output import open_key, say
 from vmcryptd.cli.verbs import UsageError
 from vmcryptd.core.errors import KeyUnusableError, VmcryptdError, WrongKeyError
-from vmcryptd.posix.memfd import LockedKey, MemfdKey, TooLargeError, copy_from_caller, readers
+from vmcryptd.posix.memfd import (
+    LockedKey,
+    MemfdKey,
+    TooLargeError,
+    copy_from_caller,
+    readers,
+    send_start,
+)
 from vmcryptd.posix.run import run
 
 TRIES = 3
 COMPARING_S = 10.0
+READ_S = 30.0  # as the daemon reads what is handed in
 
 
 class Fitting(LockedKey):
@@ -32,7 +41,7 @@ async def known(
 ) -> AsyncIterator[MemfdKey]:
     """A key that opens the volume: from a file, or one that is asked for until it fits, not `but` that slot."""
     if path is not None:
-        async with _from_file(path) as key:
+        async with from_file(path) as key:
             yield key
         return
     await client.call("ListKeys", "s", volume)  # a name that is wrong shows before anybody types
@@ -58,7 +67,7 @@ async def known(
 async def untried(client: Client, path: str | None, question: str) -> AsyncIterator[MemfdKey]:
     """A key from a file, or one that is asked for once."""
     if path is not None:
-        async with _from_file(path) as key:
+        async with from_file(path) as key:
             yield key
         return
     with contextlib.closing(LockedKey()) as typed:
@@ -70,7 +79,7 @@ async def untried(client: Client, path: str | None, question: str) -> AsyncItera
 async def new(client: Client, volume: str, path: str | None) -> AsyncIterator[MemfdKey]:
     """A key that is to open the volume: from a file, or one that was typed twice."""
     if path is not None:
-        async with _from_file(path) as key:
+        async with from_file(path) as key:
             yield key
         return
     for left in reversed(range(TRIES)):
@@ -107,14 +116,17 @@ async def _ask(client: Client, question: str, key: MemfdKey) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _from_file(path: str) -> AsyncIterator[MemfdKey]:
-    """A copy: of standard input there is only one reading, and some need the key twice."""
+async def from_file(path: str) -> AsyncIterator[LockedKey]:
+    """A copy: of standard input there is only one reading, and some need the key several times."""
     fd = open_key(path)
     with contextlib.closing(LockedKey()) as key:
         try:
-            await copy_from_caller(fd, key)
+            async with asyncio.timeout(READ_S):
+                await copy_from_caller(fd, key)
         except TooLargeError:
             raise KeyUnusableError(f"{path} is larger than 8 MiB, which no key is") from None
+        except TimeoutError:
+            raise KeyUnusableError(f"{path} did not end within {READ_S:g} s") from None
         except OSError as error:
             raise KeyUnusableError(f"{path} cannot be read: {error.strerror}") from None
         finally:
@@ -124,6 +136,29 @@ async def _from_file(path: str) -> AsyncIterator[MemfdKey]:
             raise KeyUnusableError(f"{path} is empty, which no key is")
         key.seal()
         yield key
+
+
+async def without_newline(key: MemfdKey) -> LockedKey | None:
+    """A copy without its last byte, if that is a newline and not all there is. To be closed by the caller."""
+    if key.size < 2 or not await _ends_with_newline(key):
+        return None
+    shorter = LockedKey()
+    send_start(key, key.size - 1, shorter)
+    shorter.seal()
+    return shorter
+
+
+async def _ends_with_newline(key: MemfdKey) -> bool:
+    """A child looks, so that no byte of the key comes into Python."""
+    with contextlib.closing(MemfdKey()) as newline:
+        os.write(newline.fileno(), b"\n")
+        with readers(key, newline) as fds:
+            paths = [f"/proc/self/fd/{fd}" for fd in fds]
+            skip = f"--ignore-initial={key.size - 1}:0"
+            done = await run(
+                ["cmp", "--silent", skip, "--", *paths], fds=fds, timeout_s=COMPARING_S
+            )
+    return done.code == 0
 
 
 async def _are_equal(one: MemfdKey, other: MemfdKey) -> bool:

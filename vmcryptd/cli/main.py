@@ -18,7 +18,6 @@ from vmcryptd.cli.output import (
     changing,
     check_names,
     discard_output,
-    open_key,
     page,
     print_json,
     report,
@@ -33,7 +32,7 @@ from vmcryptd.cli.render import (
     status_members,
     volume_members,
 )
-from vmcryptd.cli.verbs import UsageError
+from vmcryptd.cli.verbs import UsageError, Verb
 from vmcryptd.core.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -41,9 +40,11 @@ from vmcryptd.core.errors import (
     EXIT_USAGE,
     EXIT_WAITING,
     BusyError,
+    StillWaitingError,
     UnreachableError,
     VmcryptdError,
 )
+from vmcryptd.core.wording import few
 
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
 
@@ -107,7 +108,7 @@ def _run(argv: list[str]) -> int:
             return EXIT_OK
         verb, arguments = verbs.parse(argv)
         try:
-            return asyncio.run(RUN[verb.name](arguments))
+            return asyncio.run(_carried_out(verb, arguments))
         except VmcryptdError as error:
             if error.exit_code != EXIT_UNREACHABLE or verb.name not in ("shutdown", "panic"):
                 raise
@@ -122,6 +123,26 @@ def _run(argv: list[str]) -> int:
     except VmcryptdError as error:
         say(str(error))
         return error.exit_code
+
+
+async def _carried_out(verb: Verb, arguments: Namespace) -> int:
+    for argument in verb.arguments:
+        if argument.completes in ("volumes", "names") and not argument.name.startswith("-"):
+            await _resolve_paths(arguments, argument.name)
+    return await RUN[verb.name](arguments)
+
+
+async def _resolve_paths(arguments: Namespace, name: str) -> None:
+    """Put the names of volumes in the place of paths of devices and mappings."""
+    given = getattr(arguments, name)
+    words = given if isinstance(given, list) else [given]
+    if any("/" in word or "=" in word for word in words):
+        from vmcryptd.cli.volume_paths import resolve
+
+        async with connect() as client:
+            await client.load()
+        names = resolve(words, client.volumes)
+        setattr(arguments, name, names if isinstance(given, list) else names[0])
 
 
 # --- reading ---
@@ -285,17 +306,39 @@ async def _names(arguments: Namespace) -> int:
 
 
 async def _unlock(arguments: Namespace) -> int:
-    from vmcryptd.cli.unlock import Unlocking, with_key_file
-
-    key = None if arguments.key_file is None else open_key(arguments.key_file)
+    timeout_s = None if arguments.timeout is None else verbs.timeout(arguments.timeout)
     async with changing() as client:
         await client.follow()
-        if key is not None:
-            check_names(client, arguments.VOLUME)
-            failed = await with_key_file(client, arguments.VOLUME, key)
-        else:
-            unlocking = Unlocking(client, arguments.VOLUME, can_ask=client.interactive, say=say)
-            failed = await unlocking.run()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await _opened(client, arguments)
+        except TimeoutError:
+            names = arguments.VOLUME or list(client.host["Waiting"])
+            left = [name for name in names if client.volumes[name]["State"] != "unlocked"]
+            what = f"still locked: {few(left)}" if left else "vmcryptd goes on with it"
+            raise StillWaitingError(f"not open within {arguments.timeout}; {what}") from None
+
+
+async def _opened(client: Client, arguments: Namespace) -> int:
+    from vmcryptd.cli import unlock
+
+    names = arguments.VOLUME
+    check_names(client, names)
+    if arguments.key_file is not None:
+        from vmcryptd.cli.key_input import from_file
+
+        async with from_file(arguments.key_file) as key:
+            failed = await unlock.with_key(client, names, key, say)
+        report(unlock.named(failed))
+        return unlock.exit_status(client, failed) if failed else EXIT_OK
+    if arguments.no_ask:
+        failed = await unlock.without_asking(client, names)
+        is_needed = any(error.exit_code == EXIT_WAITING for error in failed.values())
+        if is_needed and (hint := unlock.unread_key()):
+            say(hint)
+    else:
+        can_ask = client.interactive
+        failed = await unlock.Unlocking(client, names, can_ask=can_ask, say=say).run()
     return report(failed.values())
 
 

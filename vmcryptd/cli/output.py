@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from vmcryptd.bus.client import Client, connect
-from vmcryptd.cli.render import WIDTH, Page, bar, printable, progress
+from vmcryptd.cli.render import WIDTH, Page, bar, opening, printable, progress
 from vmcryptd.cli.verbs import UsageError, near
 from vmcryptd.core.errors import EXIT_OK, NoSuchVolumeError, VmcryptdError
 
@@ -84,22 +85,50 @@ async def show_progress(client: Client, goal: str, begun: Callable[[], None]) ->
 
     await client.until(lambda: done() is not None)
     begun()
+    if sys.stderr.isatty():
+        await _draw(client, lambda width: None if (now := done()) is None else bar(now, width))
+
+
+@contextlib.asynccontextmanager
+async def show_opening(client: Client, names: Sequence[str]) -> AsyncIterator[None]:
+    """Meanwhile, on a terminal, draw how many of several volumes are open: the named ones, or all on their way."""
+
+    def line(width: int) -> str | None:
+        known = client.volumes
+        volumes = [known[name] for name in names if name in known] if names else known.values()
+        opened, count = opening(volumes)
+        if not any(values["State"] == "unlocking" for values in volumes) or count < 2:
+            return None
+        return bar(opened / count, width, f"{opened} of {count} open")
+
     if not sys.stderr.isatty():
+        yield
         return
+    drawing = asyncio.ensure_future(_draw(client, line))
+    try:
+        yield
+    finally:
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+
+
+async def _draw(client: Client, line: Callable[[int], str | None]) -> None:
+    """Keep one line of the terminal as it is to be for its width, until cancelled; nothing is left of it."""
     try:
         width = os.get_terminal_size(2).columns or WIDTH
     except OSError:
         width = WIDTH
-    line = ""
+    shown = ""
     try:
         while True:
-            if (now := done()) is not None and (new := bar(now, width - 1)) != line:
-                line = new
-                print(f"\r{line}", end="", file=sys.stderr, flush=True)
-            shown = now
-            await client.until(lambda: done() != shown)  # noqa: B023 (asked for before it changes)
+            if (new := line(width - 1)) is not None and new != shown:
+                shown = new
+                print(f"\r{shown}", end="", file=sys.stderr, flush=True)
+            before = new
+            await client.until(lambda: line(width - 1) != before)  # noqa: B023 (asked for before it changes)
     finally:
-        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+        if shown:
+            print(f"\r{' ' * len(shown)}\r", end="", file=sys.stderr, flush=True)
 
 
 def open_key(path: str) -> int:

@@ -336,11 +336,21 @@ def progress(goal: str, jobs: Iterable[Properties]) -> float | None:
     return None
 
 
-def bar(done: float, width: int) -> str:
-    """One line: how much is done."""
-    room = max(width - 9, 1)
+def opening(volumes: Iterable[Properties]) -> tuple[int, int]:
+    """How many of these volumes are open, and how many are or will be, or should."""
+    states = [str(values["State"]) for values in volumes]
+    opened = states.count("unlocked")
+    return opened, opened + sum(
+        states.count(state) for state in ("unlocking", "waiting", "failed", "suspended")
+    )
+
+
+def bar(done: float, width: int, text: str = "") -> str:
+    """One line: how much is done, in words at its end."""
+    text = text or percent(done)
+    room = max(width - len(text) - 3, 1)
     full = int(done * room)
-    return f"[{'#' * full}{'-' * (room - full)}] {percent(done)}"
+    return f"[{'#' * full}{'-' * (room - full)}] {text}"
 
 
 def percent(done: float) -> str:

@@ -6,23 +6,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmcryptd.bus.client import Client
 from vmcryptd.cli import terminal
-from vmcryptd.cli.output import check_names
+from vmcryptd.cli.output import show_opening
 from vmcryptd.core.errors import (
+    EXIT_FAILED,
+    EXIT_WAITING,
+    EXIT_WRONG_KEY,
     KeyUnavailableError,
+    NotAuthorizedError,
     StillWaitingError,
     VmcryptdError,
     WrongKeyError,
 )
+from vmcryptd.core.wording import few, question
+
+if TYPE_CHECKING:
+    from vmcryptd.posix.memfd import MemfdKey
 
 TRIES = 3
 GATHER_S = 1.0
+AT_ONCE = 8  # calls of one key for several volumes
+# Each is as slow as a wrong key, and is only for a better sentence.
+TRIES_WITHOUT_NEWLINE = 3
 
 Say = Callable[[str], None]
 Reader = Callable[[], int]  # gives a descriptor of the key, to be closed by who called
@@ -33,42 +45,133 @@ async def hand_over(
 ) -> dict[str, VmcryptdError]:
     """Give the key to the named volumes, or to all that wait. Returns what failed; "" stands for all."""
     failed: dict[str, VmcryptdError] = {}
-    for name in names or [""]:
-        fd = reader()
-        try:
-            if name:
-                await client.call("UnlockWithKey", "sh", name, 0, fds=[fd])
-            else:
-                await client.call("UnlockAllWithKey", "h", 0, fds=[fd])
-        except VmcryptdError as error:
-            failed[name] = error
-        finally:
-            os.close(fd)
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def give(name: str) -> None:
+        async with turn:
+            fd = reader()
+            try:
+                if name:
+                    await client.call("UnlockWithKey", "sh", name, 0, fds=[fd])
+                else:
+                    await client.call("UnlockAllWithKey", "h", 0, fds=[fd])
+            except VmcryptdError as error:
+                failed[name] = error
+            finally:
+                os.close(fd)
+
+    named = list(dict.fromkeys(names)) or [""]
+    async with show_opening(client, names):
+        await asyncio.gather(*map(give, named))
     await client.ping()  # what has changed by now has been told when this is answered
+    return {name: failed[name] for name in named if name in failed}
+
+
+async def with_key(
+    client: Client, names: Sequence[str], key: MemfdKey, say: Say
+) -> dict[str, VmcryptdError]:
+    """The key is not asked for. Returns what failed; "" stands for all."""
+    failed = await hand_over(client, names, key.reader)
+    wrong = [name for name, error in failed.items() if isinstance(error, WrongKeyError)]
+    if wrong == [""]:
+        wrong = list(client.host["Waiting"])
+    if wrong:
+        await _explain_newline(client, wrong[:TRIES_WITHOUT_NEWLINE], key, say)
     return failed
 
 
-async def with_key_file(client: Client, names: Sequence[str], fd: int) -> dict[str, VmcryptdError]:
-    """The key comes from a descriptor, which the daemon reads to its end."""
-    if len(names) <= 1:
-        return await hand_over(client, names, lambda: os.dup(fd))
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return await hand_over(client, names, lambda: _again(fd))
-    # A pipe can be read once only.
-    from vmcryptd.posix.memfd import LockedKey, copy_from_caller
+async def _explain_newline(client: Client, names: list[str], key: MemfdKey, say: Say) -> None:
+    """Say so if the key fits without the newline at its end: an editor or `echo` put that there."""
+    from vmcryptd.cli.key_input import without_newline
 
-    key = LockedKey()
+    if (shorter := await without_newline(key)) is None:
+        return
+    # A right that the caller may not have, and no reason to ask him for his password.
+    client.interactive, interactive = False, client.interactive
     try:
-        await copy_from_caller(fd, key)
-        key.seal()
-        return await hand_over(client, names, key.reader)
+        with contextlib.closing(shorter):
+            for name in names:
+                fd = shorter.reader()
+                try:
+                    await client.call("TestKey", "sh", name, 0, fds=[fd])
+                except NotAuthorizedError:
+                    say("the key ends with a newline, which is a part of it")
+                    return
+                except VmcryptdError:
+                    continue
+                finally:
+                    os.close(fd)
+                say(
+                    f"volume {name}: the key fits without the newline at its end, which is a part of it as given; "
+                    "`head -c -1 FILE` leaves that out, and so does `printf %s` instead of `echo`"
+                )
+                return
     finally:
-        key.close()
+        client.interactive = interactive
 
 
-def _again(fd: int) -> int:
-    # Opened anew, so that each reader has an offset of its own.
-    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+def exit_status(client: Client, failed: dict[str, VmcryptdError]) -> int:
+    """Of one key for several volumes: the truth about all, as vmcryptctl(1) has it."""
+    codes = {error.exit_code for error in failed.values()}
+    if len(codes) == 1 and codes != {EXIT_WAITING}:
+        return codes.pop()
+    is_asked = any(values["State"] == "waiting" for values in client.volumes.values())
+    return EXIT_WAITING if codes <= {EXIT_WRONG_KEY, EXIT_WAITING} and is_asked else EXIT_FAILED
+
+
+def named(failed: dict[str, VmcryptdError]) -> list[VmcryptdError]:
+    """Each failure in a sentence that names its volume."""
+    return [
+        error if name in str(error) else type(error)(f"volume {name}: {error}")
+        for name, error in failed.items()
+    ]
+
+
+async def without_asking(client: Client, names: Sequence[str]) -> dict[str, VmcryptdError]:
+    """Open the named volumes, or what boot would open, by what needs no person. Returns what failed."""
+    failed: dict[str, VmcryptdError] = {}
+
+    async def open_one(name: str) -> None:
+        try:
+            await client.call("UnlockUnattended", "s", name)
+        except VmcryptdError as error:
+            failed[name] = error
+
+    wanted = list(dict.fromkeys(names))
+    if not names:
+        [text] = await client.call("Plan", "s", "boot")
+        wanted = [
+            step["object"] for step in json.loads(text)["steps"] if step["action"] == "unlock"
+        ]
+    closed = [name for name in wanted if client.volumes[name]["State"] != "unlocked"]
+    async with show_opening(client, closed):
+        await asyncio.gather(*map(open_one, closed))
+    return {name: failed[name] for name in closed if name in failed}
+
+
+def beneath(client: Client, names: Iterable[str]) -> set[str]:
+    """The named volumes and those they stand on."""
+    found = set(names)
+    while True:
+        more = {
+            name
+            for name, values in client.volumes.items()
+            if name not in found and found.intersection(values.get("NeededBy", []))
+        }
+        if not more:
+            return found
+        found |= more
+
+
+def unread_key() -> str:
+    """What to say when something is piped in, and nobody reads it."""
+    try:
+        is_pipe = stat.S_ISFIFO(os.fstat(0).st_mode)
+    except OSError:
+        return ""
+    return (
+        '; standard input is not read: "--key-file -" takes the key from there' if is_pipe else ""
+    )
 
 
 class Unlocking:
@@ -76,7 +179,8 @@ class Unlocking:
 
     def __init__(self, client: Client, names: Sequence[str], *, can_ask: bool, say: Say) -> None:
         self._client = client
-        self._names = list(dict.fromkeys(names))
+        self._names = list(dict.fromkeys(names))  # that are still to be opened
+        self._is_for_all = not self._names
         self._can_ask = can_ask
         self._say = say
         self._calls: dict[
@@ -89,30 +193,34 @@ class Unlocking:
 
     async def run(self) -> dict[str, VmcryptdError]:
         """Returns what failed, by name. Raises what ends it all."""
-        check_names(self._client, self._names)
         closed = {name for name in self._client.volumes if not self._is_open(name)}
         for name in self._names:
             if name not in closed:
                 self._say(f"{name} is open already")
-        self._names, had_names = [name for name in self._names if name in closed], bool(self._names)
-        if had_names and not self._names:
+        self._names = [name for name in self._names if name in closed]
+        if not (self._is_for_all or self._names):
             return {}
         try:
             # What waits has tried its other sources already; the rest may need no person at all.
             for name in self._names or ([] if self._waiting() else [""]):
                 if not self._can_ask or name not in self._waiting():
                     self._begin(name)
-            if not self._names and not self._can_ask:
+            if self._is_for_all and not self._can_ask:
                 self._begin("")
             failed = await self._pursue()
-            if not had_names and not failed and not any(self._is_open(name) for name in closed):
+            if self._is_for_all and not failed and not any(map(self._is_open, closed)):
                 self._say("nothing is waiting for a key")
+            for name in self._names:
+                if not self._is_open(name) and name not in failed:
+                    failed[name] = StillWaitingError(
+                        f"volume {name} is not open: somebody has given it up meanwhile"
+                    )
             return failed
         finally:
             for call in self._calls.values():
                 call.cancel()
             if opened := sorted(name for name in closed if self._is_open(name)):
-                self._say(f"open now: {', '.join(opened)}")
+                self._say(f"open now: {few(opened)}")
 
     async def _pursue(self) -> dict[str, VmcryptdError]:
         failed: dict[str, VmcryptdError] = {}
@@ -144,9 +252,11 @@ class Unlocking:
                 if targets and not self._told_waiting:
                     self._told_waiting = True
                     self._say(
-                        f"waiting for a passphrase for {', '.join(targets)}; "
-                        "`vmcryptctl unlock` on a terminal asks for it, and so do the system's agents"
+                        f"waiting for a passphrase for {few(targets)}; `vmcryptctl unlock` on a terminal asks "
+                        "for it, and so do the system's agents"
                     )
+                    if hint := unread_key():
+                        self._say(hint)
                 await self._next_event()
 
     def _begin(self, name: str) -> None:
@@ -163,7 +273,10 @@ class Unlocking:
             self._client.until(lambda: bool(self._targets()) and not told)
         )
         try:
-            await asyncio.wait({asked, *self._calls.values()}, return_when=asyncio.FIRST_COMPLETED)
+            async with show_opening(self._client, self._names):
+                await asyncio.wait(
+                    {asked, *self._calls.values()}, return_when=asyncio.FIRST_COMPLETED
+                )
             if asked.done():
                 asked.result()
         finally:
@@ -172,9 +285,10 @@ class Unlocking:
     # --- asking ---
 
     async def _ask(self, targets: list[str]) -> None:
-        question = self._before + _question(targets, self._client)
+        device = str(self._client.volumes.get(targets[0], {}).get("Device", ""))
+        text = question(targets, device, self._before)
         with _answer(many=len(self._names) > 1) as answer:
-            answered = await self._answered(question, targets, answer)
+            answered = await self._answered(text, targets, answer)
             answer.finish()
             if not answered:
                 return
@@ -186,7 +300,7 @@ class Unlocking:
         fitted = sorted(
             n for n in self._client.volumes if self._is_open(n) and n not in open_before
         )
-        self._before = f"That fitted {', '.join(fitted)}. " if fitted else ""
+        self._before = f"That fitted {few(fitted)}. " if fitted else ""
         if fitted:
             self._tries = 0
         self._insist.clear()
@@ -213,7 +327,7 @@ class Unlocking:
         self._before = before
         self._insist.update(name for name in targets if not self._is_open(name))
 
-    async def _answered(self, question: str, targets: list[str], answer: _Answer) -> bool:
+    async def _answered(self, text: str, targets: list[str], answer: _Answer) -> bool:
         """False when the question has become needless. Raises StillWaitingError when it was declined."""
         waiting = set(self._waiting())
 
@@ -223,14 +337,14 @@ class Unlocking:
                 for name in targets
             )
 
-        asking = asyncio.ensure_future(terminal.ask(question, answer.writer))
+        asking = asyncio.ensure_future(terminal.ask(text, answer.writer))
         over = asyncio.ensure_future(self._client.until(is_over))
         try:
             await asyncio.wait({asking, over}, return_when=asyncio.FIRST_COMPLETED)
             if asking.done():
                 if asking.result():
                     return True
-                raise StillWaitingError(f"not answered; still locked: {', '.join(targets)}")
+                raise StillWaitingError(f"not answered; still locked: {few(targets)}")
             over.result()
         finally:
             for task in (asking, over):
@@ -239,11 +353,7 @@ class Unlocking:
         self._insist.clear()
         self._before = ""
         opened = [name for name in targets if self._is_open(name)]
-        what = (
-            f"{', '.join(opened)} opened meanwhile"
-            if opened
-            else f"{', '.join(targets)} given up meanwhile"
-        )
+        what = f"{few(opened)} opened meanwhile" if opened else f"{few(targets)} given up meanwhile"
         self._say(f"{what}; the question is withdrawn")
         return False
 
@@ -268,29 +378,9 @@ class Unlocking:
     def _targets(self) -> list[str]:
         """What a question would be about now."""
         wanted = set(self._waiting())
-        if self._names:
-            wanted &= self._beneath(self._names)
+        if not self._is_for_all:
+            wanted &= beneath(self._client, self._names)
         return sorted(name for name in wanted | self._insist if not self._is_open(name))
-
-    def _beneath(self, names: Iterable[str]) -> set[str]:
-        """The named volumes and those they stand on."""
-        found = set(names)
-        while True:
-            more = {
-                name
-                for name, values in self._client.volumes.items()
-                if name not in found and found.intersection(values.get("NeededBy", []))
-            }
-            if not more:
-                return found
-            found |= more
-
-
-def _question(targets: list[str], client: Client) -> str:
-    if len(targets) == 1:
-        device = client.volumes.get(targets[0], {}).get("Device", "")
-        return f"Passphrase for {targets[0]} ({device}):"
-    return f"Passphrase for {', '.join(targets)}:"
 
 
 class _Answer(NamedTuple):

@@ -72,10 +72,13 @@ VERBS: tuple[Verb, ...] = (
         "open volumes",
         "Opens the named volumes and what they stand on; without a name all that wait for a key, or all "
         "that boot would open. On a terminal it asks for a passphrase once and tries the answer on all "
-        "of them. Without a terminal it leaves asking to the system's password agents.",
+        "of them. Without a terminal it leaves asking to the system's password agents. A volume may also be named "
+        "by its device or its path in /dev/mapper.",
         (
             Argument("VOLUME", "a volume", nargs="*", completes="volumes"),
             KEY_FILE,
+            Argument("--no-ask", "ask nobody; exit status 6 if a person were needed"),
+            Argument("--timeout", "how long at most, such as 90s or 5min", value="TIME"),
         ),
         (
             ("vmcryptctl unlock", "asks once, opens all that wait"),

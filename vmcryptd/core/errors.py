@@ -111,6 +111,13 @@ class KeyUnavailableError(VmcryptdError):
     name = "KeyUnavailable"
 
 
+class NotAskedError(KeyUnavailableError):
+    """A person would have had to be asked, and the caller wanted no question."""
+
+    name = "NotAsked"
+    exit_code = EXIT_WAITING
+
+
 class NotYetError(KeyUnavailableError):
     """A source that asks elsewhere gave no key now; it may later."""
 

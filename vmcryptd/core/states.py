@@ -13,13 +13,14 @@ from vmcryptd.core.errors import (
     DeviceMissingError,
     DeviceUnreadableError,
     LibvirtError,
+    NotAskedError,
     VmcryptdError,
 )
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import GuestState, HostState, VolumeState
 
 # Errors that say nothing about the volume itself.
-_NOT_ITS_OWN = (DeviceMissingError, DependencyError, CancelledError)
+_NOT_ITS_OWN = (DeviceMissingError, DependencyError, CancelledError, NotAskedError)
 
 
 @dataclass

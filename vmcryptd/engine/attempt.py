@@ -13,6 +13,7 @@ from vmcryptd.core.errors import (
     CancelledError,
     KeyFileMissingError,
     KeyUnavailableError,
+    NotAskedError,
     NotYetError,
     VmcryptdError,
     WrongKeyError,
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 # A TPM locks itself after some wrong PINs, for hours: so many are tried, and then the other sources stand.
 PIN_TRIES = 3
+_ANSWERS = {"key", "prompt"}  # the sources of answers, beside those of the configuration
 # What asks elsewhere is asked again after so long, then after twice that, up to the second: the network may come up
 # later than we do, and a server come back.
 AGAIN_S = (1.0, 60.0)
@@ -90,7 +92,10 @@ class Attempt:
             if await self._try_answer(answer):
                 return answer.source
         if not may_ask():
-            raise self._exhausted()
+            error = self._exhausted()
+            was_given = not _ANSWERS.isdisjoint(self._failures)
+            needs_person = not was_given and (self._spec.asks or self._pins)
+            raise NotAskedError(str(error)) if needs_person else error
         return await self._wait()
 
     async def by_answer(self, answer: Answer) -> str | None:

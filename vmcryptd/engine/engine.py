@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 
 from vmcryptd.core import planner
-from vmcryptd.core.errors import BusyError
+from vmcryptd.core.errors import BusyError, NotAskedError
 from vmcryptd.core.goals import LOCK_ALL, SHUTDOWN, Action, Goal, Plan, StepId, Verb
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import HostState, Lock, Settings
@@ -169,6 +169,20 @@ class Engine:
     async def unlock(self, name: str) -> None:
         """Open a volume and what it needs, asking where necessary. Raises what kept it closed."""
         await self.scheduler.pursue(Goal(Verb.UNLOCK, name))
+
+    async def unlock_unattended(self, name: str) -> None:
+        """The same without a question. Raises NotAskedError if a person is needed."""
+        job = self.scheduler.begin(Goal(Verb.UNLOCK, name), may_ask=False)
+
+        def is_asked_for() -> bool:
+            return not set(self.waiting).isdisjoint(self.graph.beneath([name], still=True))
+
+        await self.changes.until(lambda: job.id not in self.jobs or is_asked_for())
+        if job.id in self.jobs:  # another caller has begun to open it
+            raise NotAskedError(
+                f"volume {name} waits for a passphrase; `vmcryptctl unlock {name}` asks for it"
+            )
+        await self.scheduler.wait(job)
 
     async def unlock_all(self) -> None:
         """Open the whole boot set, asking where necessary."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
+from vmcryptd.core import wording
 from vmcryptd.core.errors import CancelledError, VmcryptdError
 from vmcryptd.core.model import Infinity, VolumeSpec
 from vmcryptd.core.ports import Key, Keys
@@ -392,7 +393,4 @@ async def _first(asking: asyncio.Future[Any], other: Coroutine[None, None, Any])
 def question(volumes: list[VolumeSpec], wrong: bool) -> str:
     """One line, as agents show it."""
     before = "That did not fit. " if wrong else ""
-    if len(volumes) == 1:
-        return f"{before}Passphrase for volume {volumes[0].name} ({volumes[0].device}):"
-    names = ", ".join(volume.name for volume in volumes)
-    return f"{before}Passphrase for volumes {names}:"
+    return wording.question([one.name for one in volumes], volumes[0].device, before)
