@@ -16,6 +16,7 @@ from vmcryptd import daemon
 from vmcryptd.audit import check, probe
 from vmcryptd.audit.check import ERROR, WARNING, Finding
 from vmcryptd.audit.probe import Facts, File
+from vmcryptd.audit.tables import Fault
 from vmcryptd.cli import main
 from vmcryptd.config import files as configuration_files
 from vmcryptd.config import schema
@@ -285,6 +286,14 @@ def test_a_key_file_on_a_locked_volume_is_not_missed() -> None:
     )
     texts = [finding.text for finding in found(facts(text))]
     assert texts == ["its device /dev/vdb is not there"]
+
+
+def test_a_line_of_fstab_or_crypttab() -> None:
+    faults = (Fault("a", True, "line 3 of /etc/fstab", "x"), Fault("a", False, "line 4", "y"))
+    assert found(facts(GOOD, table_faults=faults)) == [
+        Finding(ERROR, "volume a", "line 3 of /etc/fstab", "x"),
+        Finding(WARNING, "volume a", "line 4", "y"),
+    ]
 
 
 def test_exit_status() -> None:

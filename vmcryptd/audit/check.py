@@ -138,6 +138,9 @@ def _volumes(facts: Facts) -> Iterator[Finding]:
             text = f"its device {spec.device} is not there"
             advice = "see `lsblk -f`; if it lies on another volume, say so by `after`"
             yield Finding(ERROR, where, text, advice)
+        for fault in facts.table_faults:
+            if fault.volume == name:
+                yield Finding(ERROR if fault.is_error else WARNING, where, fault.text, fault.advice)
         yield from _kernel_name(facts, where, node)
         yield from _header(facts, where, node)
         yield from _keys(facts, where, node)

@@ -15,7 +15,9 @@ from vmcryptd.adapters.keysources import sources
 from vmcryptd.adapters.libvirt.domains import Libvirt
 from vmcryptd.adapters.luks.mappings import Cryptsetup, read_header
 from vmcryptd.adapters.storage.blocks import SysfsBlocks
+from vmcryptd.adapters.storage.mounts import unescape
 from vmcryptd.adapters.systemd.host import StateFiles
+from vmcryptd.audit import tables
 from vmcryptd.core import graph as graphs
 from vmcryptd.core import identity
 from vmcryptd.core.errors import DamagedHeaderError, VmcryptdError, WrongUuidError
@@ -34,6 +36,11 @@ from vmcryptd.posix.run import CommandError, program, run
 
 LIBVIRT_S = 30.0
 SYSTEMCTL_S = 15.0
+# Debian and Fedora; the script has its own default, which Debian changes from suspend to shutdown.
+LIBVIRT_GUESTS_SCRIPTS = (
+    "/usr/lib/libvirt/libvirt-guests.sh",
+    "/usr/libexec/libvirt-guests.sh",
+)
 LIBVIRT_GUESTS = ("/etc/default/libvirt-guests", "/etc/sysconfig/libvirt-guests")
 QEMU_CONF = "/etc/libvirt/qemu.conf"
 SAVED = "/var/lib/libvirt/qemu/save"
@@ -68,6 +75,7 @@ class Facts:
 
     settings: Settings
     graph: Graph = field(default_factory=Graph)
+    table_faults: tuple[tables.Fault, ...] = ()  # what fstab and crypttab do to volumes
     headers: Mapping[str, Header | VmcryptdError] = field(default_factory=dict)  # volume → header
     strangers: Mapping[str, str] = field(
         default_factory=dict
@@ -105,7 +113,13 @@ async def look(settings: Settings) -> Facts:
             error = str(failure)
         finally:
             await libvirt.close()
-    wanted = sorted(graphs.wanted_paths(settings, virtualisation, chains))
+    boot_tables = tuple(
+        entry
+        for file in (tables.FSTAB, tables.CRYPTTAB)
+        for entry in tables.entries(file, _lines(file))
+    )
+    needed = {*graphs.wanted_paths(settings, virtualisation, chains), *tables.paths(boot_tables)}
+    wanted = sorted(needed)
     await blocks.look(wanted)
     storage = blocks.observe(wanted)
     paths, uuids = StateFiles().seen()
@@ -116,6 +130,7 @@ async def look(settings: Settings) -> Facts:
     return Facts(
         settings=settings,
         graph=graph,
+        table_faults=tuple(tables.faults(boot_tables, graph, storage)),
         headers=headers,
         strangers=_strangers(settings, observation, headers),
         identities=_identities(virtualisation, storage),
@@ -286,7 +301,7 @@ async def _units() -> tuple[dict[str, str], frozenset[str]]:
 
 def _plain_swap(storage: Storage) -> Iterable[str]:
     for line in _lines("/proc/swaps")[1:]:
-        path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line.split()[0])
+        path = unescape(line.split()[0])
         try:
             status = os.stat(path)
         except OSError:
@@ -315,17 +330,24 @@ def _total_memory_kib() -> int:
 
 def _suspends(units: Mapping[str, str]) -> str:
     if units.get("libvirt-guests.service", "").startswith("enabled"):
-        action = "suspend"  # what libvirt-guests.sh does when nothing is set
-        for path in LIBVIRT_GUESTS:
-            for line in _lines(path):
-                if match := re.match(r"\s*ON_SHUTDOWN=[\"']?(\w+)", line):
-                    action = match[1]
+        action = _set_to(r"ON_SHUTDOWN", LIBVIRT_GUESTS_SCRIPTS) or "suspend"
+        action = _set_to(r"\s*ON_SHUTDOWN", LIBVIRT_GUESTS) or action
         if action == "suspend":
             return "libvirt-guests.service (ON_SHUTDOWN=suspend)"
     for line in _lines(QEMU_CONF):  # since libvirt 11.2
         if match := re.match(r'\s*auto_shutdown_try_save\s*=\s*"(all|persistent|transient)"', line):
             return f'{QEMU_CONF} (auto_shutdown_try_save = "{match[1]}")'
     return ""
+
+
+def _set_to(variable: str, paths: Iterable[str]) -> str:
+    """What a shell's variable (an expression, from the beginning of a line) is last set to; empty if nowhere."""
+    value = ""
+    for path in paths:
+        for line in _lines(path):
+            if match := re.match(rf"{variable}=[\"']?(\w+)", line):
+                value = match[1]
+    return value
 
 
 def _lines(path: str) -> list[str]:
