@@ -129,7 +129,9 @@ async def test_what_is_due_outlives_the_daemon(run: Running) -> None:
     keys = run.engine.key_slots
     await keys.add("mail", handed_in("one"), handed_in("two"))
     since = keys.backup_due_since("mail")
-    again = KeySlots(run.engine._ports, run.engine.inventory, run.engine.derivations)
+    again = KeySlots(
+        run.engine._ports, run.engine.inventory, run.engine.derivations, run.engine.operations
+    )
     assert again.backup_due_since("mail") == since
     await again.change("mail", handed_in("one"), handed_in("three"))
     assert again.backup_due_since("mail") == since  # not from now on

@@ -24,6 +24,7 @@ from vmcryptd.engine.jobs import Job, Jobs, together
 from vmcryptd.engine.key_management import KeySlots
 from vmcryptd.engine.opener import Opener
 from vmcryptd.engine.opening import Openings
+from vmcryptd.engine.operations import Operations
 from vmcryptd.engine.panic import panic
 from vmcryptd.engine.predecessors import Predecessors
 from vmcryptd.engine.prompt import Prompt
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # Whatever does not end within this is left to end by itself: the keys do not wait for it.
 PANIC_CANCEL_S = 2.0
+# A header that is being changed is waited for on the way down, for so long.
+CHANGE_S = 30.0
 
 
 class Engine:
@@ -50,14 +53,15 @@ class Engine:
         self._activities = Activities(settings.volumes)
         self.inventory.rebuilt.watch(self._seen)
         self._jobs = Jobs(ports.memory, self.changes)
+        self.operations = Operations(self._jobs)
         hooks = Hooks(ports.host, self.inventory)
         self.prompt = Prompt(ports.keys, self.changes.notify, hooks.waiting)
         self.inventory.rebuilt.watch(self.prompt.changes.notify)  # opened by hand, perhaps
         self.openings = Openings(self.inventory, self.prompt)
         self.derivations = Derivations(ports.crypt, self.inventory)
-        self.key_slots = KeySlots(ports, self.inventory, self.derivations)
+        self.key_slots = KeySlots(ports, self.inventory, self.derivations, self.operations)
         self.rotations = Rotations(
-            ports, self.inventory, self.key_slots, self.derivations, self._jobs
+            ports, self.inventory, self.key_slots, self.derivations, self._jobs, self.operations
         )
         opener = Opener(
             ports.crypt, ports.keys, self.inventory, self._activities, self.prompt, self.openings, self.derivations,
@@ -218,6 +222,8 @@ class Engine:
         self.inventory.observe()
         goal = Goal(Verb.LOCK, name)
         planner.plan(self.graph, goal)
+        above = (v for v in self.operations.volumes & self.graph.volumes.keys())
+        await self.operations.end_opening({v for v in above if name in self.graph.beneath([v])})
         await self.scheduler.cancel_opening(name)
         await self.scheduler.pursue(goal)
 
@@ -225,9 +231,10 @@ class Engine:
         """Close every volume; refused as a whole while anything is used. Raises BusyError naming the users."""
         self.inventory.observe()
         planner.plan(self.graph, LOCK_ALL)
-        await self._cancel_rising()
-        self._forget_boot()
-        await self.scheduler.pursue(LOCK_ALL)
+        with self._jobs.going_down(only_volumes=True):
+            await self._cancel_rising()
+            self._forget_boot()
+            await self.scheduler.pursue(LOCK_ALL)
 
     async def shutdown(self) -> None:
         """The whole way down. What fails is told at the end; the rest is closed all the same."""
@@ -263,14 +270,22 @@ class Engine:
     async def _panic(self) -> None:
         self._forget_boot()
         self._jobs.stop_rising()
-        await self.scheduler.cancel(list(self.scheduler.running), PANIC_CANCEL_S)
+        await asyncio.gather(
+            self.operations.break_off(PANIC_CANCEL_S),
+            self.scheduler.cancel(list(self.scheduler.running), PANIC_CANCEL_S),
+        )
+        self.prompt.wipe()  # an answer may have come meanwhile
         self.inventory.observe()
         abort = functools.partial(self.rotations.abort, grace_s=PANIC_CANCEL_S)
         if errors := await panic(self.inventory, self._ports, abort):
             raise BusyError("; ".join(errors))
 
     async def _cancel_rising(self) -> None:
-        await self.scheduler.cancel_rising(self.settings.daemon.shutdown_timeout_s)
+        timeout_s = self.settings.daemon.shutdown_timeout_s
+        await asyncio.gather(
+            self.operations.end(min(timeout_s, CHANGE_S)),
+            self.scheduler.cancel_rising(timeout_s),
+        )
 
     def _forget_boot(self) -> None:
         """Nothing is to come up by itself any more, and no key is held."""

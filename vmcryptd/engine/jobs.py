@@ -28,6 +28,8 @@ from vmcryptd.posix.changes import Changes
 
 log = logging.getLogger(__name__)
 
+OVERTAKEN = "another request (lock, shutdown or panic) overtook this one"
+
 
 class JobState(StrEnum):
     RUNNING = "running"
@@ -103,12 +105,14 @@ class Jobs:
         self._changes = changes
         self._numbers = itertools.count(1)
         self._going_down = 0  # requests to go down that are under way
+        self._closing = 0  # of these, the ones that only close volumes
         self._beside: tuple[str, ...] = ()
         self._background: set[asyncio.Task[None]] = set()
 
     @property
     def is_going_down(self) -> bool:
-        return self._going_down > 0
+        """Whether the host is on its way down: guests, too."""
+        return self._going_down > self._closing
 
     @property
     def is_rising(self) -> bool:
@@ -118,7 +122,7 @@ class Jobs:
         """Raises ShuttingDownError after `close`; BusyError on the way up while everything goes down."""
         if self.is_closed:
             raise ShuttingDownError("vmcryptd is stopping; ask again when it is back")
-        if rising and self.is_going_down:
+        if rising and self._going_down:
             raise BusyError("everything is being stopped and closed; try again when that is done")
 
     def register(
@@ -154,14 +158,16 @@ class Jobs:
             job.is_stopped = job.is_stopped or job.is_rising
 
     @contextlib.contextmanager
-    def going_down(self) -> Iterator[None]:
+    def going_down(self, *, only_volumes: bool = False) -> Iterator[None]:
         """Nothing comes up meanwhile."""
         self._going_down += 1
+        self._closing += only_volumes
         self._changes.notify()
         try:
             yield
         finally:
             self._going_down -= 1
+            self._closing -= only_volumes
             self._changes.notify()
 
     def close(self) -> None:
@@ -213,7 +219,7 @@ def together(errors: Iterable[VmcryptdError]) -> VmcryptdError:
 def outcome(task: asyncio.Task[None]) -> VmcryptdError | None:
     """How a task that is done has failed, if it has."""
     if task.cancelled():
-        return CancelledError("another request (lock, shutdown or panic) overtook this one")
+        return CancelledError(OVERTAKEN)
     error = task.exception()
     if error is None or isinstance(error, VmcryptdError):
         return error

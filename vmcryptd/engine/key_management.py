@@ -31,6 +31,7 @@ from vmcryptd.core.model import Header, KeySlot, Token, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
 from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.inventory import Inventory
+from vmcryptd.engine.operations import Operations
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,12 @@ class KeySlots:
         ports: Ports,
         inventory: Inventory,
         derivations: Derivations,
+        operations: Operations,
     ) -> None:
         self._ports = ports
         self._inventory = inventory
         self._derivations = derivations
+        self._operations = operations
         self._due = ports.memory.backups_due()
         self.rotating: set[str] = set()  # volumes whose header somebody else is at, for hours
         self._locks: dict[str, asyncio.Lock] = {}
@@ -125,16 +128,21 @@ class KeySlots:
         async with self.keys(name, fd, new_fd) as (spec, key, new_key):
             header = await self._changeable(spec)
             old = await self.slot_of(spec, header, key)
-            new = await self._add(spec, key, new_key, priority=old.priority)
-            # Until here the old key opens the volume, and from here on both do, until the old one is gone.
-            try:
-                await self._remove(spec, await self._ports.crypt.header(spec), old.number, new_key)
-            except VmcryptdError as error:
-                raise type(error)(
-                    f"{error}. The new key of {name} works (key slot {new}), and the old one still does "
-                    f"(key slot {old.number}): `vmcryptctl key remove {name} {old.number}` removes it"
-                ) from None
-            return new
+            with self._operations.changing():
+                return await self._change(spec, key, new_key, old)
+
+    async def _change(self, spec: VolumeSpec, key: Key, new_key: Key, old: KeySlot) -> int:
+        name = spec.name
+        new = await self._add(spec, key, new_key, priority=old.priority)
+        # Until here the old key opens the volume, and from here on both do, until the old one is gone.
+        try:
+            await self._remove(spec, await self._ports.crypt.header(spec), old.number, new_key)
+        except VmcryptdError as error:
+            raise type(error)(
+                f"{error}. The new key of {name} works (key slot {new}), and the old one still does "
+                f"(key slot {old.number}): `vmcryptctl key remove {name} {old.number}` removes it"
+            ) from None
+        return new
 
     async def add_from_keystore(self, name: str, keystore: str, fd: int) -> str:
         """Have the volume opened by a random key that lies in a keystore, too. Returns the key source.
@@ -254,7 +262,8 @@ class KeySlots:
         if not since:
             self._note_due(spec.name, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         try:
-            yield
+            with self._operations.changing():
+                yield
         except VmcryptdError:
             with contextlib.suppress(VmcryptdError):
                 if await self._ports.crypt.header(spec) == before:
@@ -323,6 +332,7 @@ class KeySlots:
         with contextlib.ExitStack() as keys:
             read = []
             try:
+                keys.enter_context(self._operations.begun())
                 self._spec(name)
                 while left:
                     key = await self._ports.keys.receive(left.pop(0))

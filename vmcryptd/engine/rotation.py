@@ -28,6 +28,7 @@ from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, outcome
 from vmcryptd.engine.key_management import KeySlots, opened_by
+from vmcryptd.engine.operations import Operations
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,14 @@ class Rotations:
         key_slots: KeySlots,
         derivations: Derivations,
         jobs: Jobs,
+        operations: Operations,
     ) -> None:
         self._ports = ports
         self._inventory = inventory
         self._key_slots = key_slots
         self._derivations = derivations
         self._jobs = jobs
+        self._operations = operations
         self._running: dict[str, _Rotation] = {}
 
     def start(self) -> None:
@@ -116,12 +119,15 @@ class Rotations:
                 return self._rotate(rotation, header, mapping, key, number)
 
             async with self._derivations.room_aside(header.memory_kib):
-                rotation = self._begin(spec, work)
-                begun = asyncio.create_task(rotation.begun.wait())
-                try:
-                    await asyncio.wait({begun, rotation.task}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    begun.cancel()
+                with self._operations.changing():
+                    rotation = self._begin(spec, work)
+                    begun = asyncio.create_task(rotation.begun.wait())
+                    try:
+                        await asyncio.wait(
+                            {begun, rotation.task}, return_when=asyncio.FIRST_COMPLETED
+                        )
+                    finally:
+                        begun.cancel()
         await asyncio.wait({rotation.task})
         if (error := outcome(rotation.task)) is not None:
             raise error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -18,12 +19,18 @@ from vmcryptd.engine.prompt import Answer
 
 async def unlock(engine: Engine, name: str, fd: int) -> None:
     """Open one volume, and what it needs. `fd` is closed. Raises what kept the volume closed."""
-    engine.inventory.observe()
-    try:
-        planner.check_volume(engine.graph, name)
-    except VmcryptdError:
-        os.close(fd)
-        raise
+    with contextlib.ExitStack() as operation:
+        try:
+            operation.enter_context(engine.operations.begun(name))
+            engine.inventory.observe()
+            planner.check_volume(engine.graph, name)
+        except VmcryptdError:
+            os.close(fd)
+            raise
+        await _unlock(engine, name, fd)
+
+
+async def _unlock(engine: Engine, name: str, fd: int) -> None:
     key = await engine.receive(fd)
     try:
         planner.check_volume(engine.graph, name)  # the configuration may be another by now
@@ -57,6 +64,16 @@ async def unlock_all(engine: Engine, fd: int) -> None:
 
     Raises WrongKeyError if it fits nothing, StillWaitingError if it fits some.
     """
+    with contextlib.ExitStack() as operation:
+        try:
+            operation.enter_context(engine.operations.begun())
+        except VmcryptdError:
+            os.close(fd)
+            raise
+        await _unlock_all(engine, fd)
+
+
+async def _unlock_all(engine: Engine, fd: int) -> None:
     key = await engine.receive(fd)
     engine.inventory.observe()
     volumes, _ = engine.inventory.boot_set
