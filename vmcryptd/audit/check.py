@@ -141,6 +141,8 @@ def _volumes(facts: Facts) -> Iterator[Finding]:
         for fault in facts.table_faults:
             if fault.volume == name:
                 yield Finding(ERROR if fault.is_error else WARNING, where, fault.text, fault.advice)
+        if node.is_misnamed:
+            yield Finding(WARNING, where, node.trouble, f"see `dmsetup info {node.mapping}`")
         yield from _kernel_name(facts, where, node)
         yield from _header(facts, where, node)
         yield from _keys(facts, where, node)

@@ -18,6 +18,7 @@ from vmcryptd.core import gcpause, identity
 from vmcryptd.core.errors import GraphError
 from vmcryptd.core.model import (
     BlockDevice,
+    Content,
     Domain,
     GuestSpec,
     GuestState,
@@ -60,15 +61,26 @@ class VolumeNode(NamedTuple):
     uuid: str = ""
 
     @property
+    def is_misnamed(self) -> bool:
+        """Whether guests do not find its mapping, because another program gave it another name."""
+        return self.mapping not in ("", self.spec.name) and self.spec.content is Content.GUEST
+
+    @property
     def trouble(self) -> str:
-        """Why it cannot be opened as things are, and what to do; empty if nothing is known against it."""
-        if not self.rivals:
-            return ""
-        devices = " and ".join(f"/dev/{name}" for name in self.rivals)
-        return (
-            f"volume {self.spec.name}: {self.spec.device} is on {devices}, so one of these is a copy, and it is not "
-            "opened: detach the copy, or name the right one by another path in `device`"
-        )
+        """What is wrong with it as things are, and what to do; empty if nothing is."""
+        name = self.spec.name
+        if self.rivals:
+            devices = " and ".join(f"/dev/{rival}" for rival in self.rivals)
+            return (
+                f"volume {name}: {self.spec.device} is on {devices}, so one of these is a copy, and it is not "
+                "opened: detach the copy, or name the right one by another path in `device`"
+            )
+        if self.is_misnamed:
+            return (
+                f"volume {name}: it is open as {self.mapping}, so its guests do not find /dev/mapper/{name}; "
+                f"close what uses it, and `dmsetup rename {self.mapping} {name}`"
+            )
+        return ""
 
     @property
     def is_open(self) -> bool:

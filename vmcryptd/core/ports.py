@@ -109,6 +109,9 @@ class Crypt(Protocol):
         KeyUnavailableError, BusyError, OutOfMemoryError.
         """
 
+    async def rename(self, mapping: str, name: str) -> None:
+        """Give a mapping another name. Raises StorageError."""
+
     async def close(self, mapping: str) -> None:
         """Remove the mapping; one that is gone already is fine. Raises BusyError (without holders), DeadlineError."""
 

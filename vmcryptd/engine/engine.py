@@ -15,6 +15,7 @@ from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import HostState, Lock, Settings
 from vmcryptd.core.ports import Key, Ports
 from vmcryptd.core.states import Activities, GuestView, VolumeView
+from vmcryptd.engine.adoption import Adoption
 from vmcryptd.engine.announcer import Announcer
 from vmcryptd.engine.boot import BootPolicy
 from vmcryptd.engine.derivation import Derivations
@@ -67,7 +68,10 @@ class Engine:
             ports.crypt, ports.keys, self.inventory, self._activities, self.prompt, self.openings, self.derivations,
             self.key_slots,
         )  # fmt: skip
-        steps = Steps(ports, self.inventory, self._activities, self._jobs, opener, self.rotations)
+        adoption = Adoption(ports, self.inventory, self._activities, self._jobs)
+        steps = Steps(
+            ports, self.inventory, self._activities, self._jobs, opener, self.rotations, adoption
+        )
         predecessors = Predecessors(self.inventory, self.prompt, self.openings, opener)
         self.scheduler = Scheduler(self.inventory, self._jobs, self.openings, predecessors, steps)
         self._boot = BootPolicy(

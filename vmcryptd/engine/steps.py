@@ -11,6 +11,7 @@ from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Content, GuestState, VolumeState
 from vmcryptd.core.ports import Ports
 from vmcryptd.core.states import Activities, Activity
+from vmcryptd.engine.adoption import Adoption
 from vmcryptd.engine.guests import Guests
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs
@@ -31,6 +32,7 @@ class Steps:
         jobs: Jobs,
         opener: Opener,
         rotations: Rotations,
+        adoption: Adoption,
     ) -> None:
         self._ports = ports
         self._inventory = inventory
@@ -38,6 +40,7 @@ class Steps:
         self._jobs = jobs
         self._opener = opener
         self._rotations = rotations
+        self._adoption = adoption
         self._guests = Guests(ports.domains, inventory)
 
     def activity(self, step: Step) -> Activity:
@@ -59,6 +62,8 @@ class Steps:
         match step.action:
             case Action.START:
                 guests = self._inventory.graph.guests
+                for need in guests[name].needs:
+                    await self._adoption.rename(need)
                 await self._guests.start(name, any(name in o.spec.after for o in guests.values()))
                 log.info("guest %s is started", name)
             case Action.STOP:
@@ -95,7 +100,8 @@ class Steps:
             case Action.LOCK if node.is_open:
                 self.show(activity, VolumeState.LOCKING)
                 await self._rotations.stop(name, GRACE_S)
-                await self._close(name, node.mapping)
+                if mapping := await self._adoption.mapping_to_close(name):
+                    await self._close(name, mapping)
                 log.info("volume %s is closed", name)
 
     def is_opened(self, name: str, source: str) -> None:

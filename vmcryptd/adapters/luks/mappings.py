@@ -117,6 +117,11 @@ class Cryptsetup:
         ]  # fmt: skip
         await self._with_pin(argv, pin, volume, token)
 
+    async def rename(self, mapping: str, name: str) -> None:
+        done = await run(["dmsetup", "rename", "--", mapping, name], timeout_s=DMSETUP_TIMEOUT_S)
+        if done.code != 0:
+            raise StorageError(f"the mapping {mapping} cannot be renamed: {done.complaint}")
+
     async def close(self, mapping: str) -> None:
         try:
             if await self.removal.attempt(mapping):

@@ -94,6 +94,7 @@ class _Volume:
     data_reencrypted: bool = False
     away: bool = False
     copied: bool = False
+    mapped_as: str = ""  # what its mapping is called, where that is not its own name
     suspended: bool = False
     mounted: bool = False
     active: bool = False
@@ -207,11 +208,12 @@ class Simulation:
                 links[spec.device_path] = f"copy-{name}"  # udev's link follows what came last
                 claims[spec.device_path] = (f"copy-{name}", f"sim-{name}")
             if volume.open:
-                uuid = f"CRYPT-LUKS2-{number:032x}-{name}"
+                dm_name = volume.mapped_as or name
+                uuid = f"CRYPT-LUKS2-{number:032x}-{dm_name}"
                 devices[f"dm-{name}"] = BlockDevice(
-                    f"dm-{name}", f"253:{number}", (f"sim-{name}",), name, uuid, volume.suspended
+                    f"dm-{name}", f"253:{number}", (f"sim-{name}",), dm_name, uuid, volume.suspended
                 )
-                links[spec.mapper_path] = f"dm-{name}"
+                links[f"/dev/mapper/{dm_name}"] = f"dm-{name}"
             if volume.mounted and spec.mount:
                 mounts.append(Mount(f"253:{number}", spec.mount))
             if volume.active:
@@ -262,6 +264,7 @@ class Simulation:
         self._set(volume.name, f"unmount {volume.name}", mounted=False)
 
     async def holders(self, mapping: str) -> tuple[str, ...]:
+        mapping = self._volume_of(mapping)
         volume, path = self._volumes[mapping], self._specs[mapping].mapper_path
         used = {
             "a simulated process": volume.fault == "busy",
@@ -275,7 +278,7 @@ class Simulation:
         }
         return tuple(holder for holder, is_true in used.items() if is_true)
 
-    def _set(self, name: str, call: str, **values: bool) -> None:
+    def _set(self, name: str, call: str, **values: bool | str) -> None:
         self.calls.append(call)
         self._volumes[name] = replace(self._volumes[name], **values)  # type: ignore[arg-type]
         self._tell()
@@ -351,10 +354,18 @@ class Simulation:
     async def close(self, mapping: str) -> None:
         if await self.holders(mapping):
             raise BusyError(f"{mapping} is busy")
-        self._set(mapping, f"close {mapping}", open=False, suspended=False)
+        name = self._volume_of(mapping)
+        self._set(name, f"close {mapping}", open=False, suspended=False, mapped_as="")
+
+    async def rename(self, mapping: str, name: str) -> None:
+        self._set(self._volume_of(mapping), f"rename {mapping} {name}", mapped_as="")
 
     async def wipe(self, mapping: str) -> None:
-        self._set(mapping, f"wipe {mapping}", suspended=True)
+        self._set(self._volume_of(mapping), f"wipe {mapping}", suspended=True)
+
+    def _volume_of(self, mapping: str) -> str:
+        found = (name for name, volume in self._volumes.items() if volume.mapped_as == mapping)
+        return next(found, mapping)
 
     def available_memory_kib(self) -> int:
         return 4 * 1024 * 1024
@@ -545,6 +556,7 @@ def _volume(entry: dict[str, Any]) -> _Volume:
         data_reencrypted=entry.get("moved", False),
         away=entry.get("away", False),
         copied=entry.get("copied", False),
+        mapped_as=entry.get("mapped_as", ""),
     )
 
 
