@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmcryptd import __version__, service
-from vmcryptd.adapters.systemd import host, polkit
+from vmcryptd.adapters.systemd import host, polkit, state_files
 from vmcryptd.bus import transport
 from vmcryptd.bus.objects import Objects
 from vmcryptd.config import files as configuration
@@ -24,6 +24,7 @@ from vmcryptd.core.errors import BusyError, ConfigError, VmcryptdError
 from vmcryptd.core.model import Infinity, Settings
 from vmcryptd.core.ports import Ports
 from vmcryptd.engine.engine import Engine
+from vmcryptd.posix import journal, notify
 from vmcryptd.posix.file_watch import FileWatch
 from vmcryptd.posix.host_lock import DAEMON, HostLock
 
@@ -39,7 +40,7 @@ STATE = Path("/var/lib/vmcryptd")
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(sys.argv[1:] if argv is None else argv)
-    host.log_to_journal(logging.DEBUG if arguments.debug else logging.INFO)
+    journal.log_to_journal(logging.DEBUG if arguments.debug else logging.INFO)
     keep_out_of_core_dumps()
     try:
         code = asyncio.run(_serve(arguments))
@@ -112,7 +113,7 @@ def real_ports(settings: Settings) -> Ports:
         keys=SystemKeys(),
         domains=Libvirt(settings.daemon.libvirt_uri),
         host=host.SystemdHost(),
-        memory=host.StateFiles(RUNTIME, STATE),
+        memory=state_files.StateFiles(RUNTIME, STATE),
     )
 
 
@@ -202,7 +203,7 @@ async def _serve(arguments: Arguments) -> int:
     await engine.inventory.look()
 
     async def reload() -> None:
-        host.notify(f"RELOADING=1\nMONOTONIC_USEC={int(loop.time() * 1e6)}")
+        notify.notify(f"RELOADING=1\nMONOTONIC_USEC={int(loop.time() * 1e6)}")
         try:
             before = engine.settings.daemon.libvirt_uri
             engine.configure(source.load())
@@ -216,7 +217,7 @@ async def _serve(arguments: Arguments) -> int:
             raise
         finally:
             files.look_again()
-            host.ready()
+            notify.ready()
 
     shown = service.Service(engine, objects, reload)
 
@@ -227,7 +228,7 @@ async def _serve(arguments: Arguments) -> int:
     files = FileWatch(source.watched, source.texts, looked)
     engine.changes.watch(shown.changed)
     await objects.serve(service.NAME)
-    host.ready()
+    notify.ready()
     # What was made by now lives as long as the process: the collector need not look at it again.
     gc.freeze()
     files.start()
@@ -236,7 +237,7 @@ async def _serve(arguments: Arguments) -> int:
     engine.resume()
     waits = [asyncio.create_task(stop.wait()), asyncio.create_task(connection.closed())]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    host.stopping()
+    notify.stopping()
     watchdog.cancel()
     files.close()
     await objects.stop()
@@ -249,9 +250,9 @@ async def _serve(arguments: Arguments) -> int:
 
 
 async def _watchdog() -> None:
-    interval_s = host.watchdog_interval_s()
+    interval_s = notify.watchdog_interval_s()
     while interval_s is not None:
-        host.alive()
+        notify.alive()
         await asyncio.sleep(interval_s)
 
 
@@ -271,8 +272,8 @@ async def _hold_alone(stop: asyncio.Event) -> bool:
     if holder is not None and holder.role == DAEMON:
         raise BusyError(f"{holder} runs already; `systemctl restart vmcryptd` starts it anew")
     log.warning("%s works in its own process; vmcryptd starts when that has ended", holder)
-    host.extend_timeout(LONGEST_WAIT_S)
-    host.notify(f"STATUS=Waiting for {holder} to end")
+    notify.extend_timeout(LONGEST_WAIT_S)
+    notify.notify(f"STATUS=Waiting for {holder} to end")
     holding = asyncio.create_task(_lock.hold(DAEMON, Infinity))
     stopping = asyncio.create_task(stop.wait())
     done, _ = await asyncio.wait({holding, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -290,7 +291,7 @@ def down_here(verb: str) -> None:
     The caller holds the host's lock. A configuration with a mistake does not keep anything open: then the last valid
     one counts.
     """
-    host.log_to_journal()
+    journal.log_to_journal()
     keep_out_of_core_dumps()
 
     async def run() -> None:

@@ -16,10 +16,11 @@ import pytest
 from vmcryptd.adapters.storage import blocks, holders
 from vmcryptd.adapters.storage import paths as paths_module
 from vmcryptd.adapters.storage.blocks import SysfsBlocks, device_of, mount_unit
-from vmcryptd.adapters.storage.mounts import MountTable, parse_mounts, unescape
+from vmcryptd.adapters.storage.mounts import MountTable, parse_mounts
 from vmcryptd.adapters.storage.sysfs import Lasting, Links, Roots, forget, observe
 from vmcryptd.core.errors import StorageError
 from vmcryptd.core.model import BlockDevice, Content, Lock, Mount, Storage, VolumeSpec
+from vmcryptd.core.text import octal_unescaped
 from vmcryptd.posix.run import Completed
 
 UUID = "CRYPT-LUKS2-0b7d6a2e94a54c1ea5a76b7c3b3a1f00-cr_imap"
@@ -376,7 +377,9 @@ def test_mountinfo() -> None:
         Mount("253:9", "/srv/a b\\c", "/dev/mapper/x y", "ext4"),
         Mount("0:40", "/run", "tmpfs", "tmpfs"),
     )
-    assert unescape("plain") == "plain"
+    assert octal_unescaped("plain") == "plain"
+    hostile = "1 2 253:1 / /srv/a\x0cb\x85c rw - ext4 /dev/x rw\n"  # ends of lines, says Python
+    assert parse_mounts(hostile) == (Mount("253:1", "/srv/a\x0cb\x85c", "/dev/x", "ext4"),)
 
 
 def test_mount_of_a_path() -> None:
@@ -416,6 +419,25 @@ def test_holders(tree: Tree) -> None:
         "thing (pid 10)",
     )
     assert asyncio.run(SysfsBlocks(tree.roots).holders("nobody")) == ()
+
+
+def test_no_name_of_a_holder_forges_a_line(tree: Tree) -> None:
+    """QEMU's -name, a process's own name, a mount point: all are somebody else's choice."""
+    tree.mount("253:1", "/srv/a\\012b")
+    hostile = "imap\n<1>volume cr_imap: closed"
+    tree.process(9, fd3="/srv/a\nb/x", cmdline=f"qemu\0-name\0guest={hostile}\0")
+    process = tree.process(10, cwd="/srv/a\nb")
+    (process / "comm").write_text("a\x1b[2J\n")
+    tree.process(11, cwd="/srv/a\nb", cmdline="qemu\0-name\0guest=" + "x" * 1_000_000 + "\0")
+    (tree.proc / "swaps").write_text("Filename\n/srv/a\\012b/Gerät\\0401 file 1 0 -2\n")
+    found = asyncio.run(SysfsBlocks(tree.roots).holders("cr_imap"))
+    assert {
+        r"mounted at /srv/a\nb",
+        r"swap on /srv/a\nb/Gerät 1",
+        r"guest imap\n<1>volume cr_imap: closed (pid 9)",
+        r"a\x1b[2J (pid 10)",
+    } <= set(found)
+    assert all(one.isprintable() and len(one) < 300 for one in found)
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -11,7 +11,7 @@ import pytest
 
 from tests.lib import Running, descriptors, handed_in, opened_by, play
 from vmcryptd.adapters.sim.luks import SimSlot, SimSlots
-from vmcryptd.adapters.systemd.host import StateFiles
+from vmcryptd.adapters.systemd.state_files import StateFiles
 from vmcryptd.core.errors import (
     LastKeyError,
     NoSuchVolumeError,

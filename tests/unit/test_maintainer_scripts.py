@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.systemd.host import StateFiles
+from vmcryptd.adapters.systemd.state_files import StateFiles
 from vmcryptd.config import files
 from vmcryptd.posix.host_lock import HostLock
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
-from vmcryptd.adapters.systemd.host import StateFiles
+from vmcryptd.adapters.systemd.state_files import StateFiles
 
 
 def test_kept(tmp_path: Path) -> None:
@@ -26,7 +27,14 @@ def test_kept(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "lib").iterdir()] == ["seen.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"goals": 5}', '{"paths": {"x": 5}}', "\xff"])
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", DEEP, '{"goals": 5}', '{"goals": ["a\\nb", 5]}', '{"sources": {"a": "\\ud800"}}',
+     '{"paths": {"x": 5}}', '{"paths": {"x": [["a"]]}}', "\xff"],
+)  # fmt: skip
 def test_broken(tmp_path: Path, text: str) -> None:
     for name in ("goals.json", "seen.json", "sources.json"):
         (tmp_path / name).write_text(text, encoding="latin-1")
@@ -34,6 +42,31 @@ def test_broken(tmp_path: Path, text: str) -> None:
     assert (files.goals(), files.sources()) == ((), {})
     paths, uuids = files.seen()
     assert (list(paths.values()), uuids) in (([], {}), ([()], {}))
+
+
+@pytest.mark.timeout(60)
+def test_neither_a_fifo_nor_an_endless_file_holds_up_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("goals.json", "seen.json", "sources.json", "fitted.json", "backups.json", "volumes")
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    files = StateFiles(tmp_path, tmp_path)
+    assert (files.goals(), files.sources(), files.fitted(), files.backups_due()) == ((), {}, {}, {})
+    assert files.seen() == ({}, {})
+    assert caplog.text.count("it is no regular file") == 5
+    files.keep_goals(["boot"])
+    files.publish({"cr_a": True})
+    assert (files.goals(), (tmp_path / "volumes").read_text()) == (("boot",), "cr_a\n")
+    with (tmp_path / "goals.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert files.goals() == ()
+
+
+def test_the_shutdown_hook_has_its_list_whatever_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "guest-content").touch()
+    StateFiles(tmp_path, tmp_path).publish({"cr_b": True, "cr_a": False})
+    assert (tmp_path / "volumes").read_text() == "cr_a\ncr_b\n"
 
 
 def test_slots_that_fitted(tmp_path: Path) -> None:

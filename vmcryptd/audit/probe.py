@@ -15,8 +15,7 @@ from vmcryptd.adapters.keysources import sources
 from vmcryptd.adapters.libvirt.domains import Libvirt
 from vmcryptd.adapters.luks.mappings import Cryptsetup, read_header
 from vmcryptd.adapters.storage.blocks import SysfsBlocks
-from vmcryptd.adapters.storage.mounts import unescape
-from vmcryptd.adapters.systemd.host import StateFiles
+from vmcryptd.adapters.systemd.state_files import StateFiles
 from vmcryptd.audit import tables
 from vmcryptd.core import graph as graphs
 from vmcryptd.core import identity
@@ -32,6 +31,7 @@ from vmcryptd.core.model import (
     Storage,
     Virtualisation,
 )
+from vmcryptd.core.text import octal_unescaped
 from vmcryptd.posix.run import CommandError, program, run
 
 LIBVIRT_S = 30.0
@@ -301,7 +301,7 @@ async def _units() -> tuple[dict[str, str], frozenset[str]]:
 
 def _plain_swap(storage: Storage) -> Iterable[str]:
     for line in _lines("/proc/swaps")[1:]:
-        path = unescape(line.split()[0])
+        path = octal_unescaped(line.split()[0])
         try:
             status = os.stat(path)
         except OSError:

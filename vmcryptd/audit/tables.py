@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from vmcryptd.adapters.storage.mounts import unescape
 from vmcryptd.core.graph import Graph, VolumeNode
 from vmcryptd.core.model import BlockDevice, Content, Storage, VolumeSpec
+from vmcryptd.core.text import octal_unescaped
 
 FSTAB, CRYPTTAB = "/etc/fstab", "/etc/crypttab"
 BEFORE = "x-systemd.before=vmcryptd-guests.service"
@@ -58,7 +58,7 @@ def entries(file: str, lines: Iterable[str]) -> tuple[Entry, ...]:
         fields = tuple(line.split())
         if len(fields) < 2 or fields[0].startswith("#"):
             continue
-        plain = [unescape(field) for field in fields]
+        plain = [octal_unescaped(field) for field in fields]
         options = frozenset(plain[3].split(",")) if len(plain) > 3 else frozenset()
         what, where = plain[:2] if file == FSTAB else plain[1::-1]
         found.append(Entry(file, number, fields, what.replace('"', ""), where, options))

@@ -23,6 +23,7 @@ from vmcryptd.core.errors import (
     UnreachableError,
     WrongKeyError,
 )
+from vmcryptd.posix.files import sync_directory
 from vmcryptd.posix.memfd import MemfdKey, readers
 
 
@@ -216,7 +217,7 @@ def _new_file(path: str) -> Iterator[int]:
         raise UsageError(f"{path} cannot be made: {error.strerror}") from None
     try:
         os.fchown(fd, 0, 0)
-        _sync_directory(path)  # before the backup counts as made
+        sync_directory(os.path.dirname(path))  # before the backup counts as made
         yield fd
     except BaseException:
         with contextlib.suppress(OSError):
@@ -224,14 +225,6 @@ def _new_file(path: str) -> Iterator[int]:
         raise
     finally:
         os.close(fd)
-
-
-def _sync_directory(path: str) -> None:
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 async def _changed(

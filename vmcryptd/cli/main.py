@@ -45,6 +45,7 @@ from vmcryptd.core.errors import (
     VmcryptdError,
 )
 from vmcryptd.core.wording import few
+from vmcryptd.posix.notify import extend_timeout
 
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
 
@@ -462,15 +463,8 @@ async def _while_console_is_needed(client: Client) -> None:
 
 
 def _notify_longer(seconds: float) -> None:
-    """sd_notify(3): this start or stop may take so long from now on."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    import socket
-
-    usec = int(min(seconds, LONGEST_STOP_S) * 1e6)
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.sendto(f"EXTEND_TIMEOUT_USEC={usec}".encode(), address.replace("@", "\0", 1))
+    """This start or stop may take so long from now on."""
+    extend_timeout(min(seconds, LONGEST_STOP_S))
 
 
 # --- what is behind a verb of two words ---

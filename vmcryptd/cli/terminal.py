@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Questions on the caller's own terminal: passphrases by systemd-ask-password, polkit's by pkttyagent.
 
-Their answers go from the child into a pipe or a memfd, never through Python. The children are not
-started by posix/run.py because they read the terminal: they stay in its foreground process group,
-which also gives them the Ctrl-C.
+Their answers go from the child into a pipe or a memfd, never through Python.
 """
 
 from __future__ import annotations
@@ -18,6 +16,8 @@ import termios
 from collections.abc import AsyncIterator, Iterator
 
 from vmcryptd.core.errors import VmcryptdError
+from vmcryptd.posix.pidfd import exit_of
+from vmcryptd.posix.run import spawn_on_terminal
 
 ASK = ("/usr/bin/systemd-ask-password", "/bin/systemd-ask-password")
 AGENT = ("/usr/bin/pkttyagent",)
@@ -41,7 +41,7 @@ async def ask(message: str, into: int) -> bool:
     """
     argv = ["systemd-ask-password", "-n", "--timeout=0", "--id=vmcryptctl", "--", message]
     with _terminal_restored():
-        child = _spawn(ASK, argv, {1: into})
+        child = spawn_on_terminal(ASK, argv, {1: into})
         if child is None:
             raise NoTerminalError("systemd-ask-password is not installed, so nobody can be asked")
         return await _ended(child) == 0
@@ -61,7 +61,7 @@ async def polkit_agent() -> AsyncIterator[None]:
         # Any number will do in the child; 0 to 2 are the terminal.
         argv = ["pkttyagent", "--notify-fd=3", "--fallback", f"--process={os.getpid()}"]
         try:
-            child = _spawn(AGENT, argv, {3: writer})
+            child = spawn_on_terminal(AGENT, argv, {3: writer})
         finally:
             os.close(writer)
         try:
@@ -76,43 +76,16 @@ async def polkit_agent() -> AsyncIterator[None]:
             await _end(child)
 
 
-def _spawn(paths: tuple[str, ...], argv: list[str], fds: dict[int, int]) -> int | None:
-    """Start a program with these descriptors (number in the child → here); None if it is not there."""
-    path = next((path for path in paths if os.access(path, os.X_OK)), None)
-    if path is None:
-        return None
-    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    # The terminal is opened by name; on standard error it would only repeat what we say.
-    actions = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in {2: null, **fds}.items()]
-    try:
-        return os.posix_spawn(
-            path, argv, os.environ, file_actions=actions, setsigdef=[signal.SIGINT, signal.SIGPIPE]
-        )
-    finally:
-        os.close(null)
-
-
 async def _ended(child: int) -> int:
-    """Wait for a child, and end it when the task is cancelled."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-    pidfd = os.pidfd_open(child)
-
-    def exited() -> None:
-        loop.remove_reader(pidfd)
-        if not ended.done():
-            ended.set_result(None)
-
-    loop.add_reader(pidfd, exited)
+    """Wait for a child, and end it when the task is cancelled. Returns its exit code."""
+    exited = exit_of(child)
     try:
-        await ended
+        await exited
     except asyncio.CancelledError:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)
         raise
     finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
         code = _reaped(child)
     return code
 

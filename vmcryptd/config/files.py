@@ -32,6 +32,7 @@ from vmcryptd.core.model import (
     VolumeSpec,
 )
 from vmcryptd.core.text import escaped
+from vmcryptd.posix.files import write_atomically
 
 DIRECTORY = Path("/etc/vmcryptd")
 MAIN, DROP_INS = "vmcryptd.toml", "conf.d"
@@ -151,12 +152,8 @@ def settings(texts: Mapping[str, str], validated: Path | None = None) -> Setting
         return parsed
     content = {"version": __version__, "texts": texts, "settings": asdict(parsed)}
     try:
-        temporary = validated.with_suffix(".new")
         # Not for everybody: the arguments of a fetcher may tell more than they should.
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        os.replace(temporary, validated)
+        write_atomically(validated, json.dumps(content).encode(), 0o600)
     except OSError as error:
         log.debug("%s cannot be written, the next start takes longer: %s", validated, error)
     return parsed

@@ -16,10 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmcryptd.core.errors import DeadlineError, VmcryptdError
+from vmcryptd.core.text import escaped
+from vmcryptd.posix.pidfd import exit_of
 
 DIRECTORIES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 ENVIRONMENT = {"PATH": ":".join(DIRECTORIES), "LANG": "C.UTF-8"}
 OUTPUT_LIMIT = 64 * 1024
+LONGEST_COMPLAINT = 1000  # characters
 GRACE_S = 2.0  # between SIGTERM and SIGKILL, and for the kernel to let go after that
 
 
@@ -48,7 +51,7 @@ class Completed(NamedTuple):
     def complaint(self) -> str:
         """The last thing the program said about its failure, for an error's sentence."""
         lines = [line.strip() for line in self.err.splitlines() if line.strip()]
-        return lines[-1].rstrip(".") if lines else self.reason
+        return escaped(lines[-1].rstrip("."), LONGEST_COMPLAINT) if lines else self.reason
 
 
 def program(name: str) -> str:
@@ -109,7 +112,12 @@ async def run(
             _expend(child.pid)
         out.started()
         err.started()
-        ended = _exit_of(child, loop)
+        try:
+            ended = exit_of(child.pid)  # not reaped: until then its group's number stays ours
+        except OSError as error:  # no descriptor left
+            child.kill()
+            child.wait()
+            raise CommandError(f"A program cannot be watched: {error.strerror}") from None
         try:
             timeout = None if math.isinf(timeout_s) else timeout_s
             await asyncio.wait({ended}, timeout=timeout)
@@ -122,6 +130,32 @@ async def run(
         if not in_time:
             raise DeadlineError(f"{argv[0]} did not end within {timeout_s:g} s and was stopped")
         return Completed(child.wait(), out.text(), err.text(), out.is_cut or err.is_cut)
+
+
+def spawn_on_terminal(
+    paths: Sequence[str], argv: Sequence[str], fds: Mapping[int, int]
+) -> int | None:
+    """Start a program that reads the caller's terminal, with these descriptors (number in the child → here).
+
+    Unlike `run` it stays in the terminal's foreground process group, which also gives it the Ctrl-C, and has the
+    caller's environment. Returns its process id, to be waited for and reaped; None if none of the paths is there.
+    """
+    path = next((path for path in paths if os.access(path, os.X_OK)), None)
+    if path is None:
+        return None
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    # The terminal is opened by name; on standard error it would only repeat what we say.
+    actions = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in {2: null, **fds}.items()]
+    try:
+        return os.posix_spawn(
+            path,
+            list(argv),
+            os.environ,
+            file_actions=actions,
+            setsigdef=[signal.SIGINT, signal.SIGPIPE],
+        )
+    finally:
+        os.close(null)
 
 
 class _Output:
@@ -194,27 +228,6 @@ def _capture(
         yield output
     finally:
         output.close()
-
-
-def _exit_of(
-    child: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop
-) -> asyncio.Future[None]:
-    """Done when the child is a zombie. Not reaped: until then its group's number stays ours."""
-    ended: asyncio.Future[None] = loop.create_future()
-    try:
-        pidfd = os.pidfd_open(child.pid)
-    except OSError as error:  # no descriptor left
-        child.kill()
-        child.wait()
-        raise CommandError(f"A program cannot be watched: {error.strerror}") from None
-
-    def exited() -> None:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-        ended.set_result(None)
-
-    loop.add_reader(pidfd, exited)
-    return ended
 
 
 def _expend(pid: int) -> None:

@@ -15,6 +15,7 @@ from vmcryptd.core import luks_header
 from vmcryptd.core.errors import DamagedHeaderError, StorageError, VmcryptdError, WrongKeyError
 from vmcryptd.core.model import VolumeSpec
 from vmcryptd.core.ports import Key
+from vmcryptd.posix.files import sync_directory
 from vmcryptd.posix.memfd import MemfdKey, readers, send_file
 from vmcryptd.posix.run import run
 from vmcryptd.posix.threads import DaemonThreads
@@ -183,11 +184,7 @@ def _new_file(path: str) -> int:
 
 def _written(path: str, fd: int, key: MemfdKey) -> None:
     """It is on the disk under its name before a key slot counts on it; into the key goes what lies there."""
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(os.path.dirname(path))
     os.lseek(fd, 0, os.SEEK_SET)
     send_file(fd, key)
     if key.size != KEY_SIZE:

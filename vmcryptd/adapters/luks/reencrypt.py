@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vmcryptd.adapters.luks.removal import Removal
 from vmcryptd.core.errors import StorageError, VmcryptdError
 from vmcryptd.core.model import Infinity, VolumeSpec
 from vmcryptd.core.ports import Key, Told
+from vmcryptd.posix.pidfd import exit_of
 from vmcryptd.posix.run import Completed, run
 
 log = logging.getLogger(__name__)
@@ -222,31 +223,16 @@ async def _telling(messages: Path, told: Told) -> AsyncIterator[None]:
 
 async def _ended(processes: Iterable[int], timeout_s: float) -> bool:
     """Wait until they have ended; they are not ours. False when that took too long."""
-    with _endings(processes) as endings:
+    endings = []
+    try:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                endings.append(exit_of(process))
         if not endings:
             return True
         timeout = None if timeout_s == Infinity else timeout_s
         _, running = await asyncio.wait(endings, timeout=timeout)
         return not running
-
-
-@contextlib.contextmanager
-def _endings(processes: Iterable[int]) -> Iterator[list[asyncio.Future[None]]]:
-    loop = asyncio.get_running_loop()
-    with contextlib.ExitStack() as opened:
-        endings = []
-        for process in processes:
-            try:
-                pidfd = os.pidfd_open(process)
-            except ProcessLookupError:
-                continue
-            opened.callback(os.close, pidfd)
-            opened.callback(loop.remove_reader, pidfd)
-            endings.append(loop.create_future())
-            loop.add_reader(pidfd, _note, loop, pidfd, endings[-1])
-        yield endings
-
-
-def _note(loop: asyncio.AbstractEventLoop, pidfd: int, ending: asyncio.Future[None]) -> None:
-    loop.remove_reader(pidfd)
-    ending.set_result(None)
+    finally:
+        for ending in endings:
+            ending.cancel()

@@ -13,7 +13,10 @@ from vmcryptd.adapters.storage.mounts import device_number, parse_mounts, read_f
 from vmcryptd.adapters.storage.paths import within
 from vmcryptd.adapters.storage.sysfs import Roots
 from vmcryptd.core.model import BlockDevice, Mount, Storage
+from vmcryptd.core.text import escaped, octal_unescaped
 
+LONGEST = 256  # characters of what is said of one user
+MOST_ARGUMENTS = 256 * 1024  # bytes of a process's command line that are looked at
 GUEST_NAME = re.compile(r"(?:^|,)guest=((?:[^,]|,,)+)")  # QEMU doubles commas in option values
 
 
@@ -59,7 +62,8 @@ def users(roots: Roots, storage: Storage, name: str) -> tuple[str, ...]:
     # A mount namespace's copy of a mount usually goes with the mount itself; it is told when nothing else explains it.
     if not over.mounts or not openers:
         said += elsewhere
-    return tuple(dict.fromkeys(said))
+    # Guests, processes, mount points and devices bear names that others have given them.
+    return tuple(dict.fromkeys(escaped(one, LONGEST) for one in said))
 
 
 def processes(roots: Roots, over: Reach) -> tuple[list[str], list[str]]:
@@ -100,7 +104,7 @@ def _device(device: BlockDevice) -> str:
 def _swaps(roots: Roots, over: Reach) -> Iterator[str]:
     names = {device.name for device in over.devices}
     for line in read_file(f"{roots.proc}/swaps").splitlines()[1:]:
-        path = line.split()[0].encode().decode("unicode_escape")
+        path = octal_unescaped(line.partition(" ")[0])
         on_mount = any(within(path, mount.target) for mount in over.mounts)
         if on_mount or os.path.basename(path) in names or device_number(path) in over.numbers:
             yield f"swap on {path}"
@@ -125,7 +129,7 @@ def _is_of(path: str, target: str, over: Reach) -> bool:
 
 
 def _process(place: str, pid: int) -> str:
-    arguments = read_file(f"{place}/cmdline").split("\0")
+    arguments = read_file(f"{place}/cmdline", MOST_ARGUMENTS).split("\0")
     for option, value in itertools.pairwise(arguments):
         if option == "-name" and (match := GUEST_NAME.search(value)):
             return f"guest {match[1].replace(',,', ',')} (pid {pid})"

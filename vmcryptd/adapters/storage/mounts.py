@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from vmcryptd.core.model import Mount
+from vmcryptd.core.text import octal_unescaped
 
 # A path on one of these may hang when its server is away; on autofs, because a look mounts it.
 NETWORK = {
     *("9p", "afs", "autofs", "beegfs", "ceph", "cifs", "coda", "gfs2"),
     *("lustre", "nfs", "nfs4", "ocfs2", "smb3", "smbfs", "virtiofs"),
 }
+
+MOST = 64 << 20  # bytes: more than any mount table holds
 
 
 class Bind(NamedTuple):
@@ -30,24 +32,18 @@ class Bind(NamedTuple):
 def parse_mounts(text: str) -> tuple[Mount, ...]:
     """proc_pid_mountinfo(5): id parent major:minor root target options optional… - type source."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # the kernel escapes this one, and no other end of a line
         fields = line.split(" ")
         try:
             dash = fields.index("-", 6)
-            fstype, source = fields[dash + 1], unescape(fields[dash + 2])
+            fstype, source = fields[dash + 1], octal_unescaped(fields[dash + 2])
         except (ValueError, IndexError):
             continue
         number = fields[2]
         if number.startswith("0:") and source.startswith("/dev/"):  # btrfs
             number = device_number(source) or number
-        found.append(Mount(number, unescape(fields[4]), source, fstype))
+        found.append(Mount(number, octal_unescaped(fields[4]), source, fstype))
     return tuple(found)
-
-
-def unescape(field: str) -> str:
-    if "\\" not in field:
-        return field
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 def is_remote(mount: Mount) -> bool:
@@ -82,19 +78,21 @@ def parse_binds(text: str) -> Iterator[Bind]:
         fields = line.split()
         if len(fields) < 4 or fields[0].startswith("#"):
             continue
-        source, target, _, options = map(unescape, fields[:4])
+        source, target, _, options = map(octal_unescaped, fields[:4])
         if {"bind", "rbind"} & set(options.split(",")) and source.startswith("/"):
             yield Bind(os.path.normpath(source), os.path.normpath(target))
 
 
-def read_file(path: str) -> str:
-    """A file of /proc to its end (each read gives a page at most); empty when it is away."""
+def read_file(path: str, most: int = MOST) -> str:
+    """A file of /proc to its end (each read gives a page at most), or so many bytes; empty when it is away."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
     try:
-        content = b"".join(iter(functools.partial(os.read, fd, 64 * 1024), b""))
+        content = bytearray()
+        while len(content) < most and (block := os.read(fd, min(most - len(content), 64 * 1024))):
+            content += block
     except OSError:
         return ""
     finally:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What outlives the daemon, in files: one that is broken, whatever it is, costs a warning only."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vmcryptd.posix.files import read_bounded, write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class StateFiles:
+    """The port `Memory` in files: goals for as long as the host is up, what was seen for good."""
+
+    def __init__(
+        self, runtime: Path = Path("/run/vmcryptd"), state: Path = Path("/var/lib/vmcryptd")
+    ) -> None:
+        self._runtime = runtime
+        self._goals = runtime / "goals.json"
+        self._sources = runtime / "sources.json"
+        self._seen = state / "seen.json"
+        self._fitted = state / "fitted.json"
+        self._backups = state / "backups.json"
+
+    def goals(self) -> tuple[str, ...]:
+        return tuple(filter(_is_text, _strings(_load(self._goals).get("goals"))))
+
+    def keep_goals(self, goals: Iterable[str]) -> None:
+        _store(self._goals, {"goals": list(goals)})
+
+    def sources(self) -> dict[str, str]:
+        return _texts(_load(self._sources).get("sources"))
+
+    def keep_sources(self, sources: dict[str, str]) -> None:
+        _store(self._sources, {"sources": sources}, mode=0o600)
+
+    def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        content = _load(self._seen)
+        paths = {path: _strings(names) for path, names in _table(content.get("paths")).items()}
+        return paths, _texts(content.get("uuids"))
+
+    def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None:
+        _store(self._seen, {"paths": paths, "uuids": uuids})
+
+    def fitted(self) -> dict[str, dict[str, int]]:
+        volumes = _table(_load(self._fitted).get("volumes"))
+        return {
+            volume: {source: slot for source, slot in _table(slots).items() if type(slot) is int}
+            for volume, slots in volumes.items()
+        }
+
+    def keep_fitted(self, slots: dict[str, dict[str, int]]) -> None:
+        # Not for everybody: the arguments of a fetcher may tell more than they should.
+        _store(self._fitted, {"volumes": slots}, mode=0o600)
+
+    def publish(self, volumes: dict[str, bool]) -> None:
+        """`volumes` lists the mappings for the shutdown hook, `guest-content/NAME` marks those udev leaves alone."""
+        marks = self._runtime / "guest-content"
+        listed = "".join(f"{name}\n" for name in sorted(volumes)).encode()
+        try:
+            marks.mkdir(mode=0o755, parents=True, exist_ok=True)
+            for name, holds_guest_disk in volumes.items():
+                if holds_guest_disk:
+                    (marks / name).touch()
+            for mark in marks.iterdir():
+                if not volumes.get(mark.name):
+                    mark.unlink()
+        except OSError as error:
+            log.warning("%s cannot be written: %s", marks, error)
+        try:
+            write_atomically(self._runtime / "volumes", listed)
+        except OSError as error:
+            log.warning("%s/volumes cannot be written: %s", self._runtime, error)
+
+    def backups_due(self) -> dict[str, str]:
+        return _texts(_load(self._backups).get("due"))
+
+    def keep_backups_due(self, volumes: dict[str, str]) -> None:
+        _store(self._backups, {"due": volumes})
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return _table(json.loads(read_bounded(path)))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s cannot be read and is taken as empty: %s", path, error)
+        return {}
+
+
+def _store(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
+    text = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+    try:
+        if _is_stored(path, text):
+            return
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        write_atomically(path, text, mode)
+    except OSError as error:
+        # A full or read-only disk must not stop anything: only the next start will know less.
+        log.warning("%s cannot be written: %s", path, error)
+
+
+def _is_stored(path: Path, text: bytes) -> bool:
+    try:
+        return read_bounded(path) == text
+    except (OSError, ValueError):
+        return False
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _texts(value: object) -> dict[str, str]:
+    return {name: text for name, text in _table(value).items() if _is_text(text)}
+
+
+def _is_text(value: object) -> bool:
+    """Something that a person can be shown, and the bus can carry."""
+    return isinstance(value, str) and value.isprintable()
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        return ()
+    return tuple(item for item in value if isinstance(item, str))
