@@ -453,7 +453,7 @@ def test_a_rotation_that_was_cut_off_at_its_very_end(
     if not are_listed:
         rewrite(path, forget_old_slots)
     before = read_header(str(path))
-    assert (before.is_reencrypting, before.is_moved) == (True, True)
+    assert (before.is_reencrypting, before.data_reencrypted) == (True, True)
     assert not opens(path, FIRST)
     data = path.read_bytes()[AREA:]
 
@@ -465,7 +465,7 @@ def test_a_rotation_that_was_cut_off_at_its_very_end(
     assert list(real.runtime.iterdir()) == []
     assert (opens(path, FIRST), opens(path, SECOND)) == (True, False)
     after = read_header(str(path))
-    assert (after.is_reencrypting, after.is_moved) == (False, False)
+    assert (after.is_reencrypting, after.data_reencrypted) == (False, False)
     assert [slot.number for slot in after.slots] == [2]
     # As cryptsetup does it, the new slot has the token of the slot that it stands for. Whether one that it had let
     # go of before was always without a slot, nobody can tell.
@@ -490,7 +490,7 @@ def test_a_rotation_that_is_not_at_its_end_is_not_brought_to_it(
     begin_rotation(path)
     real = Real(path)
     before = path.read_bytes()
-    assert not read_header(str(path)).is_moved
+    assert not read_header(str(path)).data_reencrypted
     volume = real.engine.settings.volumes["mail"]
     with pytest.raises(StorageError, match="of mail .*: its data is not all under the new"):
         asyncio.run(CryptsetupSlots(str(real.runtime)).finish_rotation(volume))
