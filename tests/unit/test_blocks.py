@@ -315,6 +315,9 @@ def test_nothing_is_looked_at_on_a_suspended_device(
         hangings = [Hanging(tmp_path / name, monkeypatch) for name in ("crypt", "lv")]
         await blocks.look(paths)
         assert blocks.observe(paths).files == {paths[0]: "253:1", paths[1]: "253:2"}
+        fresh = SysfsBlocks(tree.roots)
+        await fresh.look(paths)
+        assert fresh.observe(paths).files == {}
         assert [hanging.looked for hanging in hangings] == [0, 0]
 
     asyncio.run(scene())

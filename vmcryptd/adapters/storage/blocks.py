@@ -10,10 +10,10 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from vmcryptd.adapters.storage import holders, sysfs
-from vmcryptd.adapters.storage.mounts import Bind, MountTable, is_remote
+from vmcryptd.adapters.storage.mounts import Bind, MountTable, is_remote, parse_mounts, read_file
 from vmcryptd.adapters.storage.paths import Paths, within
 from vmcryptd.adapters.storage.sysfs import Roots
 from vmcryptd.core.errors import BusyError, DeadlineError, StorageError, VmcryptdError
@@ -49,6 +49,7 @@ class SysfsBlocks:
         self._lasting: sysfs.Lasting = {}
         self._links: sysfs.Links = {}
         self._paths = Paths(roots.fstab)
+        self._devices: Mapping[str, BlockDevice] = {}  # as last seen
         self._watches = contextlib.ExitStack()
         self._appearances: Appearances | None = None
 
@@ -81,12 +82,16 @@ class SysfsBlocks:
 
     async def look(self, paths: Iterable[str]) -> None:
         wanted = [path for path in paths if sysfs.may_hang(path)]
-        now = self.observe(())
-        await self._paths.look(wanted, now.mounts, sysfs.suspended_numbers(now.devices))
+        if not self._devices:
+            self.observe(())
+        mounts = parse_mounts(read_file(self._roots.mountinfo)) if wanted else ()
+        suspended = sysfs.suspended_mounts(self._roots, self._devices, mounts)
+        await self._paths.look(wanted, mounts, suspended)
 
     def observe(self, paths: Iterable[str]) -> Storage:
         paths = list(paths)
         storage = sysfs.observe(self._roots, paths, self._lasting, self._links, self._paths)
+        self._devices = storage.devices
         if paths and self._appearances is not None:
             self._appearances.await_(self._absent(storage, paths), storage.mounts)
         return storage

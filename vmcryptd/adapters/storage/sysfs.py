@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vmcryptd.adapters.storage.mounts import MountTable, device_number, parse_mounts, read_file
 from vmcryptd.adapters.storage.paths import Paths
-from vmcryptd.core.model import BlockDevice, Storage
+from vmcryptd.core.model import BlockDevice, Mount, Storage
 
 
 class Roots(NamedTuple):
@@ -71,20 +71,25 @@ def may_hang(path: str) -> bool:
     return path.startswith("/") and (not path.startswith("/dev/") or path.startswith("/dev/shm/"))
 
 
-def suspended_numbers(devices: Mapping[str, BlockDevice]) -> set[str]:
-    """The "major:minor" of all devices that are suspended, or lie on one that is."""
+def suspended_mounts(
+    roots: Roots, devices: Mapping[str, BlockDevice], mounts: Iterable[Mount]
+) -> set[str]:
+    """The numbers of file systems whose device is suspended now, or lies on one that is."""
+    by_number = {device.number: device for device in devices.values()}
     found: dict[str, bool] = {}
 
     def is_suspended(name: str) -> bool:
         if name not in found:
             found[name] = False  # also ends the walk, should sysfs ever show a circle
-            device = devices.get(name)
-            found[name] = device is not None and (
-                device.suspended or any(map(is_suspended, device.below))
-            )
+            below = devices[name].below if name in devices else ()
+            found[name] = (
+                name.startswith("dm-")
+                and attribute(f"{roots.sys_block}/{name}/dm/suspended") == "1"
+            ) or any(map(is_suspended, below))
         return found[name]
 
-    return {device.number for name, device in devices.items() if is_suspended(name)}
+    numbers = {mount.number for mount in mounts} & by_number.keys()
+    return {number for number in numbers if is_suspended(by_number[number].name)}
 
 
 def block_devices(sys_block: str, lasting: Lasting) -> dict[str, BlockDevice]:
