@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from dataclasses import replace
 
 import pytest
 
+from tests.lib import key
 from tests.unit.test_graph import OTHER, UUID, build, disk, luks, lv, settings, storage, volume
+from vmcryptd.adapters.luks import mappings
 from vmcryptd.core import identity
 from vmcryptd.core.errors import WrongUuidError
-from vmcryptd.core.model import BlockDevice, Observation, Remembered, Storage
+from vmcryptd.core.model import BlockDevice, Observation, Remembered, Storage, Token
+from vmcryptd.posix.run import Completed
 
 TAG = f"UUID={UUID}"
 LINK = f"/dev/disk/by-uuid/{UUID}"
@@ -136,6 +141,26 @@ def test_a_mapping_on_another_volumes_disk_is_that_ones() -> None:
 def replace_name(seen: Storage, name: str) -> Storage:
     mapping = luks("dm-0", name, "sdb", uuid=OTHER)
     return seen._replace(devices={**seen.devices, "dm-0": mapping})
+
+
+def test_a_copy_that_comes_during_the_key_derivation_is_not_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cryptsetup hands the path on to the kernel when it has the key; a link may lead elsewhere by then."""
+    ran: list[list[str]] = []
+
+    async def run(argv: list[str], **_: object) -> Completed:
+        ran.append(argv)
+        return Completed(0)
+
+    monkeypatch.setattr(mappings, "run", run)
+    monkeypatch.setattr(mappings.os.path, "realpath", {LINK: "/dev/vda"}.__getitem__)
+    crypt = mappings.Cryptsetup()
+    token = Token(0, "systemd-tpm2")
+    with contextlib.closing(key("x")) as passphrase:
+        asyncio.run(crypt.open(volume("cr_a", TAG), passphrase))
+    asyncio.run(crypt.open_by_token(volume("cr_a", TAG), token, None, ""))
+    assert [argv[-2:] for argv in ran] == [["/dev/vda", "cr_a"]] * 2
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Cryptsetup:
             *_slot(slot),
             *(["--allow-discards"] if volume.discard else []),
             *(["--header", volume.header] if volume.header else []),
-            "--", volume.device_path, volume.name,
+            "--", _device(volume), volume.name,
         ]  # fmt: skip
         await self._with_key(argv, key, volume)
 
@@ -113,7 +113,7 @@ class Cryptsetup:
             "--token-only", f"--token-id={token.number}",
             *(["--allow-discards"] if volume.discard and not suspended else []),
             *(["--header", volume.header] if volume.header else []),
-            "--", *([suspended] if suspended else [volume.device_path, volume.name]),
+            "--", *([suspended] if suspended else [_device(volume), volume.name]),
         ]  # fmt: skip
         await self._with_pin(argv, pin, volume, token)
 
@@ -335,6 +335,11 @@ def token_failure(
     return KeyUnavailableError(
         f"{token.title} does not open it: cryptsetup ended with {done.reason}"
     )
+
+
+def _device(volume: VolumeSpec) -> str:
+    """What to open. The kernel follows a path after the key derivation: by then a tag's link may lead to a copy."""
+    return os.path.realpath(volume.device_path) if volume.has_tag else volume.device_path
 
 
 def _slot(number: int | None) -> list[str]:
