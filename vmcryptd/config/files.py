@@ -14,29 +14,18 @@ import stat
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from vmcryptd import __version__
+from vmcryptd.config.decoding import decoded
 from vmcryptd.core.errors import ConfigError, Mistake
-from vmcryptd.core.model import (
-    Content,
-    DaemonSpec,
-    GuestSpec,
-    KeySource,
-    Lock,
-    OnStopTimeout,
-    Settings,
-    SourceKind,
-    Start,
-    Unlock,
-    VolumeSpec,
-)
+from vmcryptd.core.model import Settings
 from vmcryptd.core.text import escaped
-from vmcryptd.posix.files import write_atomically
+from vmcryptd.posix.files import read_bounded, write_atomically
 
 DIRECTORY = Path("/etc/vmcryptd")
 MAIN, DROP_INS = "vmcryptd.toml", "conf.d"
 LARGEST = 16 << 20  # bytes of one file: a hundred thousand volumes
+LARGEST_VALIDATED = 256 << 20  # bytes of what all of them meant
 LONGEST_PATH = 4096  # characters that an error names
 NULL = os.makedev(1, 3)
 VALIDATED = Path("/var/lib/vmcryptd/settings.json")
@@ -169,37 +158,9 @@ def last_valid(validated: Path) -> Settings | None:
 
 def _load_validated(validated: Path, texts: Mapping[str, str] | None) -> Settings | None:
     try:
-        content = json.loads(validated.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(validated, LARGEST_VALIDATED))
         if texts is not None and (content["version"] != __version__ or content["texts"] != texts):
             return None
-        raw = content["settings"]
-        return Settings(
-            daemon=_daemon(raw["daemon"]),
-            volumes={name: _volume(entry) for name, entry in raw["volumes"].items()},
-            guests={name: _guest(entry) for name, entry in raw["guests"].items()},
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return decoded(Settings, content["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # not there, or not whole: validate again
-
-
-def _daemon(raw: dict[str, Any]) -> DaemonSpec:
-    return DaemonSpec(**{**raw, "on_waiting": tuple(raw["on_waiting"])})
-
-
-def _volume(raw: dict[str, Any]) -> VolumeSpec:
-    keys = tuple(KeySource(SourceKind(key["kind"]), key["argument"]) for key in raw["keys"])
-    enums = {
-        "unlock": Unlock(raw["unlock"]),
-        "lock": Lock(raw["lock"]),
-        "content": Content(raw["content"]),
-    }
-    return VolumeSpec(**{**raw, **enums, "keys": keys, "after": tuple(raw["after"])})
-
-
-def _guest(raw: dict[str, Any]) -> GuestSpec:
-    enums = {
-        "start": Start(raw["start"]),
-        "on_stop_timeout": OnStopTimeout(raw["on_stop_timeout"]),
-    }
-    lists = {"needs": tuple(raw["needs"]), "after": tuple(raw["after"])}
-    return GuestSpec(**{**raw, **enums, **lists})
