@@ -32,7 +32,7 @@ _vmcryptctl() {
     esac
     [[ $previous == --keystore ]] && verb='' names=volumes
     case $verb in
-        status) options='--help --all --json' names=all ;;
+        status) options='--help --failed --all --json' names=all ;;
         unlock) options='--help --key-file --no-ask --timeout' names=volumes ;;
         lock) options='--help' names=volumes ;;
         start) options='--help' names=guests ;;

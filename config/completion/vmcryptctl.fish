@@ -30,6 +30,7 @@ complete -c vmcryptctl -n '__fish_seen_subcommand_from key; and not __fish_seen_
 complete -c vmcryptctl -n '__fish_seen_subcommand_from keystore; and not __fish_seen_subcommand_from init' -a init -d 'make a volume that holds the keys of others'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from header; and not __fish_seen_subcommand_from backup' -a backup -d 'back up the LUKS header of a volume'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from status' -l help -d 'tell more about it'
+complete -c vmcryptctl -n '__fish_seen_subcommand_from status' -l failed -d 'show only what has failed'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from status' -l all -d 'show every guest that libvirt knows'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from status' -l json -d 'print JSON, for programs'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from status' -a '(vmcryptctl _names all 2>/dev/null)'

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.bus.simulated import (
     ALPHA,
@@ -34,7 +37,7 @@ from tests.bus.simulated import (
 from vmcryptd import daemon as daemon_module
 from vmcryptd.bus.client import Client, translated
 from vmcryptd.bus.transport import RemoteError
-from vmcryptd.cli import keys, main, output, render, verbs, without_daemon
+from vmcryptd.cli import columns, keys, main, output, render, verbs, without_daemon
 from vmcryptd.core.errors import (
     BusyError,
     NotAuthorizedError,
@@ -553,8 +556,6 @@ def test_what_went_wrong_in_a_shutdown_is_not_tried_twice(
 def test_a_dead_bus_does_not_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import socket
-
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
         listener.bind(str(tmp_path / "bus"))
         listener.listen()
@@ -1087,17 +1088,113 @@ def volume(**values: Any) -> dict[str, Any]:
     }
 
 
-def test_a_table_fits_a_serial_console() -> None:
+@pytest.mark.parametrize("wide", [20, 40, 60, 80, 132])
+def test_names_are_whole_at_every_width(wide: int) -> None:
+    long = "cr_" + "a-long-name-of-a-volume_" * 3
     error = "the header of cr_imap_encr is damaged: " + "a sentence that goes on and on " * 4
-    lines = render.Page(width=80).status(
-        {"State": "degraded", "Waiting": []}, [volume(LastError=error), volume(Name="b")], []
-    )
+    volumes = [volume(LastError=error), volume(Name="b", State="unlocked"), volume(Name=long)]
+    guests = [
+        {"Name": f"{long}_guest", "State": "off", "Needs": [long, "b"], "StartsAtBoot": True, "LastError": ""}
+    ]  # fmt: skip
+    lines = render.Page(width=wide).status({"State": "degraded", "Waiting": []}, volumes, guests)
+    words = " ".join(lines).replace(",", " ").split()
+    for name in ("cr_imap_encr", "b", long, f"{long}_guest", *volumes[0]["NeededBy"]):
+        assert name in words
+    if wide >= 40:
+        overlong = [line for line in lines if len(line) > wide and long not in line]
+        assert not overlong
+
+
+def test_a_table_fits_a_serial_console() -> None:
+    volumes = [volume(), volume(Name="b")]
+    host = {"State": "degraded", "Waiting": []}
+    lines = render.Page(width=80).status(host, volumes, [])
     assert all(len(line) <= 80 for line in lines), lines
     text = "\n".join(lines)
-    assert "degraded: not all of the boot set is up (failed: cr_imap_encr)" in text
-    assert "by-id" not in text or "..." in text  # the device gave way
-    for number in range(6):
-        assert f"guest-number-{number}" in text
+    assert "degraded: not all of the boot set is up (failed: cr_imap_encr, b)" in text
+    assert "part3" in text
+    assert "by-id" not in text  # the device gave way
+    assert "DEVICE" not in "\n".join(render.Page(width=40).status(host, volumes, []))
+    assert "DEVICE" in "\n".join(render.Page().status(host, volumes, []))
+
+
+def test_wide_characters_align() -> None:
+    names = ["plain", "メール", "Cafe\u0301-Gast", "한국어"]
+    guests = [
+        {"Name": name, "State": "running", "Needs": [], "StartsAtBoot": True, "LastError": ""}
+        for name in names
+    ]
+    for page in (render.Page(width=80), render.Page()):
+        lines = page.guests(guests)[1:]
+        assert {columns.width(line.partition("running")[0]) for line in lines[1:]} == {11}
+        assert lines[0].index("STATE") == 11
+
+
+@given(st.text(), st.integers(0, 100))
+def test_shortening_and_wrapping(text: str, room: int) -> None:
+    text = render.printable(text)
+    assert columns.width(columns.shortened(text, room + 12)) <= room + 12
+    assert " ".join(columns.wrapped(text, room, 4)).split() == text.split()
+
+
+def test_failures_come_first() -> None:
+    volumes = [
+        volume(Name="open", State="unlocked"),
+        volume(Name="coming", State="unlocking"),
+        volume(Name="waits", State="waiting", LastError="file:/k gave no key"),
+        volume(Name="broken", State="failed", LastError="the disk is gone"),
+    ]
+    lines = render.Page().volumes(volumes)
+    first = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert first == ["VOLUME", "broken", "waits", "coming", "open"]
+    assert [one["Name"] for one in volumes if render.has_failed(one)] == ["broken"]
+
+
+def test_status_of_what_has_failed(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start(MAIL.replace("autostart = true", 'autostart = true\nfault = "no such network"'))
+    assert main.main(["status", "--failed"]) == 0
+    assert capsys.readouterr().out == "nothing has failed\n"
+    host.boot("waiting")
+    host.unlock("cr_a", ALPHA)
+    host.unlock("cr_b", BETA)
+    host.until(lambda client: client.host["State"] == "degraded")
+    assert main.main(["status", "--failed"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("GUEST")
+    assert "no such network" in shown
+    assert "cr_a    " not in shown
+    assert main.main(["status", "--failed", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert ([one["name"] for one in status["guests"]], status["volumes"]) == (["imap"], [])
+
+
+FORTY = "[sim]\nvolumes = 40\nguests = 40\n" + "".join(
+    f"[volume.v{number}]\ndevice = '/dev/vg/v{number}'\n[sim.volume.v{number}]\ndelay = '0.2s'\n{opened_by(ALPHA)}"
+    for number in range(40)
+)
+
+
+def test_forty_volumes(host: Host, tmp_path: Path) -> None:
+    """The first line stays one; a bar shows how far it is, on the terminal and on the console."""
+    host.start(FORTY)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(LONG_S)
+        host.boot("waiting")
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        console = subprocess.Popen([*CTL, "console"], cwd=PROJECT, env=environment)
+        told = [systemd.recv(4096).decode()]
+        terminal = Terminal("unlock", columns=60)
+        terminal.expect("Passphrase for volumes v0, v1, v10 and 37 more:")
+        terminal.type(f"{ALPHA}\n")
+        terminal.expect("of 40 open")
+        terminal.expect("open now: v0, v1, v10 and 37 more")
+        assert terminal.end() == 0
+        while not told[-1].startswith("STATUS=40 of 40 open"):
+            told.append(systemd.recv(4096).decode())
+    assert console.wait(LONG_S) == 0
+    assert "STATUS=0 of 40 open, waiting for the passphrase of v0, v1, v10 and 37 more" in told
+    assert any(re.match(r"STATUS=([1-9]|[123]\d) of 40 open", text) for text in told)
 
 
 def test_colour_and_escapes() -> None:

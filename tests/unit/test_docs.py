@@ -209,7 +209,7 @@ def test_every_verb_and_option_is_completed() -> None:
         ("start m", ["mail\\ server"]),
         ("start $", ["\\$\\(touch\\ ran\\)"]),
         ("status ", ["all\\ of\\ them"]),
-        ("status --", ["--help", "--all", "--json"]),
+        ("status --", ["--help", "--failed", "--all", "--json"]),
         ("wait --timeout ", []),
         ("plan un", ["unlock:"]),
         ("plan unlock :", ["cr_a", "cr_b"]),

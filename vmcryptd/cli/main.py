@@ -27,6 +27,8 @@ from vmcryptd.cli.render import (
     CHANGED_ON_DISK,
     change,
     guest_members,
+    has_failed,
+    opening,
     printable,
     snake,
     status_members,
@@ -45,7 +47,7 @@ from vmcryptd.core.errors import (
     VmcryptdError,
 )
 from vmcryptd.core.wording import few
-from vmcryptd.posix.notify import extend_timeout
+from vmcryptd.posix.notify import extend_timeout, notify
 
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
 
@@ -163,11 +165,16 @@ async def _status(arguments: Namespace) -> int:
     if names:
         volumes = [values for values in volumes if values["Name"] in names]
         guests = [values for values in guests if values["Name"] in names]
+    if arguments.failed:
+        volumes = list(filter(has_failed, volumes))
+        guests = list(filter(has_failed, guests))
     if arguments.json:
         print_json(status_members(client.host, volumes, guests, jobs))
         return EXIT_OK
     shown = page()
-    if names:
+    if arguments.failed and not (volumes or guests):
+        lines = ["nothing has failed"]
+    elif names or arguments.failed:
         lines = [*shown.volumes(volumes, jobs), *shown.guests(guests)][1:]
     else:
         if not arguments.all:
@@ -245,7 +252,7 @@ async def _wait(arguments: Namespace) -> int:
     if arguments.json:
         print_json({"state": state, "waiting": list(client.host["Waiting"]), "reasons": reasons})
     if not ended:
-        waiting = ", ".join(client.host["Waiting"])
+        waiting = few(client.host["Waiting"])
         why = f"a passphrase is missing for {waiting}" if waiting else f"the state is {state}"
         say(f"not ready within {arguments.timeout}: {why}")
         return EXIT_WAITING
@@ -446,7 +453,8 @@ async def _console(arguments: Namespace) -> int:
     # Whatever goes wrong here, boot goes on.
     with contextlib.suppress(Exception):
         async with connect() as client:
-            await client.follow()
+            await client.follow(lambda _: _notify_status(client))
+            _notify_status(client)
             longest_s = client.host["ConsolePromptUSec"] / 1e6
             if longest_s > 0:
                 _notify_longer(longest_s + CONSOLE_MARGIN_S)
@@ -465,6 +473,15 @@ async def _while_console_is_needed(client: Client) -> None:
 def _notify_longer(seconds: float) -> None:
     """This start or stop may take so long from now on."""
     extend_timeout(min(seconds, LONGEST_STOP_S))
+
+
+def _notify_status(client: Client) -> None:
+    """While a unit starts, systemd shows this on the console, behind the unit's name."""
+    done, count = opening(client.volumes.values())
+    text = f"{done} of {count} open"
+    if client.host["Waiting"]:
+        text += f", waiting for the passphrase of {few(client.host['Waiting'])}"
+    notify(f"STATUS={printable(text)}")
 
 
 # --- what is behind a verb of two words ---

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from vmcryptd.cli.columns import padded, shortened, width, wrapped
+from vmcryptd.core.wording import few
 
 Properties = Mapping[str, Any]
 
@@ -20,6 +23,11 @@ _COLOURS = {
     **dict.fromkeys(("degraded", "failed", "missing", "crashed", "undefined"), _RED),
 }
 
+
+_FAILED = {"failed", "crashed", "undefined"}
+_UNDER_WAY = {"waiting", "unlocking", "locking", "starting", "stopping"}
+# A device whose path has only so much room says nothing any more.
+_SHORTEST = 12
 
 _PRIORITIES = {0: "ignored", 1: "normal", 2: "preferred"}
 
@@ -92,8 +100,36 @@ def snake(values: Properties) -> dict[str, Any]:
 # --- for people ---
 
 
+def has_failed(values: Properties) -> bool:
+    """Whether a volume or guest is not as it should be. What is on its way may have an error of before."""
+    state = str(values["State"])
+    return state in _FAILED or (bool(values["LastError"]) and state not in _UNDER_WAY)
+
+
+def by_urgency(many: Iterable[Properties]) -> list[Properties]:
+    """Volumes or guests: what has failed, then what waits, then what is on its way, then the rest."""
+
+    def rank(values: Properties) -> int:
+        state = str(values["State"])
+        if has_failed(values):
+            return 0
+        if state == "waiting" or (state == "off" and values.get("StartsAtBoot")):
+            return 1
+        return 2 if state in _UNDER_WAY else 3
+
+    return sorted(many, key=rank)
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+
+    cells: Sequence[Any]
+    names: Sequence[str]  # in the last column
+    notes: Sequence[str]  # on lines of their own below; empty ones are left out
+
+
 class Page:
-    """Lines of at most `width` columns (none is cut when it is 0), with colour or without."""
+    """Lines of at most `width` columns (0: of any), with colour or without. Names are whole at every width."""
 
     def __init__(self, *, width: int = 0, colour: bool = False) -> None:
         self._width = width
@@ -126,39 +162,37 @@ class Page:
     def volumes(self, volumes: Sequence[Properties], jobs: Iterable[Properties] = ()) -> list[str]:
         jobs = list(jobs)
         rows = [
-            (
-                values["Name"],
-                values["State"],
-                values["Device"],
-                values["KeySource"] or "-",
+            Row(
+                (values["Name"], values["State"], values["Device"], values["KeySource"] or "-"),
                 list(values["NeededBy"]),
                 [values["LastError"], _rotation_note(values, jobs) or _backup_note(values)],
             )
-            for values in volumes
+            for values in by_urgency(volumes)
         ]
-        return self._table(("VOLUME", "STATE", "DEVICE", "KEY", "NEEDED BY"), rows)
+        heads = ("VOLUME", "STATE", "DEVICE", "KEY", "NEEDED BY")
+        return self._table(heads, rows, shorten=2, drop=(2, 3))
 
     def guests(self, guests: Sequence[Properties]) -> list[str]:
         rows = [
-            (
-                values["Name"],
-                values["State"],
-                "at boot" if values["StartsAtBoot"] else "-",
+            Row(
+                (values["Name"], values["State"], "at boot" if values["StartsAtBoot"] else "-"),
                 list(values["Needs"]),
                 [values["LastError"]],
             )
-            for values in guests
+            for values in by_urgency(guests)
         ]
-        return self._table(("GUEST", "STATE", "STARTS", "NEEDS"), rows)
+        return self._table(("GUEST", "STATE", "STARTS", "NEEDS"), rows, drop=(2,))
 
     def keys(self, keys: Mapping[str, Any]) -> list[str]:
         """The key slots of one volume."""
-        rows: list[tuple[Any, ...]] = [
-            (
-                slot["slot"],
-                slot["opened_by"],
-                _cost(slot),
-                _PRIORITIES.get(slot["priority"], slot["priority"]),
+        rows = [
+            Row(
+                (
+                    slot["slot"],
+                    slot["opened_by"],
+                    _cost(slot),
+                    _PRIORITIES.get(slot["priority"], slot["priority"]),
+                ),
                 [
                     f"{one['token']} {one['kind']}"
                     for one in keys["tokens"]
@@ -169,7 +203,7 @@ class Page:
             for slot in keys["slots"]
         ]
         heads = ("SLOT", "OPENED BY", "ONE TRY COSTS", "PRIORITY", "TOKENS")
-        lines = self._table(heads, rows)[1:] or ["it has no key slot"]
+        lines = self._table(heads, rows, drop=(3,))[1:] or ["it has no key slot"]
         sources = f"key sources of {keys['volume']}: {', '.join(keys['sources'])}"
         lines += ["", *self._wrapped(sources, 4)]
         if keys["is_half_rotated"]:
@@ -189,13 +223,17 @@ class Page:
             f"{step['action']}:{step['object']}": place for place, step in enumerate(steps, 1)
         }
         lines = [f"{plan['goal']}: {_count(len(steps), 'step')}"]
-        what = [f"{step['action']} {step['object']}" for step in steps]
-        wide = min(max(map(len, what)), 40)
+        what = [printable(f"{step['action']} {step['object']}") for step in steps]
+        wide = min(max(map(width, what)), 40)
         for place, step in enumerate(steps, 1):
             after = sorted({number[other] for other in step["after"] if other in number})
             behind = f" (after {', '.join(map(str, after))})" if after else ""
-            head = f"{place:>3}. {what[place - 1]:<{wide}}  "
-            lines += self._wrapped(f"{head}{step['reason']}{behind}", len(head))
+            head = f"{place:>3}. {padded(what[place - 1], wide)}  "
+            reason = f"{step['reason']}{behind}"
+            if self._width and width(head) > self._width // 2:
+                lines += [head.rstrip(), *self._wrapped(f"       {reason}", 7)]
+            else:
+                lines += self._wrapped(f"{head}{reason}", width(head))
         return lines
 
     def findings(self, findings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -209,53 +247,71 @@ class Page:
             lines += [*first, *self._wrapped(f"    {finding['advice']}", 4)]
         return lines
 
-    def _table(self, heads: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:
-        """Each row: cells, then a list for the last column, then what stands on lines of its own below."""
+    def _table(
+        self,
+        heads: Sequence[str],
+        rows: Sequence[Row],
+        *,
+        shorten: int | None = None,
+        drop: Sequence[int] = (),
+    ) -> list[str]:
+        """Where it does not fit, the column `shorten` gives way, then `drop` are left out, then the last goes below."""
         if not rows:
             return []
-        cells = [[printable(str(cell)) for cell in row[:-2]] for row in rows]
-        widths = [max(map(len, column)) for column in zip(heads[:-1], *cells, strict=True)]
-        if self._width:
-            # The last column gets what it needs up to a quarter; of the others the longest gives way.
-            longest = max((len(", ".join(row[-2])) for row in rows), default=0)
-            last = min(max(longest, len(heads[-1])), self._width // 4)
-            while sum(widths) + 2 * len(widths) + last > self._width and max(widths) > 12:
-                widths[widths.index(max(widths))] -= 1
+        cells = [[printable(str(cell)) for cell in row.cells] for row in rows]
+        names = [[printable(name) for name in row.names] for row in rows]
+        widths = [max(map(width, column)) for column in zip(heads[:-1], *cells, strict=True)]
+        if self._width:  # one that takes half a line gets a line of its own
+            firsts = [width(heads[0]), *(width(texts[0]) for texts in cells)]
+            widths[0] = max(one for one in firsts if one <= max(self._width // 2, firsts[0]))
+        last = self._room_of_last(heads[-1], names)
+
+        def missing() -> int:
+            return sum(widths) + 2 * len(widths) + last - self._width if self._width else 0
+
+        if shorten is not None and missing() > 0:
+            widths[shorten] = max(widths[shorten] - missing(), min(widths[shorten], _SHORTEST))
+        shown = list(range(len(widths)))
+        for column in drop:
+            if missing() > 0:
+                at = shown.index(column)
+                del shown[at], widths[at]
+        is_below = missing() > 0
         indent = sum(widths) + 2 * len(widths)
-        lines = ["", self._row(heads[:-1], widths) + heads[-1]]
-        for row, texts in zip(rows, cells, strict=True):
-            line = self._row(texts, widths, state=str(row[1]))
-            names = [printable(name) for name in row[-2]] or ["-"]
-            wrapped = self._wrapped(" " * indent + ", ".join(names), indent)
-            lines.append(line + wrapped[0][indent:])
-            lines += wrapped[1:]
-            for text in filter(None, row[-1]):
+        head = self._row([heads[column] for column in shown], widths)
+        lines = ["", head if is_below else head + heads[-1]]
+        for row, texts, those in zip(rows, cells, names, strict=True):
+            if width(texts[0]) > widths[0]:
+                lines.append(texts[0])
+                texts[0] = ""
+            line = self._row([texts[column] for column in shown], widths, state=str(row.cells[1]))
+            if is_below:
+                lines.append(line)
+                if those:
+                    lines += self._wrapped(f"    {heads[-1].lower()}: {', '.join(those)}", 4)
+            else:
+                listed = self._wrapped(" " * indent + (", ".join(those) or "-"), indent)
+                lines += [line + listed[0][indent:], *listed[1:]]
+            for text in filter(None, row.notes):
                 lines += self._wrapped(f"    {text}", 4)
         return [line.rstrip() for line in lines]
 
+    def _room_of_last(self, head: str, names: Sequence[Sequence[str]]) -> int:
+        """What the last column needs: all in one line up to a quarter of the width, and each name whole."""
+        whole = max((width(", ".join(those)) for those in names), default=0)
+        longest = max((width(name) + 1 for those in names for name in those), default=0)
+        return max(width(head), min(whole, self._width // 4), min(longest, whole))
+
     def _row(self, texts: Sequence[str], widths: Sequence[int], state: str = "") -> str:
         line = ""
-        for place, (text, width) in enumerate(zip(texts, widths, strict=True)):
-            cell = shortened(text, width)
-            padding = " " * (width - len(cell) + 2)
+        for place, (text, columns) in enumerate(zip(texts, widths, strict=True)):
+            cell = shortened(text, columns)
+            padding = " " * (columns - width(cell) + 2)
             line += (self.state(state, cell) if state and place == 1 else cell) + padding
         return line
 
     def _wrapped(self, text: str, indent: int = 0) -> list[str]:
-        text = printable(text)
-        if not self._width or len(text) <= self._width:
-            return [text]
-        import textwrap
-
-        lead = len(text) - len(text.lstrip())
-        lines = textwrap.wrap(
-            text[lead:],
-            max(self._width, indent + 20),
-            initial_indent=" " * lead,
-            subsequent_indent=" " * indent,
-            break_on_hyphens=False,
-        )
-        return lines or [text]
+        return wrapped(printable(text), self._width, indent)
 
 
 def overall(host: Properties, volumes: Sequence[Properties], guests: Sequence[Properties]) -> str:
@@ -272,19 +328,23 @@ def overall(host: Properties, volumes: Sequence[Properties], guests: Sequence[Pr
         case "locked":
             return "boot was not asked for, or everything was closed again -- run: vmcryptctl boot"
         case "unlocking":
-            return "volumes are being opened and guests started -- follow it: vmcryptctl monitor"
+            done, count = opening(volumes)
+            far = f"{done} of {count} open, " if count > 1 else ""
+            return (
+                f"{far}volumes are being opened and guests started -- follow it: vmcryptctl monitor"
+            )
         case "stopping":
             return "guests are being stopped and volumes closed -- follow it: vmcryptctl monitor"
         case "degraded":
-            failed = [str(one["Name"]) for one in (*volumes, *guests) if one["LastError"]]
-            what = f" (failed: {', '.join(failed)})" if failed else ""
+            failed = [str(one["Name"]) for one in (*volumes, *guests) if has_failed(one)]
+            what = f" (failed: {few(failed)})" if failed else ""
             return f"not all of the boot set is up{what} -- put it right, then run: vmcryptctl boot"
     return ""
 
 
 def held(key: Mapping[str, str]) -> str:
     """What is in the daemon's memory, and when it will not be any more."""
-    names = ", ".join(key["volumes"].split())
+    names = few(key["volumes"].split())
     match key["until"]:
         case "":
             when = f"until it was tried on {names}" if names else "while it is being tried"
@@ -318,7 +378,7 @@ def change(kind: str, name: str, event: str, values: Properties) -> str:
     if "State" in values:
         what.append(str(values["State"]))
     if values.get("Waiting"):
-        what.append(f"waiting for the key of {', '.join(values['Waiting'])}")
+        what.append(f"waiting for the key of {few(values['Waiting'])}")
     if values.get("LastError"):
         what.append(str(values["LastError"]))
     if "HeldKeys" in values:
@@ -361,14 +421,6 @@ def percent(done: float) -> str:
 def printable(text: str) -> str:
     """Names and messages come from elsewhere; on a terminal they may not be more than text."""
     return "".join(char if char.isprintable() else "?" for char in text)
-
-
-def shortened(text: str, width: int) -> str:
-    """Without its middle, as long as it does not fit: both ends of a device's path tell something."""
-    if len(text) <= width:
-        return text
-    tail = (width - 3) * 2 // 3
-    return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
 
 
 def _rotation_note(values: Properties, jobs: Iterable[Properties]) -> str:

@@ -55,9 +55,10 @@ VERBS: tuple[Verb, ...] = (
         "status",
         "show the state of volumes and guests",
         "Shows the state of the whole in words, and what to do next; then the volumes; then the guests "
-        "that stand on volumes, start at boot or have failed. With names, only these.",
+        "that stand on volumes, start at boot or have failed; failures first. With names, only these.",
         (
             Argument("NAME", "a volume or a guest", nargs="*", completes="names"),
+            Argument("--failed", "show only what has failed"),
             Argument("--all", "show every guest that libvirt knows"),
             JSON,
         ),
