@@ -181,6 +181,7 @@ def test_a_detached_header_on_a_locked_volume(is_open: bool) -> None:
             "clevis is not installed",
         ),
         ('[daemon]\non_waiting = ["/bin/x"]\n' + GOOD, {}, ERROR, "/bin/x is not there"),
+        ('[daemon]\non_failed = ["/bin/y"]\n' + GOOD, {}, ERROR, "/bin/y is not there"),
         (
             GOOD + 'content = "filesystem"\nmount = "/m"\n',
             {"files": {"/m": KEY}},

@@ -40,6 +40,8 @@ shutdown_timeout = "1h 30s"
 kdf_memory = "12.5%"
 key_cache = "infinity"
 on_waiting = ["/usr/local/bin/mail-me", "root"]
+on_failed = ["/usr/local/bin/mail-me", "admin"]
+start_delay = "1.5s"
 
 [volume.keystore]
 device = "/dev/vg/keys"
@@ -79,6 +81,8 @@ def test_every_key_arrives() -> None:
         kdf_memory=0.125,
         key_cache_s=Infinity,
         on_waiting=("/usr/local/bin/mail-me", "root"),
+        on_failed=("/usr/local/bin/mail-me", "admin"),
+        start_delay_s=1.5,
     )
     uuid = "3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"
     assert settings.volumes["keystore"] == VolumeSpec(

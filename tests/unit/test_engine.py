@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,8 +26,8 @@ from vmcryptd.core.errors import (
     WrongKeyError,
 )
 from vmcryptd.core.goals import BOOT
-from vmcryptd.core.model import GuestState, Settings
-from vmcryptd.engine import panic, prompt, unlock_with_key
+from vmcryptd.core.model import DaemonSpec, GuestState, Settings
+from vmcryptd.engine import hooks, panic, prompt, unlock_with_key
 from vmcryptd.engine.opening import Phase
 from vmcryptd.engine.prompt import Held
 
@@ -940,6 +941,104 @@ async def test_on_waiting(run: Running) -> None:
     assert len(run.host.done("hook")) == 1
     run.host.answer("alpha")
     await run.idle()
+
+
+MAIL = '[daemon]\non_failed = ["/bin/mail-me", "root"]\n'
+FAILING = 'fault = "not-luks"'
+
+
+def hook(failed: str, *reasons: str) -> str:
+    environment = {"VMCRYPTD_FAILED": failed, "VMCRYPTD_REASONS": "\n".join(reasons)}
+    return f"hook /bin/mail-me root {environment}"
+
+
+@play(MAIL + volume("a", FILES, keys=["file:/etc/k"]) + volume("b", FAILING, keys=["file:/etc/b"])
+      + guest("g", "a") + guest("h", "b"))  # fmt: skip
+async def test_on_failed(run: Running) -> None:
+    assert run.host.done("hook") == []
+    run.engine.boot()
+    await run.until(lambda: run.state == "degraded")
+    reasons = [run.volume("b").error, run.guest("h").error]
+    assert all(reasons)
+    assert run.host.done("hook") == [hook("b h", *reasons)]
+    # What has failed already is no news, however often it fails.
+    await failure(run.engine.unlock("b"))
+    assert run.state == "degraded"
+    assert len(run.host.done("hook")) == 1
+    # Something else is.
+    run.host.guest("g", GuestState.CRASHED)
+    await run.until(lambda: len(run.host.done("hook")) == 2)
+    assert "guest g has crashed" in run.host.done("hook")[1]
+    # After the host was down it begins anew.
+    await run.engine.shutdown()
+    run.engine.boot()
+    await run.until(lambda: len(run.host.done("hook")) == 3)
+    assert run.host.done("hook")[2] == hook("b h", *reasons)
+
+
+@play(MAIL + volume("a") + guest("g", "a"))
+async def test_on_failed_is_not_run_for_what_waits_or_was_stopped(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting)
+    run.host.answer("wrong")
+    run.host.answer("alpha")
+    await run.until(lambda: run.state == "ready")
+    await run.engine.stop_guest("g")
+    await run.engine.shutdown()
+    assert run.host.done("hook") == []
+
+
+def test_the_environment_of_a_command_is_bounded() -> None:
+    class Listener:
+        environment: dict[str, str]
+
+        async def run_hook(self, argv: object, environment: dict[str, str]) -> None:
+            self.environment = environment
+
+    listener = Listener()
+    settings = Settings(DaemonSpec(on_waiting=("/x",), on_failed=("/x",)))
+    inventory = SimpleNamespace(settings=settings)
+    made = hooks.Hooks(listener, inventory)  # type: ignore[arg-type]
+    names = [f"{number:0127}" for number in range(2000)]
+    asyncio.run(made.waiting(names))
+    assert names[:100] == listener.environment["VMCRYPTD_WAITING"].split()[:100]
+    asyncio.run(
+        made.failed({name: f"volume {name}:\nfirst\x1b line " + "x" * 5000 for name in names})
+    )
+    for value in listener.environment.values():
+        assert 30_000 < len(value) <= 64 * 1024
+    lines = listener.environment["VMCRYPTD_REASONS"].split("\n")
+    assert all(line.startswith("volume ") and line.isprintable() for line in lines)
+
+
+# --- one guest after the other ---
+
+
+@play(
+    '[daemon]\nstart_delay = "1h"\n' + volume("a") + guest("g", "a") + guest("h", "a", sim=SHARED)
+)
+async def test_a_start_waits_for_its_turn_and_a_shutdown_does_not(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: sorted(run.guests().values()) == ["running", "starting"])
+    await run.looked()
+    assert len(run.host.done("start ")) == 1
+    await run.engine.shutdown()
+    assert len(run.host.done("start ")) == 1
+    assert run.volumes() == {"a": "locked"}
+
+
+@play('[daemon]\nstart_delay = "5ms"\n' + volume("a")
+      + guest("g", "a", sim=SHARED) + guest("h", "a", sim=SHARED) + guest("i", "a", sim=SHARED))  # fmt: skip
+async def test_guests_start_one_after_the_other(run: Running) -> None:
+    run.host.hold("starting g")
+    run.engine.boot()
+    run.host.answer("alpha")
+    # One that takes long keeps only its own turn.
+    await run.until(lambda: run.guests() == {"g": "starting", "h": "running", "i": "running"})
+    run.host.release("starting g")
+    await run.until(lambda: run.state == "ready")
+    assert run.guests() == {"g": "running", "h": "running", "i": "running"}
 
 
 # --- key derivations ---

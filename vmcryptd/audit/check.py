@@ -89,9 +89,10 @@ def _host(facts: Facts) -> Iterator[Finding]:
         text = f"swap is not encrypted ({', '.join(facts.plain_swap)}): what guests have in memory can land there"
         advice = "encrypt it with a random key, see swap in crypttab(5), or use zram"
         yield Finding(WARNING, "swap", text, advice)
-    hook = facts.settings.daemon.on_waiting[:1]
-    for path in hook:
-        yield from _program("on_waiting", path, facts)
+    daemon = facts.settings.daemon
+    for key, argv in (("on_waiting", daemon.on_waiting), ("on_failed", daemon.on_failed)):
+        for path in argv[:1]:
+            yield from _program(key, path, facts)
     if facts.suspends:
         text = f"{facts.suspends} would suspend guests at shutdown, which writes their memory to disk in plain text"
         advice = "set ON_SHUTDOWN=shutdown there, or disable it: vmcryptd stops the guests on its volumes"

@@ -230,7 +230,7 @@ def _files(settings: Settings) -> dict[str, File]:
                 wanted.add(source.argument)
             elif source.kind is SourceKind.EXEC:
                 wanted.add(shlex.split(source.argument)[0])
-    wanted.update(settings.daemon.on_waiting[:1])
+    wanted.update(settings.daemon.on_waiting[:1], settings.daemon.on_failed[:1])
     return {path: found for path in wanted if (found := _file(path)) is not None}
 
 

@@ -50,6 +50,7 @@ _MEANT = {
     "script": "exec",
 }
 LONGEST_PATH = 4096
+LONGEST_DELAY_S = 3600.0
 _SHOWN = 60  # characters of a value that an error repeats
 
 
@@ -72,6 +73,13 @@ def _share(value: object) -> float:
         if 0 < share <= 1:
             return share
     raise ValueError(f'expected a percentage from "1%" to "100%", not {_toml(value)}')
+
+
+def _delay(value: object) -> float:
+    seconds = duration(value)
+    if seconds > LONGEST_DELAY_S:
+        raise ValueError(f'expected at most "1h", not {_toml(value)}')
+    return seconds
 
 
 def mapping_name(value: str) -> str:
@@ -202,6 +210,7 @@ def _before(function: Any) -> Any:
 
 
 Duration = Annotated[float, BeforeValidator(duration)]
+Delay = Annotated[float, BeforeValidator(_delay)]
 Share = Annotated[float, BeforeValidator(_share)]
 Device = Annotated[str, _before(_device)]
 AbsolutePath = Annotated[str, _before(_absolute)]
@@ -255,11 +264,25 @@ class DaemonTable(_Table):
         "VMCRYPTD_WAITING in its environment holds the names of all that wait, separated by spaces.",
         json_schema_extra={"shown": ["/usr/local/bin/mail-me"]},
     )
+    on_failed: list[str] = Field(
+        [],
+        description="A command (argument vector, absolute path first) that is run when the host becomes degraded, "
+        "and again when something else fails then. VMCRYPTD_FAILED in its environment holds the names of the volumes "
+        "and guests that have failed, separated by spaces; VMCRYPTD_REASONS why, a line for each.",
+        json_schema_extra={"shown": ["/usr/local/bin/mail-me"]},
+    )
+    start_delay: Delay = Field(
+        0.0,
+        description="How long to wait after the start of a guest before the next one is started, beyond their order "
+        "and readiness: many guests that boot at once make each other slow. At most an hour.",
+        json_schema_extra={"shown": "0"},
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DaemonTable:
-        if self.on_waiting and not self.on_waiting[0].startswith("/"):
-            raise _WrongKeyError("on_waiting", "expected the absolute path of a program first")
+        for key, argv in (("on_waiting", self.on_waiting), ("on_failed", self.on_failed)):
+            if argv and not argv[0].startswith("/"):
+                raise _WrongKeyError(key, "expected the absolute path of a program first")
         return self
 
 
@@ -705,6 +728,8 @@ def _daemon(table: DaemonTable) -> DaemonSpec:
         kdf_memory=table.kdf_memory,
         key_cache_s=table.key_cache,
         on_waiting=tuple(table.on_waiting),
+        on_failed=tuple(table.on_failed),
+        start_delay_s=table.start_delay,
     )
 
 

@@ -206,6 +206,8 @@ class DaemonSpec:
     kdf_memory: float = 0.5  # share of the available memory
     key_cache_s: float = 0.0
     on_waiting: tuple[str, ...] = ()
+    on_failed: tuple[str, ...] = ()
+    start_delay_s: float = 0.0
 
 
 @dataclass(frozen=True)

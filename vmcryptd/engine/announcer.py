@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vmcryptd.core.goals import BOOT
-from vmcryptd.core.model import HostState
+from vmcryptd.core.model import GuestState, HostState, VolumeState
 from vmcryptd.core.ports import Host, Memory
 from vmcryptd.core.states import (
     Activities,
@@ -16,6 +16,7 @@ from vmcryptd.core.states import (
     volume_view,
 )
 from vmcryptd.engine.boot import BootPolicy
+from vmcryptd.engine.hooks import Hooks
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Jobs
 from vmcryptd.engine.key_management import KeySlots
@@ -37,6 +38,7 @@ class Announcer:
         key_slots: KeySlots,
         rotations: Rotations,
         boot: BootPolicy,
+        hooks: Hooks,
     ) -> None:
         self._host = host
         self._memory = memory
@@ -47,6 +49,8 @@ class Announcer:
         self._key_slots = key_slots
         self._rotations = rotations
         self._boot = boot
+        self._hooks = hooks
+        self._reported: set[str] | None = None  # what has failed since the host became degraded
         self._status = ""  # as systemd knows it
         self._sources: dict[str, str] = {}  # as kept for the next daemon
         self._is_target_wanted: bool | None = None
@@ -77,6 +81,24 @@ class Announcer:
             booted=self._boot.booted,
             failed=self._inventory.libvirt_error is not None,
         )
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """What keeps the boot set from being up: name → why. The name of libvirt itself is empty."""
+        graph, found = self._inventory.graph, {}
+        volumes, guests = self._inventory.boot_set
+        if self._inventory.libvirt_error is not None:
+            found[""] = str(self._inventory.libvirt_error)
+        for name in volumes:
+            view = volume_view(graph, name, self._activities.volumes[name])
+            if view.state is not VolumeState.UNLOCKED:
+                found[name] = view.error or f"volume {name} is {view.state}"
+        for name in guests:
+            guest = guest_view(graph, name, self._activities.guest(name))
+            if guest.error or guest.state is GuestState.CRASHED:
+                reason = guest.error or f"guest {name} has crashed"
+                found[name] = f"{found[name]}; {reason}" if name in found else reason
+        return found
 
     @property
     def is_console_needed(self) -> bool:
@@ -125,9 +147,22 @@ class Announcer:
             self._want_target(True)
         elif state in (HostState.STOPPING, HostState.LOCKED) and self._is_target_wanted is True:
             self._want_target(False)
+        self._report(state)
         if (line := self.status_line(state)) != self._status:
             self._status = line
             self._host.status(line)
+
+    def _report(self, state: HostState) -> None:
+        """When the host becomes degraded, and when something else has failed since."""
+        if state in (HostState.READY, HostState.STOPPING) or not self._boot.booted:
+            self._reported = None
+            return
+        if state is not HostState.DEGRADED:
+            return
+        reasons = self.reasons
+        if self._reported is None or not reasons.keys() <= self._reported:
+            self._reported = (self._reported or set()).union(reasons)
+            self._jobs.spawn(self._hooks.failed(reasons))
 
     def _keep_sources(self) -> None:
         volumes = self._activities.volumes.items()

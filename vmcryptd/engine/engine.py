@@ -79,7 +79,7 @@ class Engine:
         )
         self._announcer = Announcer(
             ports.host, ports.memory, self.inventory, self._activities, self.prompt, self._jobs,
-            self.key_slots, self.rotations, self._boot,
+            self.key_slots, self.rotations, self._boot, hooks,
         )  # fmt: skip
 
     # --- what is shown ---

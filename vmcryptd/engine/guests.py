@@ -26,6 +26,8 @@ class Guests:
     def __init__(self, domains: Domains, inventory: Inventory) -> None:
         self._domains = domains
         self._inventory = inventory
+        self._turns = asyncio.Lock()
+        self._last_start = -Infinity
         self._waited_for: set[str] = set()  # running guests that are ready, or were given up
         self._starting: set[str] = (
             set()
@@ -44,6 +46,7 @@ class Guests:
             await self._inventory.changes.until(
                 lambda: all(map(self._inventory.exists, disks)), DISK_TIMEOUT_S
             )
+        await self._turn()
         await self._inventory.look()
         self._check(name)
         self._starting.add(name)
@@ -60,6 +63,14 @@ class Guests:
         self._waited_for.discard(name)
         if wait_until_ready:
             await self._ready(node.spec)
+
+    async def _turn(self) -> None:
+        """Starts follow each other by `start_delay` at least."""
+        loop = asyncio.get_running_loop()
+        async with self._turns:
+            next_start = self._last_start + self._inventory.settings.daemon.start_delay_s
+            await asyncio.sleep(max(next_start - loop.time(), 0.0))
+            self._last_start = loop.time()
 
     def _check(self, name: str) -> None:
         """Raises GuestError if the guest would destroy data."""
