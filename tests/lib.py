@@ -82,8 +82,9 @@ class Host(Simulation):
         self._missing = self._missing - {path} if there else self._missing | {path}
         self._tell()
 
-    def guest(self, name: str, state: GuestState) -> None:
+    def guest(self, name: str, state: GuestState, trouble: str = "") -> None:
         self._guests[name].state = state
+        self._guests[name].trouble = trouble
         self._tell()
 
     def guest_gone(self) -> None:

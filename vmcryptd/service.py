@@ -44,6 +44,8 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 
     State: str
     Waiting: list[str]
+    Off: list[str]
+    LastError: str
     Version: str
     ConsoleNeeded: bool
     ConsolePromptUSec: int
@@ -227,6 +229,8 @@ def manager_properties(engine: Engine) -> dict[str, object]:
     return {
         "State": str(engine.state),
         "Waiting": engine.waiting,
+        "Off": engine.off,
+        "LastError": engine.host_error,
         "Version": __version__,
         "ConsoleNeeded": engine.is_console_needed,
         "ConsolePromptUSec": _USEC_INFINITY if prompt_s == Infinity else int(prompt_s * 1e6),

@@ -43,7 +43,7 @@ _vmcryptctl() {
         panic) options='--help' ;;
         plan) options='--help --json' goals=yes ;;
         check) options='--help --config --json' ;;
-        wait) options='--help --timeout --json' ;;
+        wait) options='--help --all --timeout --json' ;;
         monitor) options='--help --json' ;;
         reload) options='--help' ;;
         'key list') options='--help --json' names=volumes ;;

@@ -61,6 +61,7 @@ complete -c vmcryptctl -n '__fish_seen_subcommand_from check' -l help -d 'tell m
 complete -c vmcryptctl -n '__fish_seen_subcommand_from check' -l config -r -F -d 'check this directory instead of /etc/vmcryptd'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from check' -l json -d 'print JSON, for programs'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from wait' -l help -d 'tell more about it'
+complete -c vmcryptctl -n '__fish_seen_subcommand_from wait' -l all -d 'fail, too, while a guest of the boot set is off'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from wait' -l timeout -x -d 'how long at most, such as 90s or 5min; default "infinity"'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from wait' -l json -d 'print JSON, for programs'
 complete -c vmcryptctl -n '__fish_seen_subcommand_from monitor' -l help -d 'tell more about it'

@@ -194,7 +194,9 @@ def test_status_as_json(mail: Host, capsys: pytest.CaptureFixture[str]) -> None:
         assert one.pop("uuid") in ("", f"00000000-0000-0000-0000-{number:012x}")
     assert status == {
         "state": "waiting",
+        "error": "",
         "waiting": ["cr_a", "cr_b"],
+        "off": ["imap"],
         "config_changed": False,
         "held_keys": [],
         "volumes": [

@@ -250,7 +250,7 @@ SURFACE = {
             "ListKeys": "s→s", "TestKey": "sh→x", "AddKey": "shh→x", "RemoveKey": "sxh→",
             "ChangeKey": "shh→x", "BackupHeader": "sh→", "AddKeystoreKey": "ssh→s",
             "RotateKey": "shb→", "StopRotation": "s→",
-            "State": "s", "Waiting": "as", "Version": "s",
+            "State": "s", "Waiting": "as", "Off": "as", "LastError": "s", "Version": "s",
             "ConsoleNeeded": "b", "ConsolePromptUSec": "x", "HeldKeys": "aa{ss}",
             "ConfigChanged": "b",
         },
@@ -313,8 +313,8 @@ async def test_keys_that_are_held(daemon: Daemon) -> None:
 @with_daemon(HOST)
 async def test_properties(daemon: Daemon) -> None:
     assert await daemon.call("GetAll", "s", MANAGER, interface=PROPERTIES) == {
-        "State": "locked", "Waiting": [], "Version": __version__,
-        "ConsoleNeeded": False, "ConsolePromptUSec": 90_000_000, "HeldKeys": [],
+        "State": "locked", "Waiting": [], "Off": ["imap"], "LastError": "", "Version": __version__,
+        "ConsoleNeeded": False, "ConsolePromptUSec": 90_000_000, "HeldKeys": [], "ConfigChanged": False,
     }  # fmt: skip
     assert await daemon.volume("outer") == {
         "Name": "outer", "Device": "/dev/vg/outer", "Uuid": "", "State": "locked", "KeySource": "",

@@ -189,6 +189,144 @@ def test_start_stop_kill(run: Any, outsider: Any, capfd: Any) -> None:
     assert capfd.readouterr().err == ""
 
 
+class Reasons:
+    """What libvirt says of the domain "test" where the test driver has no way to bring that about."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: tuple[int, int] | None = None
+        real = libvirt.virDomain.state
+
+        def state(domain: Any, flags: int = 0) -> Any:
+            return list(self.said) if self.said and domain.name() == "test" else real(domain, flags)
+
+        monkeypatch.setattr(libvirt.virDomain, "state", state)
+
+
+@pytest.fixture
+def reasons(monkeypatch: pytest.MonkeyPatch) -> Reasons:
+    return Reasons(monkeypatch)
+
+
+STARTING_UP = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP)
+
+
+def test_a_start_by_libvirt_itself_is_waited_for_and_repeated_if_it_failed(
+    run: Any, outsider: Any, reasons: Reasons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STARTING_S", 0.01)  # no event tells of a start that failed
+
+    async def work() -> None:
+        async with observing() as observer:
+            reasons.said = STARTING_UP
+            starting = asyncio.create_task(observer.domains.start("test"))
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.STARTING)
+            assert not starting.done()
+            outsider.lookupByName("test").destroy()
+            reasons.said = None
+            await starting
+            assert observer.domains.current().domains["test"].state is GuestState.RUNNING
+            assert outsider.lookupByName("test").isActive()
+
+    run(work())
+
+
+def test_a_start_by_libvirt_itself_that_ends_well_is_left_alone(
+    run: Any, outsider: Any, reasons: Reasons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STARTING_S", 0.01)
+
+    async def work() -> None:
+        async with observing() as observer:
+            before = outsider.lookupByName("test").ID()
+            reasons.said = STARTING_UP
+            starting = asyncio.create_task(observer.domains.start("test"))
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.STARTING)
+            reasons.said = None
+            await starting
+            assert outsider.lookupByName("test").ID() == before
+
+    run(work())
+
+
+def test_a_start_by_libvirt_itself_that_does_not_end(
+    run: Any, outsider: Any, reasons: Reasons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "START_S", 0.05)
+    reasons.said = STARTING_UP
+
+    async def work() -> None:
+        async with observing() as observer:
+            with pytest.raises(GuestError, match=r"'test' is being started by libvirt since more"):
+                await observer.domains.start("test")
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "trouble"),
+    [
+        ("SHUTOFF", "SHUTOFF_CRASHED", "died: its process ended without a shutdown"),
+        ("SHUTOFF", "SHUTOFF_DAEMON", "died: its process ended without a shutdown"),
+        ("SHUTOFF", "SHUTOFF_SHUTDOWN", ""),
+        ("SHUTOFF", "SHUTOFF_DESTROYED", ""),
+        ("SHUTOFF", "SHUTOFF_FAILED", ""),
+        ("CRASHED", "CRASHED_PANICKED", "has crashed and is kept"),
+        ("PAUSED", "PAUSED_IOERROR", "is paused by an error of a disk"),
+        ("PAUSED", "PAUSED_USER", ""),
+        ("RUNNING", "RUNNING_BOOTED", ""),
+    ],
+)
+def test_why_a_guest_does_not_run(
+    run: Any, outsider: Any, reasons: Reasons, state: str, reason: str, trouble: str
+) -> None:
+    reasons.said = (
+        getattr(libvirt, f"VIR_DOMAIN_{state}"),
+        getattr(libvirt, f"VIR_DOMAIN_{reason}"),
+    )
+
+    async def work() -> None:
+        async with observing() as observer:
+            found = observer.domains.current().domains["test"].trouble
+            assert found.startswith(trouble) if trouble else not found
+
+    run(work())
+
+
+def test_what_libvirt_has_forgotten_over_a_restart_is_kept(
+    run: Any, outsider: Any, reasons: Reasons
+) -> None:
+    reasons.said = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_CRASHED)
+
+    async def work() -> None:
+        async with observing() as observer:
+            before = observer.domains.current().domains["test"]
+            assert before.trouble
+            reasons.said = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN)
+            assert (await observer.domains.refresh(10)).domains["test"] == before
+            reasons.said = None
+            assert (await observer.domains.refresh(10)).domains["test"].trouble == ""
+
+    run(work())
+
+
+def test_autostart_once(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libvirt-python 11.2 and later has it; the test driver does not."""
+    monkeypatch.setattr(libvirt.virDomain, "autostartOnce", lambda _: 1, raising=False)
+
+    async def work() -> None:
+        async with observing() as observer:
+            known = observer.domains.current().domains["test"]
+            assert (known.autostart_once, known.autostart) == (True, False)
+
+            def refuse(domain: Any) -> int:
+                return int(domain.pMSuspendForDuration(0, 0))  # "not supported", as libvirt says it
+
+            monkeypatch.setattr(libvirt.virDomain, "autostartOnce", refuse)
+            assert not (await observer.domains.refresh(10)).domains["test"].autostart_once
+
+    run(work())
+
+
 def test_deaf_guest(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pressed = []
     again: Callable[[], object] = list
@@ -255,6 +393,7 @@ def test_lost_connection_comes_back(
             await observer.sees(lambda known: not known.reachable)
             assert "test" in observer.domains.current().domains
             await observer.sees(lambda known: known.reachable)
+            assert {known.error for known in seen} == {""}  # it was back at the first attempt
             assert observer.session is not first
             outsider.lookupByName("test").suspend()
             await observer.sees(lambda known: known.domains["test"].state is GuestState.PAUSED)
@@ -332,6 +471,25 @@ def test_ready_by_port(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch)
             with pytest.raises(GuestError):
                 await waiting
             await observer.domains.start("test")
+
+    run(work())
+
+
+def test_it_is_said_that_libvirt_stays_away(
+    run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "BACK_OFF_S", (0.01, 0.05))
+
+    async def work() -> None:
+        async with observing() as observer:
+            with monkeypatch.context() as patched:
+                patched.setattr(observer.domains._link, "_uri", "test:///nowhere.xml")
+                observer.domains._link.mark(Event.CLOSED, "", observer.session)
+                known = await observer.sees(lambda known: bool(known.error))
+                assert known.error.startswith("libvirt at test:///nowhere.xml cannot be reached: ")
+                assert (known.reachable, known.domains["test"].state) == (False, GuestState.RUNNING)
+            known = await observer.sees(lambda known: known.reachable)
+            assert known.error == ""
 
     run(work())
 

@@ -285,6 +285,84 @@ async def test_a_guest_on_the_luks_device_itself_is_never_started(run: Running) 
     assert run.host.done("start raw") == []
 
 
+@play(volume("a") + guest("g", "a"))
+async def test_a_guest_that_dies(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.engine.off) == ("ready", [])
+    run.host.guest("g", GuestState.OFF, "died: killed")
+    await run.until(lambda: run.state == "degraded")
+    assert (run.guest("g").error, run.engine.off) == ("guest g died: killed", ["g"])
+    await run.engine.start_guest("g")
+    await run.until(lambda: run.state == "ready")
+    run.host.guest("g", GuestState.CRASHED, "is kept")
+    await run.until(lambda: run.guest("g").error == "guest g is kept")
+    run.host.guest("g", GuestState.OFF)  # destroyed by hand
+    await run.until(lambda: run.state == "ready")
+    assert (run.guest("g").error, run.engine.off) == ("", ["g"])
+    run.host.guest("g", GuestState.RUNNING)
+    await run.until(lambda: run.engine.off == [])
+    run.host.guest("g", GuestState.OFF, "died: killed")
+    await run.until(lambda: run.state == "degraded")
+    await run.engine.shutdown()
+    assert (run.state, run.guest("g").error) == ("locked", "")
+
+
+@play(volume("a", lock="guest") + guest("g", "a", sim='autostart = true\nstarting = "infinity"'))
+async def test_a_start_by_libvirt_itself_counts_once_it_has_ended_well(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.volumes()["a"] == "unlocked")
+    assert run.guests() == {"g": "starting"}
+    assert run.state == "unlocking"
+    run.host.guest("g", GuestState.OFF)  # it has failed
+    await run.idle()
+    assert (run.state, run.guests()) == ("ready", {"g": "running"})
+    # The volume was not closed in between for want of a guest.
+    assert run.host.done("close", "start g") == ["start g"]
+
+
+@play('[sim]\ndue_once = ["g", "gone"]\n' + volume("a") + guest("g", "a", sim=""))
+async def test_a_guest_to_be_started_once_starts_at_the_boot_after_that(run: Running) -> None:
+    assert run.guest("g").starts_at_boot
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert (run.state, run.guests()) == ("ready", {"g": "running"})
+    await run.until(lambda: not run.guest("g").starts_at_boot)
+    assert (run.host.marked_once, run.host.due_once()) == ((), ())
+    run.host.guest("g", GuestState.OFF)
+    await run.until(lambda: run.guests() == {"g": "off"})
+    assert run.engine.off == []
+
+
+@play(volume("a") + guest("g", "a", sim="autostart_once = true"))
+async def test_who_is_to_be_started_once_is_remembered(run: Running) -> None:
+    await run.until(lambda: run.host.marked_once == ("g",))
+    assert run.guest("g").starts_at_boot
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.guests() == {"g": "running"}
+    assert run.host.marked_once == ("g",)  # libvirt has not taken it away
+
+
+@play(volume("a") + guest("g", "a"))
+async def test_libvirt_that_goes_away_later(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    run.host.libvirt(False)
+    await run.until(lambda: run.state == "degraded")
+    assert run.engine.host_error == "libvirt cannot be reached (simulated)"
+    assert run.guests() == {"g": "running"}  # as it was last seen
+    run.host.libvirt(True)
+    await run.until(lambda: run.state == "ready")
+    assert run.engine.host_error == ""
+    await run.idle()
+
+
 @play(volume("a") + guest("g", "a") + guest("h", "a"))
 async def test_two_guests_that_write_one_disk_never_run_at_once(run: Running) -> None:
     run.host.hold("starting g")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vmcryptd.adapters.systemd import state_files
 from vmcryptd.adapters.systemd.state_files import StateFiles
 
 
@@ -67,6 +68,26 @@ def test_the_shutdown_hook_has_its_list_whatever_lies_beside_it(tmp_path: Path) 
     (tmp_path / "guest-content").touch()
     StateFiles(tmp_path, tmp_path).publish({"cr_b": True, "cr_a": False})
     assert (tmp_path / "volumes").read_text() == "cr_a\ncr_b\n"
+
+
+def test_guests_to_be_started_at_the_next_boot_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot_id = tmp_path / "boot_id"
+    monkeypatch.setattr(state_files, "BOOT_ID", boot_id)
+    files = StateFiles(tmp_path, tmp_path)
+    boot_id.write_text("first\n")
+    assert files.due_once() == ()
+    files.keep_once(["a", "b"], [])
+    assert files.due_once() == ()
+    boot_id.write_text("second\n")
+    assert files.due_once() == ("a", "b")
+    files.keep_once(["c"], ["b"])  # libvirt has forgotten a and b, and a runs
+    assert files.due_once() == ("b",)
+    boot_id.write_text("third\n")
+    assert files.due_once() == ("b", "c")
+    (tmp_path / "once.json").write_text('{"due": 5, "marked": "x"}')
+    assert files.due_once() == ()
 
 
 def test_slots_that_fitted(tmp_path: Path) -> None:

@@ -243,14 +243,17 @@ async def _wait(arguments: Namespace) -> int:
     async with connect() as client:
         await client.follow()
         ended = await client.until(lambda: client.host["State"] in ("ready", "degraded"), timeout_s)
-    state = str(client.host["State"])
-    reasons = [
+    state, off = str(client.host["State"]), list(client.host.get("Off", ()))
+    error = str(client.host.get("LastError", ""))
+    reasons = [error] if error else []
+    reasons += [
         f"{one['Name']}: {one['LastError']}"
         for one in (*client.volumes.values(), *client.guests.values())
         if one["LastError"]
     ]
     if arguments.json:
-        print_json({"state": state, "waiting": list(client.host["Waiting"]), "reasons": reasons})
+        members = {"state": state, "waiting": list(client.host["Waiting"]), "off": off}
+        print_json({**members, "reasons": reasons})
     if not ended:
         waiting = few(client.host["Waiting"])
         why = f"a passphrase is missing for {waiting}" if waiting else f"the state is {state}"
@@ -259,6 +262,9 @@ async def _wait(arguments: Namespace) -> int:
     if state == "degraded":
         for reason in reasons or ["some of it is not up; `vmcryptctl status` shows more"]:
             say(reason)
+        return EXIT_FAILED
+    if arguments.all and off:
+        say(f"off: {', '.join(off)}; `vmcryptctl start {' '.join(off)}` starts what should run")
         return EXIT_FAILED
     return EXIT_OK
 

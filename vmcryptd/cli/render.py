@@ -72,7 +72,9 @@ def status_members(
     jobs = list(jobs)
     return {
         "state": host["State"],
+        "error": str(host.get("LastError", "")),
         "waiting": list(host["Waiting"]),
+        "off": list(host.get("Off", ())),
         "config_changed": bool(host.get("ConfigChanged")),
         "held_keys": [
             {"source": key["source"], "volumes": key["volumes"].split(), "until": key["until"]}
@@ -153,6 +155,10 @@ class Page:
         sentence = overall(host, volumes, guests)
         lines = self._wrapped(f"{word}: {sentence}")
         lines[0] = self.state(word) + lines[0][len(word) :]
+        if error := host.get("LastError"):
+            lines += self._wrapped(f"    {error}", 4)
+        if (off := host.get("Off", ())) and word in ("ready", "degraded"):
+            lines += self._wrapped(f"    off: {', '.join(off)}", 4)
         for key in host.get("HeldKeys", ()):
             lines += self._wrapped(held(key), 4)
         if host.get("ConfigChanged"):
@@ -324,7 +330,8 @@ def overall(host: Properties, volumes: Sequence[Properties], guests: Sequence[Pr
         return "no volume is configured -- see vmcryptd.toml(5)"
     match host["State"]:
         case "ready":
-            return "the volumes of the boot set are open and their guests run"
+            but = ", except those that are off" if host.get("Off") else ""
+            return f"the volumes of the boot set are open and their guests run{but}"
         case "locked":
             return "boot was not asked for, or everything was closed again -- run: vmcryptctl boot"
         case "unlocking":

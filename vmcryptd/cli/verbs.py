@@ -183,9 +183,11 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "wait",
         "wait until everything is up",
-        "Comes back with exit status 0 when the volumes of the boot set are open and their guests run, "
-        "1 when some of it failed, 6 when the time is over.",
+        "Comes back with exit status 0 when the volumes of the boot set are open and their guests were started, "
+        "1 when some of it failed or a guest died, 6 when the time is over. A guest that was shut down since does "
+        "not count, unless --all is given.",
         (
+            Argument("--all", "fail, too, while a guest of the boot set is off"),
             Argument(
                 "--timeout",
                 'how long at most, such as 90s or 5min; default "infinity"',

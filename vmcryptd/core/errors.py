@@ -215,6 +215,10 @@ class GuestError(VmcryptdError):
     name = "GuestFailed"
 
 
+class GuestDiedError(GuestError):
+    """The guest went down by itself, or cannot run on."""
+
+
 class LibvirtError(VmcryptdError):
     """libvirt cannot be reached, or does not answer."""
 

@@ -134,6 +134,16 @@ class GuestNode(NamedTuple):
         return self.state not in (GuestState.OFF, GuestState.UNDEFINED)
 
     @property
+    def trouble(self) -> str:
+        """It died, or cannot run on: what happened, and what to do; else empty."""
+        return self.domain.trouble if self.domain else ""
+
+    @property
+    def is_up(self) -> bool:
+        """It runs, and is not still being started by libvirt itself: that may fail, and then it is off."""
+        return self.is_running and self.state is not GuestState.STARTING
+
+    @property
     def state(self) -> GuestState:
         return self.domain.state if self.domain else GuestState.UNDEFINED
 
@@ -149,7 +159,7 @@ class GuestNode(NamedTuple):
                 return True
             case Start.NEVER:
                 return False
-        return self.domain is not None and self.domain.autostart
+        return self.domain is not None and (self.domain.autostart or self.domain.autostart_once)
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,7 @@ class Graph:
         default_factory=dict
     )  # identity of a disk → guests that write it, and mean to have it for themselves
     libvirt_reachable: bool = False
+    libvirt_error: str = ""
 
     def beneath(
         self, names: Iterable[str], known: Container[str] = (), *, still: bool = False
@@ -532,6 +543,7 @@ def _build(settings: Settings, observation: Observation) -> Graph:
             }
         ),
         libvirt_reachable=observation.virtualisation.reachable,
+        libvirt_error=observation.virtualisation.error,
     )
 
 

@@ -319,6 +319,8 @@ class Domain(NamedTuple):
     autostart: bool = False
     persistent: bool = True
     sources: tuple[DiskSource, ...] = ()
+    autostart_once: bool = False  # `virsh autostart --once`: at the next boot of the host only
+    trouble: str = ""  # it died, or cannot run on: what happened, and what to do; else empty
 
 
 class Pool(NamedTuple):
@@ -338,11 +340,15 @@ class Pool(NamedTuple):
 
 
 class Virtualisation(NamedTuple):
-    """What libvirt knows; `reachable` is False until a connection gave an answer."""
+    """What libvirt knows; `reachable` is False until a connection gave an answer.
+
+    `error` says why there is no connection, once an attempt at one has failed; what was known stays.
+    """
 
     reachable: bool = False
     domains: Mapping[str, Domain] = MappingProxyType({})
     pools: Mapping[str, Pool] = MappingProxyType({})
+    error: str = ""
 
     def path_of(self, source: DiskSource) -> str:
         """Where a guest's disk is, also one in a pool; empty when nobody can tell."""

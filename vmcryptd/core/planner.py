@@ -224,7 +224,7 @@ class _Steps:
                 self._pools.setdefault(pool, f"guest {guest} has a disk in it")
         pools = [pool for need in node.needs for pool in self._graph.pools_on.get(need, ())]
         before += [StepId(Action.START_POOL, pool) for pool in (*node.pools, *pools)]
-        if not node.is_running:
+        if not node.is_up:
             order = [StepId(Action.START, other) for other in node.spec.after]
             self.add(Action.START, guest, reason, before, order)
 

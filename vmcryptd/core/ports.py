@@ -293,6 +293,12 @@ class Memory(Protocol):
     def publish(self, volumes: dict[str, bool]) -> None:
         """Tell udev's rule and the shutdown hook which mappings are ours, and which of them hold a guest's disk."""
 
+    def due_once(self) -> tuple[str, ...]:
+        """Guests marked to be started at this boot of the host only, and not started yet."""
+
+    def keep_once(self, marked: Iterable[str], due: Iterable[str]) -> None:
+        """`marked`: to be started at the next boot of the host. `due`: still to be started at this one."""
+
     def backups_due(self) -> dict[str, str]:
         """Volume → since when its header has differed from every backup of it."""
 

@@ -12,6 +12,7 @@ from vmcryptd.core.errors import (
     DependencyError,
     DeviceMissingError,
     DeviceUnreadableError,
+    GuestDiedError,
     LibvirtError,
     NotAskedError,
     VmcryptdError,
@@ -59,8 +60,23 @@ class Activities:
             elif activity.doing is None:
                 activity.key_source = ""
         for name, guest in graph.guests.items():
-            if guest.is_running:
+            died = isinstance(self.guest(name).error, GuestDiedError)
+            if not guest.trouble and (guest.is_up or died):
                 self.guest(name).error = None
+
+    def died(self, name: str, trouble: str) -> GuestDiedError | None:
+        """A guest is in trouble; returns the error if it is new."""
+        activity = self.guest(name)
+        if activity.doing is not None or isinstance(activity.error, GuestDiedError):
+            return None
+        activity.error = error = GuestDiedError(f"guest {name} {trouble}")
+        return error
+
+    def forget_deaths(self) -> None:
+        """A guest that died is meant to be off now."""
+        for activity in self._guests.values():
+            if isinstance(activity.error, GuestDiedError):
+                activity.error = None
 
     def guest(self, name: str) -> Activity:
         return self._guests.setdefault(name, Activity())
@@ -166,7 +182,7 @@ def host_state(
     booted: bool,
     failed: bool,
 ) -> HostState:
-    """The state of the whole.
+    """The state of the whole. A guest that was shut down does not count; one that died has an error.
 
     `volumes` and `guests` (with: has an error) are those of the boot set. `rising`: a job on its way up is running;
     `booted`: boot was asked for and nothing took it back; `failed`: it failed in a way that no volume or guest shows.

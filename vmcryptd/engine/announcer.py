@@ -101,6 +101,17 @@ class Announcer:
         return found
 
     @property
+    def off(self) -> list[str]:
+        """Guests of the boot set that are off, for whatever reason."""
+        graph = self._inventory.graph
+        return [name for name in self._inventory.boot_set[1] if not graph.guests[name].is_running]
+
+    @property
+    def host_error(self) -> str:
+        """What is wrong with the host as a whole: libvirt is away. Else empty."""
+        return str(self._inventory.libvirt_error or self._inventory.graph.libvirt_error)
+
+    @property
     def is_console_needed(self) -> bool:
         """Whether a question for a person is open or may still come while the host boots."""
         return (
@@ -118,7 +129,7 @@ class Announcer:
                 )
             case HostState.DEGRADED:
                 failed = [name for name, activity in self._activities.all() if activity.error]
-                return f"Degraded: {', '.join(failed) or self._inventory.libvirt_error}"
+                return f"Degraded: {', '.join(failed) or self.host_error}"
         count = sum(node.is_open for node in graph.volumes.values())
         return f"{str(state).capitalize()}: {count} of {len(graph.volumes)} volumes open"
 

@@ -12,6 +12,7 @@ from vmcryptd.core.errors import (
     DependencyError,
     DeviceMissingError,
     KeyFileMissingError,
+    LibvirtError,
     VmcryptdError,
 )
 from vmcryptd.core.goals import BOOT, Action, Goal, StepId, Verb
@@ -99,6 +100,7 @@ class BootPolicy:
         self._late.clear()
         self._came_up.clear()
         self._inventory.libvirt_error = None
+        self._activities.forget_deaths()
         self._keep()
 
     def configure(self) -> None:
@@ -162,6 +164,7 @@ class BootPolicy:
                 self._late.discard(name)
         self._keep()
         self._note_up()
+        self._note_deaths()
         self._close_idle()
         self._start_guests()
         self._open_late()
@@ -169,6 +172,15 @@ class BootPolicy:
             self._inventory.libvirt_error = None
             if self.booted:
                 self._begin(BOOT)
+        elif self._inventory.libvirt_error is None and graph.libvirt_error:
+            self._inventory.libvirt_error = LibvirtError(graph.libvirt_error)
+
+    def _note_deaths(self) -> None:
+        for name, node in self._inventory.graph.guests.items():
+            if not node.trouble or not (self.booted or name in self._was_running):
+                continue
+            if error := self._activities.died(name, node.trouble):
+                log.error("%s", error)
 
     def _note_up(self) -> None:
         if not self.booted:
@@ -176,7 +188,7 @@ class BootPolicy:
         graph = self._inventory.graph
         volumes, guests = graph.volumes.items(), graph.guests.items()
         self._came_up.update(StepId(Action.UNLOCK, name) for name, node in volumes if node.is_open)
-        self._came_up.update(StepId(Action.START, name) for name, node in guests if node.is_running)
+        self._came_up.update(StepId(Action.START, name) for name, node in guests if node.is_up)
 
     def _open_late(self) -> None:
         if self.booted and (arrived := self._late.arrived()):
@@ -188,8 +200,13 @@ class BootPolicy:
         graph = self._inventory.graph
         if not graph.libvirt_reachable:
             return  # what is not seen now has not stopped for that
-        running = {name: node.needs for name, node in graph.guests.items() if node.is_running}
-        stopped = {name: needs for name, needs in self._was_running.items() if name not in running}
+        was_running = self._was_running
+        running = {
+            name: node.needs
+            for name, node in graph.guests.items()
+            if node.is_up or (node.is_running and name in was_running)
+        }
+        stopped = {name: needs for name, needs in was_running.items() if name not in running}
         self._was_running = running
         for name, needs in stopped.items():
             idle = [] if self._jobs.is_going_down else planner.idle_volumes(graph, needs, name)

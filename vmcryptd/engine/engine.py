@@ -109,6 +109,14 @@ class Engine:
         return self.prompt.waiting
 
     @property
+    def off(self) -> list[str]:
+        return self._announcer.off
+
+    @property
+    def host_error(self) -> str:
+        return self._announcer.host_error
+
+    @property
     def is_console_needed(self) -> bool:
         return self._announcer.is_console_needed
 

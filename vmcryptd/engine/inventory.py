@@ -20,12 +20,14 @@ from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
     BlockDevice,
     DiskSource,
+    GuestState,
     Header,
     Observation,
     Remembered,
     Settings,
     SourceKind,
     SourceType,
+    Virtualisation,
 )
 from vmcryptd.core.ports import Blocks, Crypt, Domains, Memory
 from vmcryptd.posix.changes import Changes
@@ -72,6 +74,7 @@ class Inventory:
         self._domains = domains
         self._memory = memory
         self._fitted: dict[str, dict[str, int]] = {}
+        self._once: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
         self._chains: dict[str, tuple[str, ...]] = {}
         # Of each chain the members that were there when it was read: those beneath could be read.
         self._chains_read: dict[str, frozenset[str]] = {}
@@ -89,6 +92,7 @@ class Inventory:
         """Look for the first time, and from then on whenever a device or mount changes."""
         paths, uuids = self._memory.seen()
         self._fitted = self._memory.fitted()
+        self._once = frozenset(), frozenset(self._memory.due_once())
         self._observation = Observation(remembered=Remembered(paths, uuids))
         self.configure(self.settings)
         self._blocks.watch(self.changed)
@@ -259,7 +263,7 @@ class Inventory:
             self._memory.keep_fitted(self._fitted)
 
     def _observe(self, settings: Settings) -> Observation:
-        virtualisation = self._domains.current()
+        virtualisation = self._started_once(self._domains.current())
         return self._observation._replace(
             storage=self._blocks.observe(self._paths(settings)),
             virtualisation=virtualisation,
@@ -271,6 +275,25 @@ class Inventory:
 
     def _paths(self, settings: Settings) -> list[str]:
         return sorted(graphs.wanted_paths(settings, self._domains.current(), self._chains))
+
+    def _started_once(self, known: Virtualisation) -> Virtualisation:
+        """With the mark of `virsh autostart --once` on guests that had it when the host went down.
+
+        libvirt takes it away with its own attempt, which fails while the volume is locked.
+        """
+        _, due = self._once
+        if known.reachable:
+            domains = known.domains
+            marked = frozenset(name for name, domain in domains.items() if domain.autostart_once)
+            not_yet = (GuestState.OFF, GuestState.STARTING)
+            due = frozenset(n for n in due if n in domains and domains[n].state in not_yet)
+            if (marked, due) != self._once:
+                self._once = marked, due
+                self._memory.keep_once(*self._once)
+        if not (due := due & known.domains.keys()):
+            return known
+        still = {name: known.domains[name]._replace(autostart_once=True) for name in due}
+        return known._replace(domains={**known.domains, **still})
 
     def _remember(self) -> None:
         """Keep where things lie while it can be seen: after the next boot it cannot."""

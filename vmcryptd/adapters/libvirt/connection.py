@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vmcryptd.adapters.libvirt.session import Event, Reading, Refused, Session
 from vmcryptd.core.errors import DeadlineError, LibvirtError
-from vmcryptd.core.model import DiskSource, Virtualisation
+from vmcryptd.core.model import DiskSource, GuestState, Virtualisation
 from vmcryptd.core.ports import Changed
 from vmcryptd.posix.changes import Changes
 from vmcryptd.posix.threads import DaemonThreads
@@ -31,6 +31,7 @@ CLOSE_S = 2.0
 # There is no event for a change of autostart. And should any other event be lost, what is wrong with
 # what is known is not wrong for long: after a restart of libvirtd none came at all, once.
 LOOK_S = 30.0
+STARTING_S = 1.0  # between two looks at guests that libvirt itself is starting
 BACK_OFF_S = (1.0, 30.0)
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,9 @@ class Link:
                 self._failure = str(error)
             if not connected:
                 self._failed += 1
-            self.learn(self.known._replace(reachable=False))
+            # A service that was restarted is back at the first attempt, and nothing was wrong then.
+            why = "" if connected else str(self._unreachable(self._failure))
+            self.learn(self.known._replace(reachable=False, error=why))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._hurry.wait()
@@ -174,11 +177,17 @@ class Link:
             pools, self._stale_pools = self._stale_pools, set()
             if domains or pools:
                 await self._read(session, domains, pools)
+            # No event tells of a start that failed.
+            starting = [
+                name
+                for name, domain in self.known.domains.items()
+                if domain.state is GuestState.STARTING
+            ]
             try:
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(STARTING_S if starting else LOOK_S):
                     await self._stale.wait()
             except TimeoutError:
-                await self._read(session)
+                await self._read(session, starting or None)
             self._stale.clear()
         raise LibvirtError("the connection was closed")
 
@@ -270,6 +279,8 @@ class Link:
             domains.pop(name, None)
             if seen is not None:
                 domains[name] = seen.domain
+                if seen.has_forgotten and (before := self.known.domains.get(name)):
+                    domains[name] = seen.domain._replace(trouble=before.trouble)
                 self.formats[name] = seen.contents.formats
                 if seen.contents.agent_connected:
                     self.agents.add(name)

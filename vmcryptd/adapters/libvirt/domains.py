@@ -62,9 +62,22 @@ class Libvirt:
 
     async def start(self, name: str) -> None:
         advice = f"`{self._virsh} start {name}` shows the same"
-        with self._explained(f"guest '{name}' could not be started", advice):
-            await self._link.ask(START_S, Session.start, name)
-        await self._link.look_again(domains=[name])
+        deadline = _now() + START_S
+        while True:
+            with self._explained(f"guest '{name}' could not be started", advice):
+                state = await self._link.ask(START_S, Session.start, name)
+            await self._link.look_again(domains=[name])
+            if state is not GuestState.STARTING:
+                return
+            # libvirt's own autostart is at it. If that fails the guest is off, and it is our turn.
+            left = deadline - _now()
+            if left <= 0 or not await self._link.learnt.until(
+                lambda: not self._is_starting(name), left
+            ):
+                raise GuestError(
+                    f"guest '{name}' is being started by libvirt since more than {START_S:g} s; "
+                    f"`{self._virsh} domstate --reason {name}` shows the same"
+                )
 
     async def ready(self, guest: GuestSpec, timeout_s: float) -> None:
         name, kind = guest.name, guest.ready
@@ -174,6 +187,9 @@ class Libvirt:
     def _state(self, name: str) -> GuestState | None:
         domain = self._link.known.domains.get(name)
         return None if domain is None else domain.state
+
+    def _is_starting(self, name: str) -> bool:
+        return self._state(name) is GuestState.STARTING
 
     def _is_off(self, name: str) -> bool:
         return self._link.known.reachable and self._state(name) in (None, GuestState.OFF)

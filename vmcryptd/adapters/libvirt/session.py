@@ -49,6 +49,7 @@ class Refused(Exception):
 class Seen(NamedTuple):
     domain: Domain
     contents: definitions.Contents
+    has_forgotten: bool = False  # it is off, and libvirt, restarted since, does not know why
 
 
 @dataclass
@@ -220,7 +221,7 @@ class Session:
     def _see(self, domain: Any) -> Seen | None:
         api, name = self.api, domain.name()
         try:
-            state = self._state(domain)
+            state, trouble, has_forgotten = self._condition(domain)
             persistent = bool(domain.isPersistent())
             autostart = bool(domain.autostart())
             contents = self._contents(domain, persistent, state is not GuestState.OFF)
@@ -229,9 +230,26 @@ class Session:
                 return None
             raise
         return Seen(
-            Domain(name, domain.UUIDString(), state, autostart, persistent, contents.sources),
+            Domain(
+                name=name,
+                uuid=domain.UUIDString(),
+                state=state,
+                autostart=autostart,
+                persistent=persistent,
+                sources=contents.sources,
+                autostart_once=self._autostart_once(domain),
+                trouble=trouble,
+            ),
             contents,
+            has_forgotten,
         )
+
+    def _autostart_once(self, domain: Any) -> bool:
+        is_set = False
+        if hasattr(domain, "autostartOnce"):  # since libvirt 11.2
+            with self._optional():
+                is_set = bool(domain.autostartOnce())
+        return is_set
 
     def _contents(self, domain: Any, persistent: bool, active: bool) -> definitions.Contents:
         api = self.api
@@ -251,8 +269,37 @@ class Session:
             return definitions.Contents()
 
     def _state(self, domain: Any) -> GuestState:
+        return self._condition(domain)[0]
+
+    def _condition(self, domain: Any) -> tuple[GuestState, str, bool]:
+        """The state; what is wrong, as Domain.trouble; and whether libvirt has forgotten why it is off."""
+        api, name = self.api, domain.name()
+        state, reason = domain.state()[:2]
+        if state == api.VIR_DOMAIN_PAUSED and reason == api.VIR_DOMAIN_PAUSED_STARTING_UP:
+            return GuestState.STARTING, "", False
+        again = f"`vmcryptctl start {name}` starts it again"
+        died = (
+            "died: its process ended without a shutdown; "
+            f"/var/log/libvirt/qemu/{name}.log may tell why, {again}"
+        )
+        trouble = {
+            (api.VIR_DOMAIN_SHUTOFF, api.VIR_DOMAIN_SHUTOFF_CRASHED): died,
+            # libvirtd could not connect to it any more, and killed it.
+            (api.VIR_DOMAIN_SHUTOFF, api.VIR_DOMAIN_SHUTOFF_DAEMON): died,
+            (api.VIR_DOMAIN_PAUSED, api.VIR_DOMAIN_PAUSED_IOERROR): (
+                f"is paused by an error of a disk; `virsh domblkerror {name}` names it; when that is "
+                f"well again: `virsh resume {name}`"
+            ),
+        }.get((state, reason), "")
+        if state == api.VIR_DOMAIN_CRASHED:
+            trouble = (
+                f"has crashed and is kept for a look; `virsh destroy {name}` ends it, then {again}"
+            )
+        has_forgotten = (state, reason) == (api.VIR_DOMAIN_SHUTOFF, api.VIR_DOMAIN_SHUTOFF_UNKNOWN)
+        return self._plain_state(domain, state), trouble, has_forgotten
+
+    def _plain_state(self, domain: Any, state: int) -> GuestState:
         api = self.api
-        state = domain.state()[0]
         return {
             api.VIR_DOMAIN_RUNNING: GuestState.RUNNING,
             api.VIR_DOMAIN_BLOCKED: GuestState.RUNNING,
@@ -287,15 +334,16 @@ class Session:
 
     # --- acting ---
 
-    def start(self, name: str) -> None:
+    def start(self, name: str) -> GuestState:
+        """The state afterwards; STARTING when libvirt itself is at it, which may yet fail."""
         domain = self.connection.lookupByName(name)
-        if domain.isActive():
-            return
-        try:
-            domain.create()
-        except self.api.libvirtError:
-            if not domain.isActive():  # else somebody was faster
-                raise
+        if not domain.isActive():
+            try:
+                domain.create()
+            except self.api.libvirtError:
+                if not domain.isActive():  # else another client was faster
+                    raise
+        return self._state(domain)
 
     def press(self, name: str, acpi: bool) -> GuestState:
         """Press the guest's power button once; OFF when there is nothing left to press."""

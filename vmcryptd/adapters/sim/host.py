@@ -62,7 +62,10 @@ from vmcryptd.core.model import (
     VolumeSpec,
 )
 from vmcryptd.core.ports import Changed, Key, Ports
+from vmcryptd.posix.changes import Changes
 
+_AWAY = "libvirt cannot be reached (simulated)"
+_DIED = "died: its process ended without a shutdown (simulated)"
 _FAULTS: dict[str, type[VmcryptdError]] = {
     "not-luks": NotLuksError,
     "damaged": DamagedHeaderError,
@@ -109,6 +112,11 @@ class _Guest:
     start_delay_s: float
     stop_delay_s: float
     fault: str
+    starting_s: float  # libvirt's own autostart is at it for so long
+    dies_after_s: float
+    shuts_down_after_s: float
+    autostart_once: bool
+    trouble: str = ""
 
 
 class Simulation:
@@ -125,12 +133,16 @@ class Simulation:
         self._guests = {name: _guest(entry) for name, entry in table.get("guest", {}).items()}
         self._missing = set(table.get("missing", ()))
         self._changed: list[Changed] = []
+        self._moves = Changes()
+        self._seen_domains: dict[str, Domain] = {}
         self._real = SystemKeys()
         self._goals: tuple[str, ...] = ()
         self._sources: dict[str, str] = {}
         self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
         self._fitted: dict[str, dict[str, int]] = {}
         self._backups_due: dict[str, str] = {}
+        self._due_once = tuple(table.get("due_once", ()))
+        self.marked_once: tuple[str, ...] = ()
         self.calls: list[str] = []  # what was done, in order
 
     @classmethod
@@ -170,6 +182,7 @@ class Simulation:
         return self.settings
 
     def _tell(self) -> None:
+        self._moves.notify()
         for changed in self._changed:
             changed()
 
@@ -183,6 +196,9 @@ class Simulation:
         for volume in self._volumes.values():
             if 0 < volume.appears_after_s < Infinity:
                 loop.call_later(volume.appears_after_s, self._appear, volume)
+        for name, guest in self._guests.items():
+            if guest.state is GuestState.STARTING:
+                loop.call_later(guest.starting_s, self._autostarted, name)
 
     def _appear(self, volume: _Volume) -> None:
         volume.present, volume.appears_after_s = True, 0.0
@@ -209,7 +225,7 @@ class Simulation:
                 claims[spec.device_path] = (f"copy-{name}", f"sim-{name}")
             if volume.open:
                 dm_name = volume.mapped_as or name
-                uuid = f"CRYPT-LUKS2-{number:032x}-{dm_name}"
+                uuid = f"CRYPT-LUKS2-{_uuid(spec, number).replace('-', '')}-{dm_name}"
                 devices[f"dm-{name}"] = BlockDevice(
                     f"dm-{name}", f"253:{number}", (f"sim-{name}",), dm_name, uuid, volume.suspended
                 )
@@ -306,8 +322,14 @@ class Simulation:
         slots += tuple(KeySlot(t.slots[0], "pbkdf2", iterations=1000) for t in tokens)
         bound = (n for n, slot in simulated.slots.items() if "clevis" in slot.sources)
         tokens += tuple(Token(len(tokens) + i, "clevis", (n,)) for i, n in enumerate(bound))
-        uuid = f"{0:08x}-0000-0000-0000-{number:012x}"
-        return Header(2, uuid, slots, tokens, simulated.is_half_rotated, simulated.data_reencrypted)
+        return Header(
+            2,
+            _uuid(volume, number),
+            slots,
+            tokens,
+            simulated.is_half_rotated,
+            simulated.data_reencrypted,
+        )
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         simulated = self._volumes[volume.name]
@@ -405,8 +427,8 @@ class Simulation:
 
     def current(self) -> Virtualisation:
         if not self._libvirt:
-            return Virtualisation()
-        domains = {
+            return Virtualisation(domains=self._seen_domains, error=_AWAY)
+        self._seen_domains = {
             name: Domain(
                 name,
                 f"00000000-0000-0000-0000-{number:012x}",
@@ -416,14 +438,16 @@ class Simulation:
                     DiskSource(SourceType.BLOCK, path, shareable=guest.shareable)
                     for path in guest.disks
                 ),
+                autostart_once=guest.autostart_once,
+                trouble=guest.trouble,
             )
             for number, (name, guest) in enumerate(self._guests.items())
         }
-        return Virtualisation(True, domains)
+        return Virtualisation(True, self._seen_domains)
 
     async def refresh(self, timeout_s: float) -> Virtualisation:
         if not self._libvirt:
-            raise LibvirtError("libvirt cannot be reached (simulated)")
+            raise LibvirtError(_AWAY)
         return self.current()
 
     async def chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
@@ -431,17 +455,42 @@ class Simulation:
 
     async def start(self, name: str) -> None:
         guest = self._guests[name]
+        await self._moves.until(lambda: guest.state is not GuestState.STARTING)
+        if guest.state is not GuestState.OFF:
+            return
         await asyncio.sleep(guest.start_delay_s)
         if guest.fault:
             raise GuestError(f"guest {name} could not be started: {guest.fault}")
         for path in guest.disks:
-            if not any(
-                (self._specs[name].mapper_path == path and volume.open)
-                or (self._specs[name].device_path == path and self._is_there(volume))
-                for name, volume in self._volumes.items()
-            ):
+            if not self._is_disk(path):
                 raise GuestError(f"guest {name} could not be started: cannot access {path}")
-        self._guest(name, GuestState.RUNNING, f"start {name}")
+        self._started(name, f"start {name}")
+
+    def _is_disk(self, path: str) -> bool:
+        return any(
+            (self._specs[name].mapper_path == path and volume.open)
+            or (self._specs[name].device_path == path and self._is_there(volume))
+            for name, volume in self._volumes.items()
+        )
+
+    def _autostarted(self, name: str) -> None:
+        """How libvirt's own autostart ends: as a start by us would."""
+        guest = self._guests[name]
+        if not guest.fault and all(map(self._is_disk, guest.disks)):
+            self._started(name, f"autostart {name}")
+        else:
+            self._guest(name, GuestState.OFF, f"autostart {name} failed")
+
+    def _started(self, name: str, call: str) -> None:
+        guest, loop = self._guests[name], asyncio.get_running_loop()
+        self._guest(name, GuestState.RUNNING, call)
+        if guest.dies_after_s < Infinity:
+            loop.call_later(
+                guest.dies_after_s, self._guest, name, GuestState.OFF, f"{name} dies", _DIED
+            )
+        if guest.shuts_down_after_s < Infinity:
+            call = f"{name} shuts down"
+            loop.call_later(guest.shuts_down_after_s, self._guest, name, GuestState.OFF, call)
 
     async def ready(self, guest: GuestSpec, timeout_s: float) -> None:
         pass
@@ -456,9 +505,10 @@ class Simulation:
     async def kill(self, name: str) -> None:
         self._guest(name, GuestState.OFF, f"kill {name}")
 
-    def _guest(self, name: str, state: GuestState, call: str) -> None:
+    def _guest(self, name: str, state: GuestState, call: str, trouble: str = "") -> None:
         self.calls.append(call)
         self._guests[name].state = state
+        self._guests[name].trouble = trouble
         self._tell()
 
     async def start_pool(self, name: str) -> None:
@@ -505,6 +555,12 @@ class Simulation:
     def publish(self, volumes: dict[str, bool]) -> None:
         pass
 
+    def due_once(self) -> tuple[str, ...]:
+        return self._due_once
+
+    def keep_once(self, marked: Iterable[str], due: Iterable[str]) -> None:
+        self.marked_once, self._due_once = tuple(marked), tuple(due)
+
     def backups_due(self) -> dict[str, str]:
         return self._backups_due
 
@@ -535,6 +591,13 @@ def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:
     for i in range(table.get("guests", 0)):
         guests.setdefault(f"g{i}", {"disks": [f"/dev/mapper/v{i}"], "autostart": True})
     return settings, table
+
+
+def _uuid(spec: VolumeSpec, number: int) -> str:
+    """The header's: what the configuration wants, where it says."""
+    tag, _, value = spec.device.partition("=")
+    named = value if tag == "UUID" else ""
+    return spec.uuid or named or f"{0:08x}-0000-0000-0000-{number:012x}"
 
 
 def _volume(entry: dict[str, Any]) -> _Volume:
@@ -572,12 +635,18 @@ def _slot(entry: dict[str, Any]) -> SimSlot:
 
 
 def _guest(entry: dict[str, Any]) -> _Guest:
+    starting_s = duration(entry.get("starting", 0))
+    state = GuestState.STARTING if starting_s else GuestState.OFF
     return _Guest(
         disks=tuple(entry.get("disks", ())),
         shareable=entry.get("shareable", False),
         autostart=entry.get("autostart", False),
-        state=GuestState.RUNNING if entry.get("running") else GuestState.OFF,
+        state=GuestState.RUNNING if entry.get("running") else state,
         start_delay_s=duration(entry.get("start_delay", 0)),
         stop_delay_s=duration(entry.get("stop_delay", 0)),
         fault=entry.get("fault", ""),
+        starting_s=starting_s,
+        autostart_once=entry.get("autostart_once", False),
+        dies_after_s=duration(entry.get("dies_after", Infinity)),
+        shuts_down_after_s=duration(entry.get("shuts_down_after", Infinity)),
     )

@@ -11,6 +11,8 @@ from typing import Any
 
 from vmcryptd.posix.files import read_bounded, write_atomically
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 log = logging.getLogger(__name__)
 
 
@@ -26,6 +28,7 @@ class StateFiles:
         self._seen = state / "seen.json"
         self._fitted = state / "fitted.json"
         self._backups = state / "backups.json"
+        self._once = state / "once.json"
 
     def goals(self) -> tuple[str, ...]:
         return tuple(filter(_is_text, _strings(_load(self._goals).get("goals"))))
@@ -77,11 +80,30 @@ class StateFiles:
         except OSError as error:
             log.warning("%s/volumes cannot be written: %s", self._runtime, error)
 
+    def due_once(self) -> tuple[str, ...]:
+        content = _load(self._once)
+        due = _strings(content.get("due"))
+        if content.get("boot") == _boot_id():
+            return due
+        return tuple(dict.fromkeys((*due, *_strings(content.get("marked")))))
+
+    def keep_once(self, marked: Iterable[str], due: Iterable[str]) -> None:
+        content = {"boot": _boot_id(), "marked": sorted(marked), "due": sorted(due)}
+        _store(self._once, content)
+
     def backups_due(self) -> dict[str, str]:
         return _texts(_load(self._backups).get("due"))
 
     def keep_backups_due(self, volumes: dict[str, str]) -> None:
         _store(self._backups, {"due": volumes})
+
+
+def _boot_id() -> str:
+    """Another one after each boot of the host: random(4)."""
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _load(path: Path) -> dict[str, Any]:
