@@ -11,6 +11,7 @@ import pytest
 
 from vmcryptd.adapters.systemd import state_files
 from vmcryptd.adapters.systemd.state_files import StateFiles
+from vmcryptd.core.model import Content, Lock, VolumeSpec
 
 
 def test_kept(tmp_path: Path) -> None:
@@ -99,6 +100,34 @@ def test_slots_that_fitted(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o077 == 0  # what fetches keys may have told arguments
     path.write_text('{"volumes": {"a": {"prompt": true, "key": "1", "file:/k": 2}, "b": 3}}')
     assert files.fitted() == {"a": {"file:/k": 2}, "b": {}}
+
+
+def test_open_volumes(tmp_path: Path) -> None:
+    files = StateFiles(tmp_path, tmp_path)
+    assert files.open_volumes() == {}
+    whole = VolumeSpec(
+        "a",
+        "/dev/a",
+        uuid="u-u",
+        lock=Lock.MANUAL,
+        content=Content.FILESYSTEM,
+        mount="/srv",
+        header="/h",
+    )
+    files.keep_open({"a": whole, "b": VolumeSpec("b", "UUID=x", uuid="x", vg="v")})
+    assert StateFiles(tmp_path, tmp_path).open_volumes() == {
+        "a": whole, "b": VolumeSpec("b", "UUID=x", uuid="x", vg="v"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["5", "{}", '{"device": "/dev/a"}', '{"device": 5, "uuid": "u", "lock": "x", "content": "x"}'],
+)
+def test_an_open_volume_that_is_not_understood(tmp_path: Path, entry: str) -> None:
+    sound = '{"device": "/dev/b", "uuid": "u", "lock": "guest", "content": "lvm"}'
+    (tmp_path / "open.json").write_text(f'{{"volumes": {{"a": {entry}, "b": {sound}}}}}')
+    assert list(StateFiles(tmp_path, tmp_path).open_volumes()) == ["b"]
 
 
 def test_unwritable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

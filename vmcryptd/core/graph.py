@@ -75,6 +75,11 @@ class VolumeNode(NamedTuple):
                 f"volume {name}: {self.spec.device} is on {devices}, so one of these is a copy, and it is not "
                 "opened: detach the copy, or name the right one by another path in `device`"
             )
+        if not self.spec.is_configured:
+            return (
+                f"volume {name}: it is no longer configured, and stays open until it is closed: put its table back "
+                f"and `vmcryptctl reload`, or `vmcryptctl lock {name}`"
+            )
         if self.is_misnamed:
             return (
                 f"volume {name}: it is open as {self.mapping}, so its guests do not find /dev/mapper/{name}; "

@@ -142,6 +142,7 @@ class VolumeSpec:
     header: str | None = None
     after: tuple[str, ...] = ()
     timeout_s: float = 30.0
+    is_configured: bool = True  # False: its table has gone, and it is open still
     origin: str = field(default="", compare=False)  # file and line of its table
 
     @property

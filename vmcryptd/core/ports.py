@@ -7,7 +7,7 @@ never its content.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -280,6 +280,11 @@ class Memory(Protocol):
         """Open volume → the key source that opened it; like goals, for as long as the host is up."""
 
     def keep_sources(self, sources: dict[str, str]) -> None: ...
+
+    def open_volumes(self) -> dict[str, VolumeSpec]:
+        """The volumes that were open when this was kept, as far as closing them takes; as long as the host is up."""
+
+    def keep_open(self, volumes: Mapping[str, VolumeSpec]) -> None: ...
 
     def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]: ...
 

@@ -139,6 +139,7 @@ class Engine:
     def start(self) -> None:
         """Look for the first time, and from then on whenever something changes."""
         self.inventory.start()
+        self._seen()
         self._announcer.start()
         self._configured()
         self.rotations.start()
@@ -155,12 +156,12 @@ class Engine:
 
     def _configured(self) -> None:
         self.prompt.cache(self.settings.daemon.key_cache_s)
-        self._activities.configure(self.settings.volumes)
         self._boot.configure()
         self.inventory.rebuilt.notify()
         self.changes.notify()
 
     def _seen(self) -> None:
+        self._activities.configure(self.settings.volumes)
         self._activities.seen(self.graph)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from vmcryptd.core.errors import (
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
     BlockDevice,
+    Content,
     DiskSource,
     GuestState,
     Header,
@@ -30,6 +31,7 @@ from vmcryptd.core.model import (
     Virtualisation,
 )
 from vmcryptd.core.ports import Blocks, Crypt, Domains, Memory
+from vmcryptd.engine.unconfigured import Unconfigured
 from vmcryptd.posix.changes import Changes
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,9 @@ class Inventory:
     def __init__(
         self, settings: Settings, blocks: Blocks, crypt: Crypt, domains: Domains, memory: Memory
     ) -> None:
-        self.settings = settings
+        self.settings = settings  # with what has left the configuration and is open still
+        self._configured = settings
+        self.unconfigured = Unconfigured(memory)
         self.graph = Graph()
         self.uuids: dict[str, str] = {}  # volume → UUID, as its header says
         self.reencrypting: set[str] = set()  # volumes whose header says that this is unfinished
@@ -73,6 +77,7 @@ class Inventory:
         self._crypt = crypt
         self._domains = domains
         self._memory = memory
+        self._published: dict[str, bool] | None = None  # mapping → whether a guest's disk
         self._fitted: dict[str, dict[str, int]] = {}
         self._once: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
         self._chains: dict[str, tuple[str, ...]] = {}
@@ -94,6 +99,7 @@ class Inventory:
         self._fitted = self._memory.fitted()
         self._once = frozenset(), frozenset(self._memory.due_once())
         self._observation = Observation(remembered=Remembered(paths, uuids))
+        self.unconfigured.start()
         self.configure(self.settings)
         self._blocks.watch(self.changed)
         self._crypt.watch(self.changed)
@@ -146,11 +152,11 @@ class Inventory:
     def configure(self, settings: Settings) -> None:
         """Take a new configuration. Raises GraphError, and then the old one stays."""
         observation = self._observe(settings)
-        self.graph = graphs.build(settings, observation)
-        self.settings, self._observation = settings, observation
-        self._memory.publish(
-            {name: spec.content == "guest" for name, spec in settings.volumes.items()}
-        )
+        graph = graphs.build(settings, observation)
+        self.unconfigured.configure(settings, self.graph, self.uuids)
+        self._configured, self.settings, self.graph = settings, settings, graph
+        self._observation = observation
+        self._add_unconfigured()
         self._remember()
         self._read_chains()
         self._follow_libvirt()
@@ -196,6 +202,7 @@ class Inventory:
         self._observation = observation
         try:
             self.graph = graphs.build(self.settings, observation)
+            self._add_unconfigured()
         except VmcryptdError as error:
             log.error("%s; vmcryptd goes on with what it knew before", error)
             return
@@ -206,6 +213,16 @@ class Inventory:
         self._read_chains()
         self.rebuilt.notify()
         self.changes.notify()
+
+    def _add_unconfigured(self) -> None:
+        """Have the graph know what is open although it is not configured any more. Raises GraphError."""
+        while True:
+            settings = self.unconfigured.added_to(self._configured, self._observation.storage)
+            if settings.volumes != self.settings.volumes:
+                self.graph = graphs.build(settings, self._observation)
+                self.settings = settings
+            elif not self.unconfigured.drop_closed(self.graph):
+                return
 
     def accept_header(self, name: str, header: Header) -> None:
         """Keep what is to be known of a volume's header without reading it again.
@@ -296,7 +313,9 @@ class Inventory:
         return known._replace(domains={**known.domains, **still})
 
     def _remember(self) -> None:
-        """Keep where things lie while it can be seen: after the next boot it cannot."""
+        """Keep what is open for the next daemon, and where things lie: after the next boot that cannot be seen."""
+        self.unconfigured.keep(self.graph.volumes.values())
+        self._publish()
         old, storage = self._observation.remembered, self._observation.storage
         paths, uuids = dict(old.paths), dict(old.uuids)
         for name, node in self.graph.volumes.items():
@@ -310,6 +329,14 @@ class Inventory:
         if (paths, uuids) != (old.paths, old.uuids):
             self._observation = self._observation._replace(remembered=Remembered(paths, uuids))
             self._memory.keep_seen(paths, uuids)
+
+    def _publish(self) -> None:
+        mappings = {}
+        for name, node in self.graph.volumes.items():
+            mappings[name] = mappings[node.mapping or name] = node.spec.content is Content.GUEST
+        if mappings != self._published:
+            self._published = mappings
+            self._memory.publish(mappings)
 
     def _read_chains(self) -> None:
         """Follow the backing chains of disk files that have become readable."""

@@ -44,6 +44,7 @@ class Openings:
     def plan(self, name: str) -> None:
         """The volume is to be opened; answers are kept for it from now on."""
         self._openings[name] = Opening(name, self._inventory.sight(name))
+        self._inventory.unconfigured.opening.add(name)
         if self._inventory.settings.volumes[name].asks:
             self._prompt.expect(name)
 
@@ -51,6 +52,7 @@ class Openings:
         """Its step has ended, or is about to: it takes no more answers."""
         if opening := self._openings.pop(name, None):
             opening.phase = Phase.ENDED
+        self._inventory.unconfigured.opening.discard(name)
         self._prompt.release(name)
 
     def of(self, name: str) -> Opening:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -138,6 +138,8 @@ class Simulation:
         self._real = SystemKeys()
         self._goals: tuple[str, ...] = ()
         self._sources: dict[str, str] = {}
+        self._open: dict[str, VolumeSpec] = {}
+        self.published: dict[str, bool] = {}  # mapping → whether it is marked as a guest's disk
         self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
         self._fitted: dict[str, dict[str, int]] = {}
         self._backups_due: dict[str, str] = {}
@@ -553,7 +555,13 @@ class Simulation:
         self._fitted = slots
 
     def publish(self, volumes: dict[str, bool]) -> None:
-        pass
+        self.published = dict(volumes)
+
+    def open_volumes(self) -> dict[str, VolumeSpec]:
+        return self._open
+
+    def keep_open(self, volumes: Mapping[str, VolumeSpec]) -> None:
+        self._open = dict(volumes)
 
     def due_once(self) -> tuple[str, ...]:
         return self._due_once

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vmcryptd.core.model import Content, Lock, VolumeSpec
 from vmcryptd.posix.files import read_bounded, write_atomically
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -25,6 +26,7 @@ class StateFiles:
         self._runtime = runtime
         self._goals = runtime / "goals.json"
         self._sources = runtime / "sources.json"
+        self._open = runtime / "open.json"
         self._seen = state / "seen.json"
         self._fitted = state / "fitted.json"
         self._backups = state / "backups.json"
@@ -41,6 +43,30 @@ class StateFiles:
 
     def keep_sources(self, sources: dict[str, str]) -> None:
         _store(self._sources, {"sources": sources}, mode=0o600)
+
+    def open_volumes(self) -> dict[str, VolumeSpec]:
+        found = {}
+        for name, entry in _table(_load(self._open).get("volumes")).items():
+            texts = _texts(entry)
+            try:
+                found[name] = VolumeSpec(
+                    name,
+                    texts["device"],
+                    uuid=texts["uuid"],
+                    lock=Lock(texts["lock"]),
+                    content=Content(texts["content"]),
+                    mount=texts.get("mount"),
+                    vg=texts.get("vg"),
+                    header=texts.get("header"),
+                )
+            except (KeyError, ValueError) as error:
+                log.warning("%s: an entry is not understood and left out: %r", self._open, error)
+        return found
+
+    def keep_open(self, volumes: Mapping[str, VolumeSpec]) -> None:
+        keys = ("device", "uuid", "lock", "content", "mount", "vg", "header")
+        table = {name: {key: getattr(spec, key) for key in keys} for name, spec in volumes.items()}
+        _store(self._open, {"volumes": table})
 
     def seen(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         content = _load(self._seen)
