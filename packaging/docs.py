@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes the files that are generated from the code; with --check tells which are not up to date.
+"""Writes the files that are generated from the code; with --check names those that are not up to date.
 
 Run as `python packaging/docs.py`. The default configuration and the option pages come from
 vmcryptd/config/schema.py, the shells' completion from vmcryptd/cli/verbs.py.
@@ -47,7 +47,7 @@ def toml(value: Any) -> str:
 
 
 def shown(field: FieldInfo) -> tuple[Any, bool]:
-    """What to show for a key, and whether that is its default."""
+    """The value to show for a key, and whether that is its default."""
     extra = field.json_schema_extra
     text = extra.get("shown", field.default) if isinstance(extra, dict) else field.default
     if field.is_required():
@@ -74,8 +74,8 @@ def default_file() -> str:
         "# SPDX-License-Identifier: LGPL-2.1-or-later",
         "#",
         "# The configuration of vmcryptd; see vmcryptd.toml(5). Every setting here is commented out, and shows",
-        "# its default or an example, so this file by itself configures nothing. What belongs together can also",
-        "# stand in a file of its own in conf.d/. After a change:",
+        "# its default or an example, so this file by itself configures nothing. Tables can also",
+        "# stand in files of their own in conf.d/. After a change:",
         "#",
         "#     vmcryptctl check && vmcryptctl reload",
     ]

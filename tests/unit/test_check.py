@@ -194,7 +194,7 @@ def test_a_detached_header_on_a_locked_volume(is_open: bool) -> None:
             WARNING,
             "not empty",
         ),
-        (GOOD, {"units": {}}, WARNING, "systemd does not tell"),
+        (GOOD, {"units": {}}, WARNING, "systemd does not say"),
         (
             GOOD,
             {"units": {**ENABLED, "vmcryptd-guests.service": "disabled"}},
@@ -247,7 +247,7 @@ def test_findings(text: str, more: dict[str, Any], severity: str, words: str) ->
             [guest("g", disk("/dev/mapper/a"), autostart=True)],
             {},
             WARNING,
-            "only when told to",
+            "by command only",
         ),
         (
             GOOD + '[guest.g]\nafter = ["nobody"]\n',

@@ -29,7 +29,7 @@ CONFIGURATION = "configuration"
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong (error), or that somebody should know (warning)."""
+    """One thing that is wrong (error), or that the administrator should know (warning)."""
 
     severity: str
     object: str
@@ -109,10 +109,10 @@ def _units(facts: Facts) -> Iterator[Finding]:
         ("vmcryptd.service", WARNING, "the daemon starts only when something asks for it"),
     ]
     if facts.settings.daemon.console_prompt_s:
-        text = "the console's question may vanish before anybody could answer it"
+        text = "the console's question may vanish before it can be answered"
         wanted.append(("vmcryptd-console.service", WARNING, text))
     if not facts.units:
-        text = "systemd does not tell which units are enabled"
+        text = "systemd does not say which units are enabled"
         yield Finding(
             WARNING, "systemd", text, "see `systemctl is-enabled vmcryptd-guests.service`"
         )
@@ -310,7 +310,7 @@ def _guests(facts: Facts) -> Iterator[Finding]:
                 yield Finding(ERROR, where, text, "see `virsh list --all`")
         manual = [need for need in guest.needs if graph.volumes[need].spec.unlock is Unlock.MANUAL]
         if manual and guest.starts_at_boot:
-            text = f"it starts at boot, but {', '.join(manual)} is opened only when told to"
+            text = f"it starts at boot, but {', '.join(manual)} is opened by command only"
             advice = 'set unlock = "boot" or "guest" there, or `virsh autostart --disable` here'
             yield Finding(WARNING, where, text, advice)
         if guest.needs and name in facts.saved:

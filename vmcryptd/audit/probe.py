@@ -59,7 +59,7 @@ UNITS = (
 
 @dataclass(frozen=True)
 class File:
-    """What a path leads to."""
+    """The file at a path."""
 
     is_regular: bool = False
     is_directory: bool = False
@@ -92,7 +92,9 @@ class Facts:
     units: Mapping[str, str] = field(default_factory=dict)  # unit → enabled, disabled…
     plain_swap: tuple[str, ...] = ()
     memory_kib: int = 0
-    suspends: str = ""  # what would suspend guests at shutdown, and so write out their memory
+    suspends: str = (
+        ""  # the setting that would suspend guests at shutdown, and so write out their memory
+    )
     saved: frozenset[str] = frozenset()  # guests whose memory lies in a managed save
     libvirt_error: str = ""
     is_root: bool = True
@@ -341,7 +343,7 @@ def _suspends(units: Mapping[str, str]) -> str:
 
 
 def _set_to(variable: str, paths: Iterable[str]) -> str:
-    """What a shell's variable (an expression, from the beginning of a line) is last set to; empty if nowhere."""
+    """The last value of a shell variable (an expression, from the beginning of a line); empty if it is not set."""
     value = ""
     for path in paths:
         for line in _lines(path):

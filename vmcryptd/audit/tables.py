@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""fstab(5) and crypttab(5): entries that have systemd open or mount at boot what vmcryptd opens later."""
+"""fstab(5) and crypttab(5): entries by which systemd opens or mounts at boot a volume that vmcryptd opens later."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What an entry does to a volume, and the line to write instead."""
+    """The harm that an entry does to a volume, and the line to write instead."""
 
     volume: str
     is_error: bool

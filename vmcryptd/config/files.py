@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 def read(directory: Path, *, required: bool = False) -> dict[str, str]:
     """The files below the directory in their order, name → text.
 
-    What is there and cannot be read is a mistake, or volumes would vanish. That nothing is there is one if the
-    directory is `required`. Raises ConfigError.
+    A file that is there and cannot be read is a mistake: its volumes would vanish. So is a missing directory if it is
+    `required`. Raises ConfigError.
     """
     texts: dict[str, str] = {}
     mistakes: list[Mistake] = []
@@ -123,7 +123,7 @@ def _unreadable(path: Path, error: Exception) -> Mistake:
 def load(
     directory: Path = DIRECTORY, validated: Path | None = None, *, required: bool = False
 ) -> Settings:
-    """What the files below the directory say. Raises ConfigError."""
+    """The settings in the files below the directory. Raises ConfigError."""
     return settings(read(directory, required=required), validated)
 
 

@@ -36,7 +36,7 @@ from vmcryptd.core.text import escaped
 _TAGS = ("UUID", "PARTUUID", "LABEL", "PARTLABEL")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-# What other tools call it.
+# Names that other tools use.
 _MEANT = {
     **dict.fromkeys(("disk", "path", "source", "partition", "blockdevice"), "device"),
     **dict.fromkeys(("passphrase", "password", "ask", "none"), "prompt"),
@@ -231,13 +231,13 @@ class DaemonTable(_Table):
 
     libvirt_uri: Uri = Field(
         "qemu:///system",
-        description="The libvirt connection whose guests are started and stopped. A change of it takes a restart of "
-        "vmcryptd.service, which touches nothing; a reload does not do.",
+        description="The libvirt connection whose guests are started and stopped. A change takes effect when "
+        "vmcryptd.service is restarted, which stops and closes nothing; a reload is not enough.",
     )
     console_prompt: Duration = Field(
         60.0,
-        description="How long boot keeps the console for the passphrase question. Boot always goes on afterwards; "
-        'the question stays open for every other way to answer it. "0" = do not keep the console at all.',
+        description="How long boot keeps the console for the passphrase question. Boot always goes on afterwards, and "
+        'the question can still be answered in every other way. "0" = do not keep the console at all.',
         json_schema_extra={"shown": "60s"},
     )
     shutdown_timeout: Duration = Field(
@@ -253,8 +253,8 @@ class DaemonTable(_Table):
     )
     key_cache: Duration = Field(
         0.0,
-        description="How long an answer is held, for volumes whose device appears late, "
-        "after nothing waits for it any more.",
+        description="How long an answer is kept in memory after the last volume that waited for it, "
+        "for volumes whose device appears late.",
         json_schema_extra={"shown": "0"},
     )
     on_waiting: list[str] = Field(
@@ -316,21 +316,21 @@ class VolumeTable(_Table):
         "three times. While a person is asked, clevis, exec and tokens that are not connected are tried again, after a "
         "second at first and every minute in the end; clevis for five minutes even where nobody is asked, since the "
         "network may come up later. "
-        "What comes first opens the volume.",
+        "The first that fits opens the volume.",
         json_schema_extra={"shown": ["tpm2", "file:/etc/vmcryptd/keys/imap", "prompt"]},
     )
     unlock: Literal["boot", "guest", "manual"] = Field(
         "boot",
-        description="When it is opened: boot, guest (when a guest needs it), manual (only when told to).",
+        description="When it is opened: boot, guest (when a guest needs it), manual (only by command).",
     )
     lock: Literal["shutdown", "guest", "boot", "manual"] = Field(
         "shutdown",
         description="When it is closed: shutdown, guest (when the last guest using it has stopped), "
-        "boot (when everything else of the boot set is open: a keystore), manual (only when told to).",
+        "boot (when everything else of the boot set is open: a keystore), manual (only by command).",
     )
     content: Literal["guest", "lvm", "filesystem"] = Field(
         "guest",
-        description="What is on it: guest (a guest's raw disk, the host never looks into it), "
+        description="The content of the volume: guest (a guest's raw disk, the host never looks into it), "
         "lvm (a volume group of the host), filesystem (mounted by the host).",
     )
     mount: MountPoint | None = Field(
@@ -357,7 +357,7 @@ class VolumeTable(_Table):
     )
     after: list[str] = Field(
         [],
-        description="Volumes to be opened before this one, beyond what is found out by itself.",
+        description="Volumes to be opened before this one, beyond those that vmcryptd finds by itself.",
         json_schema_extra={"shown": ["keystore"]},
     )
     timeout: Duration = Field(
@@ -380,7 +380,7 @@ class VolumeTable(_Table):
 
 
 class GuestTable(_Table):
-    """What libvirt does not know about a guest. A guest needs no table to be found and started."""
+    """Settings that libvirt does not have. A guest needs no table to be found and started."""
 
     start: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -403,12 +403,13 @@ class GuestTable(_Table):
     )
     stop_timeout: Duration = Field(
         180.0,
-        description="How long it may take to stop when asked to.",
+        description="How long it may take to shut down.",
         json_schema_extra={"shown": "3min"},
     )
     on_stop_timeout: Literal["kill", "leave"] = Field(
         "kill",
-        description="What then: kill it, or leave it running (then its volumes stay open and the failure is loud).",
+        description="After stop_timeout: kill it, or leave it running (its volumes stay open, and shutdown reports "
+        "the failure).",
     )
 
 
@@ -627,7 +628,7 @@ class _Reading:
         return [name for kind, name in self._documents if kind == table]
 
     def _check_references(self) -> None:
-        """What one table says of others, in all files."""
+        """The names that tables give of each other, in all files."""
         seen: dict[tuple[str, str], str] = {}
         for name, volume in self._volumes.items():
             path = ("volume", name)

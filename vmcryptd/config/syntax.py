@@ -183,7 +183,7 @@ def _is_refused_anyway(line: str) -> bool:
 
 
 def _corrections(line: str, continues: bool, lists: Container[str]) -> Iterator[str]:
-    """What may have been meant, best guess first."""
+    """Lines that may have been meant, best guess first."""
     straight = line.translate(
         dict.fromkeys(map(ord, "“”„«»"), '"') | dict.fromkeys(map(ord, "‘’‚"), "'")
     )
