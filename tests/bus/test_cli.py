@@ -1251,6 +1251,15 @@ def test_keys_that_are_held(key: dict[str, str], text: str, members: list[str]) 
     assert render.change("host", "", "changed", {"HeldKeys": []}) == "host: no key is held"
 
 
+def test_a_changed_configuration_in_the_monitor() -> None:
+    for changed, text in (
+        (True, render.CHANGED_ON_DISK),
+        (False, "the configuration is as on disk"),
+    ):
+        values = {"State": "ready", "ConfigChanged": changed}
+        assert render.change("host", "", "changed", values) == f"host: ready; {text}"
+
+
 def test_the_first_line_without_volumes() -> None:
     host = {"State": "ready", "Waiting": []}
     assert render.overall(host, [], []) == "no volume is configured -- see vmcryptd.toml(5)"

@@ -390,6 +390,10 @@ def change(kind: str, name: str, event: str, values: Properties) -> str:
         what.append(str(values["LastError"]))
     if "HeldKeys" in values:
         what += [held(key) for key in values["HeldKeys"]] or ["no key is held"]
+    if "ConfigChanged" in values:
+        what.append(
+            CHANGED_ON_DISK if values["ConfigChanged"] else "the configuration is as on disk"
+        )
     if not what:
         what = [f"{key} = {value}" for key, value in snake(values).items()]
     return f"{kind} {name}".rstrip() + f": {'; '.join(what)}"
