@@ -12,14 +12,20 @@ import struct
 from collections.abc import Callable, Container, Iterable
 
 from vmcryptd.core.errors import DeadlineError
+from vmcryptd.posix.inotify import (
+    IN_CLOSE_WRITE,
+    IN_CREATE,
+    IN_DELETE_SELF,
+    IN_ISDIR,
+    IN_MOVE_SELF,
+    IN_MOVED_TO,
+    IN_ONLYDIR,
+    Inotify,
+)
 from vmcryptd.posix.threads import PlaceThreads
 
 log = logging.getLogger(__name__)
 
-# sys/inotify.h
-IN_CLOSE_WRITE, IN_MOVED_TO, IN_CREATE = 0x8, 0x80, 0x100
-IN_DELETE_SELF, IN_MOVE_SELF = 0x400, 0x800
-IN_ONLYDIR, IN_ISDIR = 0x01000000, 0x40000000
 MASK = IN_CLOSE_WRITE | IN_MOVED_TO | IN_CREATE | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
 EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
 
@@ -40,7 +46,7 @@ class Appearances:
         self._context: object = None
         self._arming: asyncio.Task[None] | None = None
         self._is_stale = False
-        self._fd = -1
+        self._inotify = Inotify()
         self._names: Names = {}
         self._unfinished: set[str] = set()  # files that their writers have not closed yet
 
@@ -61,10 +67,9 @@ class Appearances:
         self._disarm()
 
     def _disarm(self) -> None:
-        if self._fd >= 0:
-            asyncio.get_running_loop().remove_reader(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+        if self._inotify.fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._inotify.fd)
+            self._inotify.close()
 
     def _arm(self) -> None:
         self._is_stale = True
@@ -79,16 +84,16 @@ class Appearances:
                 self._disarm()
                 if not awaited:
                     continue
-                armed = _Armed()
+                inotify = Inotify()  # a thread that hangs keeps the one that it has
                 try:
                     # In a thread: the walk may meet a disk that does not answer.
-                    arm = functools.partial(armed.on, awaited, unfinished)
-                    is_there = await self._threads.call("", ARMING_S, arm)
+                    arm = functools.partial(_armed, inotify, awaited, unfinished)
+                    self._names, is_there = await self._threads.call("", ARMING_S, arm)
                 except (OSError, DeadlineError) as error:
                     log.warning("files that appear are not noticed: %s", error)
                     continue
-                self._fd, self._names = armed.take()
-                asyncio.get_running_loop().add_reader(self._fd, self._read)
+                self._inotify = inotify
+                asyncio.get_running_loop().add_reader(inotify.fd, self._read)
                 if is_there:
                     self._appeared()  # between the look and this
         finally:
@@ -96,7 +101,7 @@ class Appearances:
 
     def _read(self) -> None:
         try:
-            events = os.read(self._fd, 64 * 1024)
+            events = os.read(self._inotify.fd, 64 * 1024)
         except BlockingIOError:
             return
         offset = 0
@@ -117,39 +122,21 @@ class Appearances:
             self._arm()
 
 
-class _Armed:
-    """An inotify instance that is being set up in a thread; closed there unless it is taken."""
-
-    def __init__(self) -> None:
-        self._fd = -1
-        self._names: Names = {}
-
-    def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-
-    def take(self) -> tuple[int, Names]:
-        fd, self._fd = self._fd, -1
-        return fd, self._names
-
-    def on(self, paths: Iterable[str], unfinished: Container[str]) -> bool:
-        """Whether one of the paths is there by now. Raises OSError."""
-        import ctypes  # takes a while, and most hosts lack nothing
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        for path in paths:
-            directory, name = path, ""
-            while directory != "/":
-                directory, _, name = directory.rpartition("/")
-                directory = directory or "/"
-                watch = libc.inotify_add_watch(self._fd, os.fsencode(directory), MASK)
-                if watch >= 0:
-                    self._names.setdefault(watch, {}).setdefault(name, set()).add(path)
-                    break
-        return any(_is_there(path, path in unfinished) for path in paths)
+def _armed(
+    inotify: Inotify, paths: Iterable[str], unfinished: Container[str]
+) -> tuple[Names, bool]:
+    """Watch the nearest directory of each path. Also whether one of the paths is there by now. Raises OSError."""
+    inotify.open()
+    names: Names = {}
+    for path in paths:
+        directory, name = path, ""
+        while directory != "/":
+            directory, _, name = directory.rpartition("/")
+            directory = directory or "/"
+            if (watch := inotify.add(directory, MASK)) is not None:
+                names.setdefault(watch, {}).setdefault(name, set()).add(path)
+                break
+    return names, any(_is_there(path, path in unfinished) for path in paths)
 
 
 def _is_there(path: str, is_new: bool) -> bool:

@@ -12,16 +12,28 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from vmcryptd.core.errors import DeadlineError
+from vmcryptd.posix.inotify import (
+    IN_ATTRIB,
+    IN_CLOSE_WRITE,
+    IN_CREATE,
+    IN_DELETE,
+    IN_DELETE_SELF,
+    IN_MOVE_SELF,
+    IN_MOVED_FROM,
+    IN_MOVED_TO,
+    Inotify,
+)
 from vmcryptd.posix.threads import DaemonThreads
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# sys/inotify.h. Not IN_MODIFY: a file that is being written is looked at when it is whole.
-IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVE, IN_CREATE, IN_DELETE = 0x4, 0x8, 0xC0, 0x100, 0x200
-IN_DELETE_SELF, IN_MOVE_SELF = 0x400, 0x800
-MASK = IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVE | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF
+# Not IN_MODIFY: a file that is being written is looked at when it is whole.
+MASK = (
+    IN_ATTRIB | IN_CLOSE_WRITE | IN_CREATE | IN_DELETE | IN_DELETE_SELF
+    | IN_MOVED_FROM | IN_MOVED_TO | IN_MOVE_SELF
+)  # fmt: skip
 
 LOOK_S = 30.0
 DRAINED = 64 * 1024
@@ -41,7 +53,7 @@ class FileWatch(Generic[T]):
     ) -> None:
         self._paths, self._look, self._looked = paths, look, looked
         self._threads = DaemonThreads()
-        self._inotify = _Inotify()
+        self._inotify = Inotify()
         self._is_stale = False
         self._hangs = False
         self._looking: asyncio.Task[None] | None = None
@@ -69,7 +81,7 @@ class FileWatch(Generic[T]):
             self._looking.cancel()
         elif not self._hangs:
             self._inotify.close()
-        self._inotify = _Inotify()  # a thread that still looks has the other
+        self._inotify = Inotify()  # a thread that still looks has the other
 
     def _read(self, fd: int) -> None:
         # Whatever it was, the files tell more than the events, which may have been too many to be kept.
@@ -93,40 +105,9 @@ class FileWatch(Generic[T]):
             self._looking = None
 
 
-def _watched(inotify: _Inotify, paths: Iterable[Path], look: Callable[[], T]) -> T:
+def _watched(inotify: Inotify, paths: Iterable[Path], look: Callable[[], T]) -> T:
     """Watch first: what changes during the look is looked at again."""
-    for path in paths:
-        if not inotify.add(path):
-            inotify.add(path.parent)
+    for path in paths if inotify.fd >= 0 else ():
+        if inotify.add(path, MASK) is None:
+            inotify.add(path.parent, MASK)
     return look()
-
-
-class _Inotify:
-    """One instance, closed when nothing refers to it any more, if not before."""
-
-    def __init__(self) -> None:
-        self.fd = -1
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def open(self) -> int:
-        """Raises OSError."""
-        import ctypes  # takes a while: after the start
-
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self.fd = int(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-        if self.fd < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return self.fd
-
-    def add(self, path: Path) -> bool:
-        """Whether it is there. Once more does no harm: the kernel knows the file by its inode."""
-        if self.fd < 0:
-            return True
-        return bool(self._libc.inotify_add_watch(self.fd, os.fsencode(path), MASK) >= 0)
