@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmcryptd.config import files, schema, syntax
 from vmcryptd.core.errors import EXIT_USAGE, ConfigError, Mistake
@@ -427,6 +431,34 @@ def test_the_hint_is_toml(row: tuple[str, ...]) -> None:
 )  # fmt: skip
 def test_what_no_person_writes(text: str, sentence: str) -> None:
     assert mistakes(text) == (Mistake(f"{FILE}:{sentence}"),)
+
+
+@pytest.mark.parametrize("end", ['a = """', "device = /dev/x", "keys = ["])
+def test_a_large_file_with_a_mistake_is_not_parsed_for_ever(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f'[volume.v{n}]\ndevice = "/dev/v{n}"\n' for n in range(2000)) + end
+    parsed = 0
+    loads = tomllib.loads
+
+    def counted(text: str) -> dict[str, Any]:
+        nonlocal parsed
+        parsed += len(text)
+        return loads(text)
+
+    monkeypatch.setattr(tomllib, "loads", counted)
+    assert syntax.parse("x", text).mistakes
+    assert parsed < 2 << 20
+
+
+@given(st.text(alphabet="[]{}\"'=.,# \nvolumea1\\\t\r", max_size=60))
+def test_whatever_is_written_is_settings_or_mistakes(text: str) -> None:
+    found: tuple[Mistake, ...] = ()
+    try:
+        schema.parse({"x": VOLUME + text})
+    except ConfigError as error:
+        found = error.mistakes or (Mistake("none"),)
+    assert all(one.text.startswith("x:") and one.text.isprintable() for one in found)
 
 
 def test_a_long_line_is_shown_shortened() -> None:

@@ -20,6 +20,7 @@ Path = tuple[str | int, ...]  # table, name, key, index into a list
 
 _MOST_MISTAKES = 20  # in one file; more are not worth the reading
 _SHOWN = 100  # characters of a line that is shown
+_TRIED = 1 << 20  # characters that are parsed to guess what was meant: a second or so
 _TABLES_WITH_NAMES = ("volume", "guest")
 
 _SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -53,12 +54,13 @@ def parse(name: str, text: str, lists: Container[str] = ()) -> Document:
     `lists` are the keys whose values are lists.
     """
     text = text.replace("\r\n", "\n")
+    trials = _Trials()
     mistakes: list[tuple[int, Mistake]] = []
     for _ in range(_MOST_MISTAKES):
         try:
             tables = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            number, mistake, corrected = _explained(name, text, str(error), lists)
+            number, mistake, corrected = _explained(name, text, str(error), lists, trials)
             if mistake is not None:
                 mistakes.append((number, mistake))
             if corrected is None:
@@ -86,7 +88,7 @@ def _longest(text: str, pattern: str) -> int:
 
 
 def _explained(
-    name: str, text: str, error: str, lists: Container[str]
+    name: str, text: str, error: str, lists: Container[str], trials: _Trials
 ) -> tuple[int, Mistake | None, str | None]:
     """The line, what is wrong there, and the whole text with the line corrected as far as it can be guessed.
 
@@ -95,15 +97,15 @@ def _explained(
     at = _AT.search(error)
     lines = text.split("\n")
     number = int(at[1]) if at and at[1] else len(lines)
-    begins = _begin(lines, number)
+    begins = trials.begin(lines, number)
     if begins < number and (not (at and at[1]) or _begins_statement(lines[number - 1])):
         number = begins  # it was never closed; the parser noticed far below
     line, continues = lines[number - 1], begins < number
     what = _in_words(_AT.sub("", error), line)
     for corrected in _corrections(line, continues, lists):
         lines[number - 1] = corrected
-        attempt = "\n".join(lines)
-        works = _goes_beyond(attempt, number) if continues else _parses("\n".join(lines[:number]))
+        attempt, until_here = "\n".join(lines), "\n".join(lines[:number])
+        works = trials.goes_beyond(attempt, number) if continues else trials.parses(until_here)
         if corrected == line or not works:
             continue
         if _is_refused_anyway(corrected):
@@ -144,36 +146,42 @@ def _shown(line: str) -> str:
     return escaped(line.strip().replace("\t", " "), _SHOWN)
 
 
-def _begin(lines: list[str], number: int) -> int:
-    """The line in which the statement begins that goes wrong in line `number`."""
-    for first in range(number, max(0, number - 100), -1):
-        if _parses("\n".join(lines[: first - 1])):
-            return first
-    return number
+class _Trials:
+    """Parses again and again what may be meant, up to a bound: the daemon reads the configuration, too."""
+
+    def __init__(self) -> None:
+        self._left = _TRIED
+
+    def _error(self, text: str) -> str:
+        """tomllib's sentence; empty if there is none."""
+        self._left -= len(text)
+        if self._left < 0:
+            return "not tried"
+        try:
+            tomllib.loads(text)
+        except (RecursionError, ValueError) as error:
+            return str(error)
+        return ""
+
+    def parses(self, text: str) -> bool:
+        return not self._error(text)
+
+    def goes_beyond(self, text: str, number: int) -> bool:
+        """Whether the parser has nothing to say of this line any more."""
+        error = self._error(text)
+        at = _AT.search(error)
+        return not error or (at is not None and (not at[1] or int(at[1]) > number))
+
+    def begin(self, lines: list[str], number: int) -> int:
+        """The line in which the statement begins that goes wrong in line `number`."""
+        for first in range(number, max(0, number - 100), -1):
+            if self.parses("\n".join(lines[: first - 1])):
+                return first
+        return number
 
 
 def _begins_statement(line: str) -> bool:
     return bool(re.match(r"\s*(\[+\s*(daemon|volume|guest)\b|[A-Za-z_]+\s*=)", line))
-
-
-def _goes_beyond(text: str, number: int) -> bool:
-    """Whether the parser has nothing to say of this line any more."""
-    try:
-        tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        at = _AT.search(str(error))
-        return at is not None and (not at[1] or int(at[1]) > number)
-    except (RecursionError, ValueError):
-        return False
-    return True
-
-
-def _parses(text: str) -> bool:
-    try:
-        tomllib.loads(text)
-    except (RecursionError, ValueError):
-        return False
-    return True
 
 
 def _is_refused_anyway(line: str) -> bool:
