@@ -63,7 +63,8 @@ class VolumeNode(NamedTuple):
     @property
     def is_misnamed(self) -> bool:
         """Whether guests do not find its mapping, because another program gave it another name."""
-        return self.mapping not in ("", self.spec.name) and self.spec.content is Content.GUEST
+        is_for_guests = self.spec.is_configured and self.spec.content is Content.GUEST
+        return is_for_guests and self.mapping not in ("", self.spec.name)
 
     @property
     def trouble(self) -> str:
