@@ -20,6 +20,7 @@ from vmcryptd.adapters.systemd import host, polkit, state_files
 from vmcryptd.bus import transport
 from vmcryptd.bus.objects import Objects
 from vmcryptd.config import files as configuration
+from vmcryptd.config.tables import Tables
 from vmcryptd.core.errors import BusyError, ConfigError, VmcryptdError
 from vmcryptd.core.model import Infinity, Settings
 from vmcryptd.core.ports import Ports
@@ -96,10 +97,11 @@ def keep_out_of_core_dumps() -> None:
         Path("/proc/self/coredump_filter").write_text("0", encoding="ascii")
 
 
-def real_ports(settings: Settings) -> Ports:
+def real_ports(settings: Settings, directory: Path = configuration.DIRECTORY) -> Ports:
     """The adapters that work on this host."""
     from vmcryptd.adapters.keysources.sources import SystemKeys
     from vmcryptd.adapters.libvirt.domains import Libvirt
+    from vmcryptd.adapters.luks.format import CryptsetupFormatting
     from vmcryptd.adapters.luks.key_slots import CryptsetupSlots
     from vmcryptd.adapters.luks.mappings import Cryptsetup
     from vmcryptd.adapters.luks.reencrypt import CryptsetupReencryption
@@ -109,6 +111,8 @@ def real_ports(settings: Settings) -> Ports:
         blocks=SysfsBlocks(),
         crypt=Cryptsetup(),
         slots=CryptsetupSlots(),
+        formatting=CryptsetupFormatting(),
+        tables=Tables(directory),
         reencryption=CryptsetupReencryption(),
         keys=SystemKeys(),
         domains=Libvirt(settings.daemon.libvirt_uri),
@@ -174,7 +178,7 @@ def _composition(arguments: Arguments) -> tuple[Settings, Ports, Source]:
         functools.partial(configuration.settings, validated=configuration.VALIDATED),
     )
     settings = source.load()
-    return settings, real_ports(settings), source
+    return settings, real_ports(settings, directory), source
 
 
 async def _serve(arguments: Arguments) -> int:
@@ -202,7 +206,7 @@ async def _serve(arguments: Arguments) -> int:
     source.taken_over()
     await engine.inventory.look()
 
-    async def reload() -> None:
+    def read_again() -> None:
         notify.notify(f"RELOADING=1\nMONOTONIC_USEC={int(loop.time() * 1e6)}")
         try:
             before = engine.settings.daemon.libvirt_uri
@@ -219,6 +223,10 @@ async def _serve(arguments: Arguments) -> int:
             files.look_again()
             notify.ready()
 
+    async def reload() -> None:
+        read_again()
+
+    engine.keystores.configured.watch(read_again)
     shown = service.Service(engine, objects, reload)
 
     def looked(texts: Mapping[str, str] | None) -> None:

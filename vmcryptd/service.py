@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vmcryptd import __version__
 from vmcryptd.bus.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
@@ -31,6 +32,7 @@ LOCK = "org.vmcryptd1.lock"
 GUESTS = "org.vmcryptd1.guests"
 PANIC = "org.vmcryptd1.panic"
 KEYS = "org.vmcryptd1.keys"
+ENCRYPT = "org.vmcryptd1.encrypt"
 RELOAD = "org.vmcryptd1.reload"
 
 # Changes within this time of the last ones are told together. Who calls a method finds them told before that.
@@ -167,6 +169,16 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         """Write a backup of a volume's header into a new file."""
         await self._engine.key_slots.back_up(volume, take_fd(file))
 
+    @exported(action=ENCRYPT)
+    async def CreateKeystore(self, name: str, key: Handle, options: dict[str, Any]) -> ObjectPath:
+        """Make a small volume for keys that this key opens. Answers with the job; "/" for a dry run."""
+        fd = take_fd(key)
+        if options.get("dry-run") is True:
+            os.close(fd)
+            await self._engine.keystores.check(name, options)
+            return ObjectPath("/")
+        return ObjectPath(job_path(await self._engine.keystores.create(name, fd, options)))
+
     @exported(action=RELOAD)
     async def Reload(self) -> None:
         """Read the configuration again; a bad one is refused and the running one kept."""
@@ -205,6 +217,7 @@ class RunningJob(Interface, name="org.vmcryptd1.Job"):
     State: str
     Progress: float
     LastError: str
+    ErrorName: str
 
 
 def plan_json(plan: Plan) -> str:
@@ -238,6 +251,11 @@ def manager_properties(engine: Engine) -> dict[str, object]:
     }
 
 
+def _job_view(job: Job) -> JobView:
+    text, name = (str(job.error), job.error.dbus_name) if job.error else ("", "")
+    return JobView(str(job.id), str(job.goal), str(job.state), job.progress, text, name)
+
+
 def _held(key: Held) -> dict[str, str]:
     """`until` is empty while volumes have yet to try it."""
     until = ""
@@ -256,6 +274,7 @@ class JobView(NamedTuple):
     state: str
     progress: float
     error: str
+    error_name: str
 
 
 View = VolumeView | GuestView | JobView
@@ -299,6 +318,7 @@ class Service:
         self._engine = engine
         self._objects = objects
         self._shown: dict[tuple[type[View], str], _Shown] = {}
+        self._jobs: dict[str, Job] = {}  # those that are shown
         self._due: asyncio.Handle | None = None
         self._told_at = -TELL_S
         self.config_changed = False  # the files differ from what runs
@@ -324,21 +344,23 @@ class Service:
             self._due = None
             self._told_at = asyncio.get_running_loop().time()
         engine = self._engine
-        jobs = [
-            JobView(str(job.id), str(job.goal), str(job.state), job.progress, str(job.error or ""))
-            for job in engine.jobs.values()
-        ]
+        self._jobs |= {str(number): job for number, job in engine.jobs.items()}
+        jobs = [_job_view(job) for job in engine.jobs.values()]
         views: list[View] = [*engine.volume_views(), *engine.guest_views(), *jobs]
         wanted = {(type(view), view.name): view for view in views}
         for key in [key for key in self._shown if key not in wanted]:
-            self._objects.unexport(self._shown.pop(key).path)
+            shown = self._shown.pop(key)
+            if isinstance(shown.view, JobView):
+                # How it ended is said before it is gone.
+                shown.interface.changed(**_properties(_job_view(self._jobs.pop(shown.view.name))))
+            self._objects.unexport(shown.path)
         for key, view in wanted.items():
-            shown = self._shown.get(key)
-            if shown is None:
+            known = self._shown.get(key)
+            if known is None:
                 interface = _INTERFACES[type(view)](**_properties(view))
                 self._shown[key] = _Shown(view, interface, _path(view))
                 self._objects.export(self._shown[key].path, interface)
-            elif view != shown.view:  # most are as they were
-                shown.interface.changed(**_properties(view))
-                self._shown[key] = shown._replace(view=view)
+            elif view != known.view:  # most are as they were
+                known.interface.changed(**_properties(view))
+                self._shown[key] = known._replace(view=view)
         self._manager.changed(**manager_properties(engine), ConfigChanged=self.config_changed)

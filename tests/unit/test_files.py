@@ -27,8 +27,6 @@ STANDARD_INTERFACES = {
     "org.freedesktop.DBus.Peer",
     "org.freedesktop.DBus.Properties",
 }
-# Declared for the features that are announced; whoever implements one takes it off this list.
-FUTURE_ACTIONS = {f"{NAME}.encrypt"}
 
 # Each of these gives a service a mount namespace (systemd's exec_needs_mount_namespace()), in which
 # unmounting has no effect on the host.
@@ -130,8 +128,7 @@ def test_bus_policy(interfaces: set[str]) -> None:
 def test_each_action_is_declared_and_used(used_actions: set[str]) -> None:
     root = ElementTree.parse(CONFIG / f"{NAME}.policy").getroot()
     declared = {action.get("id", ""): action for action in root.iter("action")}
-    assert set(declared) == used_actions | FUTURE_ACTIONS
-    assert not used_actions & FUTURE_ACTIONS
+    assert set(declared) == used_actions
     for action in declared.values():
         defaults = {rule.tag: rule.text for rule in action.iterfind("defaults/*")}
         assert defaults == {

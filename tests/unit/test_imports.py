@@ -43,7 +43,7 @@ ARROWS["adapters/sim"] = {"core", "posix", "config", "adapters/keysources"}
 
 # Inside functions only: few calls of the command line need these, and each call would wait for them. Without a
 # daemon "vmcryptctl shutdown" does its work in its own process.
-LAZY: dict[str, set[str]] = {"cli": {"audit", "config", "daemon", "adapters/luks"}}
+LAZY: dict[str, set[str]] = {"cli": {"audit", "config", "daemon"}}
 
 # Of the bus, the command line has the client only: the objects are the daemon's.
 NOT_FOR_CLI = {"bus.objects"}
@@ -117,10 +117,7 @@ def test_direction(module: str) -> None:
         [],
     )
     hasty = {name for name in ours(at_import) if room(name) in lazy - ARROWS[here]}
-    # cli.keystore is itself imported in a function only.
-    assert not hasty or module == "cli.keystore", (
-        f"{module} imports these in functions only: {', '.join(sorted(hasty))}"
-    )
+    assert not hasty, f"{module} imports these in functions only: {', '.join(sorted(hasty))}"
     if here == "cli":
         assert not ours(tree) & NOT_FOR_CLI, (
             f"{module} may use the client of the bus, not its objects"

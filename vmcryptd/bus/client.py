@@ -189,6 +189,22 @@ class Client:
             lost.cancel()
         return is_so()
 
+    async def job_ended(self, path: str) -> None:
+        """Wait for the end of a job that a method returned; `follow` first.
+
+        Raises what it failed by, and UnreachableError if the daemon ends before it.
+        """
+        number = path.rpartition("/")[2]
+        job = self.jobs.get(number, {})
+        await self._changes.until(lambda: not self.present or self.jobs.get(number) is not job)
+        match job.get("State"):
+            case "done":
+                return
+            case "failed":
+                error = subclasses().get(str(job["ErrorName"]), VmcryptdError)
+                raise error(str(job["LastError"]))
+        raise UnreachableError(AWAY)
+
     async def close(self) -> None:
         if self._reloading is not None:
             self._reloading.cancel()

@@ -61,6 +61,13 @@ class ConfigError(VmcryptdError):
         return cls("; ".join(mistake.text for mistake in mistakes), mistakes)
 
 
+class OptionError(VmcryptdError):
+    """An option of a call is unknown, missing, or has a value that is refused; the text names it."""
+
+    name = "InvalidOption"
+    exit_code = EXIT_USAGE
+
+
 class GraphError(ConfigError):
     """The dependencies contradict each other (a cycle, an unknown name); the text names the path."""
 

@@ -18,6 +18,7 @@ class Verb(StrEnum):
     START = "start"
     STOP = "stop"
     ROTATE = "rotate"  # a new volume key: a job without a plan
+    CREATE_KEYSTORE = "create-keystore"  # likewise
 
 
 _OF_THE_HOST = (Verb.BOOT, Verb.SHUTDOWN, Verb.LOCK_ALL)

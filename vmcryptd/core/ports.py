@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vmcryptd.core.keystores import Making
 from vmcryptd.core.model import (
     DiskSource,
     GuestSpec,
@@ -165,6 +166,50 @@ class Slots(Protocol):
         """Remove the file again. Raises StorageError."""
 
 
+class Formatting(Protocol):
+    """New volumes, on what is empty only."""
+
+    async def check_file(self, name: str, path: str) -> None:
+        """Raises OptionError, StorageError, BusyError unless a new file can hold a volume of this name."""
+
+    async def check_device(self, name: str, path: str) -> None:
+        """Raises StorageError, BusyError unless it is a block device, unused, and nothing is found on it."""
+
+    async def new_file(self, path: str, size: int) -> int:
+        """A descriptor of a file of root alone that has no name yet, with all its blocks. Raises StorageError."""
+
+    async def name_file(self, fd: int, path: str) -> None:
+        """Give it its name, on disk. Raises StorageError where something has that name."""
+
+    async def format(self, place: str | int, uuid: str, key: Key) -> None:
+        """Write a LUKS2 header onto a device or into such a file. Raises StorageError, DeadlineError."""
+
+    async def open(self, place: str | int, name: str, key: Key) -> None:
+        """Make the mapping `name` of what was just formatted. Raises StorageError, DeadlineError."""
+
+    async def make_file_system(self, name: str) -> None:
+        """On the mapping. Raises StorageError, DeadlineError."""
+
+    async def take_back(self, place: str, uuid: str, *, is_file: bool) -> None:
+        """Remove the file, or empty the device, if its LUKS header has this UUID. Raises StorageError."""
+
+
+class Tables(Protocol):
+    """The configuration files, as far as vmcryptd adds to them: one of its own for each volume that it makes."""
+
+    def check(self, name: str, table: str) -> None:
+        """Raises ConfigError if the file is there, or the whole would be refused with it."""
+
+    def has(self, name: str) -> bool:
+        """Whether the file is there."""
+
+    def write(self, name: str, table: str) -> None:
+        """As a whole or not at all, on disk, and only where nothing is. Raises ConfigError."""
+
+    def remove(self, name: str) -> None:
+        """Remove what `write` made. Raises ConfigError."""
+
+
 class Reencryption(Protocol):
     """All data of a volume written anew while it is in use. It outlives the daemon."""
 
@@ -309,6 +354,11 @@ class Memory(Protocol):
 
     def keep_backups_due(self, volumes: dict[str, str]) -> None: ...
 
+    def making(self) -> tuple[Making, ...]:
+        """The keystores that were being made."""
+
+    def keep_making(self, keystores: Iterable[Making]) -> None: ...
+
 
 @dataclass(frozen=True)
 class Ports:
@@ -317,6 +367,8 @@ class Ports:
     blocks: Blocks
     crypt: Crypt
     slots: Slots
+    formatting: Formatting
+    tables: Tables
     reencryption: Reencryption
     keys: Keys
     domains: Domains

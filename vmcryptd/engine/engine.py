@@ -23,6 +23,7 @@ from vmcryptd.engine.hooks import Hooks
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, together
 from vmcryptd.engine.key_management import KeySlots
+from vmcryptd.engine.keystores import Keystores
 from vmcryptd.engine.opener import Opener
 from vmcryptd.engine.opening import Openings
 from vmcryptd.engine.operations import Operations
@@ -64,6 +65,7 @@ class Engine:
         self.rotations = Rotations(
             ports, self.inventory, self.key_slots, self.derivations, self._jobs, self.operations
         )
+        self.keystores = Keystores(ports, self.inventory, self._jobs, self.operations)
         opener = Opener(
             ports.crypt, ports.keys, self.inventory, self._activities, self.prompt, self.openings, self.derivations,
             self.key_slots,
@@ -143,6 +145,7 @@ class Engine:
         self._announcer.start()
         self._configured()
         self.rotations.start()
+        self.keystores.start()
 
     def resume(self) -> None:
         """Take up again what an earlier run of the daemon was about to do."""

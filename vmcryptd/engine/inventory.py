@@ -125,6 +125,12 @@ class Inventory:
             self._boot_set_of, self._boot_set = self.graph, planner.boot_set(self.graph)
         return self._boot_set
 
+    def mapping_of(self, uuid: str) -> str:
+        """The name of the open mapping of the LUKS header with this UUID, configured or not; else empty."""
+        self.observe()
+        devices = self._observation.storage.devices.values()
+        return next((device.dm_name for device in devices if device.luks_uuid == uuid), "")
+
     async def know_libvirt(self) -> None:
         """Have libvirt answer once before boot ends; `libvirt_error` tells if it does not."""
         if not self.needs_libvirt or self._domains.current().reachable:

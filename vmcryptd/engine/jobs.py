@@ -133,7 +133,9 @@ class Jobs:
         deadline: float = Infinity,
     ) -> Job:
         """A new job; `end` it. Raises as `check_may_begin`."""
-        self.check_may_begin(rising=goal.is_rising or goal.verb is Verb.ROTATE)
+        self.check_may_begin(
+            rising=goal.is_rising or goal.verb in (Verb.ROTATE, Verb.CREATE_KEYSTORE)
+        )
         job = Job(next(self._numbers), goal, may_ask, without, deadline)
         self.running[job.id] = job
         self._keep()

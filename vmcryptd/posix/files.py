@@ -34,6 +34,33 @@ def write_atomically(path: str | Path, content: bytes, mode: int = 0o644) -> Non
     """
     path = Path(path)
     temporary = path.with_suffix(".new")
+    _write(temporary, content, mode)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def write_new(path: str | Path, content: bytes, mode: int = 0o644) -> None:
+    """Make a file with this content and mode, whatever the umask, on its disk when this returns.
+
+    Raises OSError, and then nothing is made; FileExistsError where something has the name. It is written as .NAME.new.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.new")
+    _write(temporary, content, mode)
+    try:
+        os.chmod(temporary, mode)
+        os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+    sync_directory(path.parent)
+
+
+def _write(temporary: Path, content: bytes, mode: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)  # of a process that was killed here; or anything else that would hang
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -43,12 +70,10 @@ def write_atomically(path: str | Path, content: bytes, mode: int = 0o644) -> Non
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_directory(path.parent)
 
 
 def sync_directory(path: str | Path) -> None:

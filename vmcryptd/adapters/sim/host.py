@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmcryptd.adapters.keysources.sources import SystemKeys
+from vmcryptd.adapters.sim.keystores import SimKeystores
 from vmcryptd.adapters.sim.luks import (
     SimReencryption,
     SimSlot,
@@ -42,6 +43,7 @@ from vmcryptd.core.errors import (
     WrongKeyError,
     WrongPinError,
 )
+from vmcryptd.core.keystores import Making
 from vmcryptd.core.model import (
     BlockDevice,
     DiskSource,
@@ -146,6 +148,9 @@ class Simulation:
         self._due_once = tuple(table.get("due_once", ()))
         self.marked_once: tuple[str, ...] = ()
         self.calls: list[str] = []  # what was done, in order
+        self._making: tuple[Making, ...] = ()
+        empty = tuple(table.get("empty", ()))
+        self._keystores = SimKeystores(self._volumes, empty, self.calls)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -165,6 +170,8 @@ class Simulation:
             blocks=self,
             crypt=self,
             slots=SimSlots(self._volumes, self.calls),
+            formatting=self._keystores,
+            tables=self._keystores,
             reencryption=SimReencryption(self._volumes, self.calls),
             keys=self,
             domains=self,
@@ -179,8 +186,14 @@ class Simulation:
             self._volumes.setdefault(name, volume)
         for name, guest in fresh._guests.items():
             self._guests.setdefault(name, guest)
-        self.settings = fresh.settings
-        self._specs |= fresh.settings.volumes
+        made = self._keystores.made
+        for name, keystore in made.items():
+            self._volumes.setdefault(
+                name, replace(_volume({}), slots={0: SimSlot(keystore.digest)})
+            )
+        specs = {name: keystore.spec for name, keystore in made.items()}
+        self.settings = replace(fresh.settings, volumes={**fresh.settings.volumes, **specs})
+        self._specs |= self.settings.volumes
         return self.settings
 
     def _tell(self) -> None:
@@ -376,6 +389,9 @@ class Simulation:
         return await fits(slot, key)
 
     async def close(self, mapping: str) -> None:
+        if mapping not in self._volumes:
+            self.calls.append(f"close {mapping}")  # of a keystore that is being made
+            return
         if await self.holders(mapping):
             raise BusyError(f"{mapping} is busy")
         name = self._volume_of(mapping)
@@ -574,6 +590,12 @@ class Simulation:
 
     def keep_backups_due(self, volumes: dict[str, str]) -> None:
         self._backups_due = dict(volumes)
+
+    def making(self) -> tuple[Making, ...]:
+        return self._making
+
+    def keep_making(self, keystores: Iterable[Making]) -> None:
+        self._making = tuple(keystores)
 
 
 def read(path: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vmcryptd.core.keystores import Making
 from vmcryptd.core.model import Content, Lock, VolumeSpec
 from vmcryptd.posix.files import read_bounded, write_atomically
 
@@ -30,6 +31,7 @@ class StateFiles:
         self._seen = state / "seen.json"
         self._fitted = state / "fitted.json"
         self._backups = state / "backups.json"
+        self._making = state / "making.json"
         self._once = state / "once.json"
 
     def goals(self) -> tuple[str, ...]:
@@ -122,6 +124,22 @@ class StateFiles:
 
     def keep_backups_due(self, volumes: dict[str, str]) -> None:
         _store(self._backups, {"due": volumes})
+
+    def making(self) -> tuple[Making, ...]:
+        found = []
+        for name, entry in _table(_load(self._making).get("keystores")).items():
+            texts = _texts(entry)
+            if {"place", "uuid"} <= texts.keys():
+                is_file = _table(entry).get("is_file") is True
+                found.append(Making(name, texts["place"], texts["uuid"], is_file))
+        return tuple(found)
+
+    def keep_making(self, keystores: Iterable[Making]) -> None:
+        entries = {
+            one.name: {"place": one.place, "uuid": one.uuid, "is_file": one.is_file}
+            for one in keystores
+        }
+        _store(self._making, {"keystores": entries})
 
 
 def _boot_id() -> str:
