@@ -260,6 +260,11 @@ def subclasses(base: type[VmcryptdError] = VmcryptdError) -> dict[str, type[Vmcr
     return found
 
 
+def named(name: str, text: str) -> VmcryptdError:
+    """The error of this name (`VmcryptdError.name`); of the base class if there is none."""
+    return subclasses().get(PREFIX + name, VmcryptdError)(text)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """What was probably meant by a word that is not known, or an empty string."""
     import difflib  # only for who has mistyped

@@ -326,6 +326,11 @@ class Memory(Protocol):
 
     def keep_sources(self, sources: dict[str, str]) -> None: ...
 
+    def reasons(self) -> dict[str, tuple[str, str]]:
+        """`volume NAME` or `guest NAME` → an error's name and text, of what has failed; like goals."""
+
+    def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None: ...
+
     def open_volumes(self) -> dict[str, VolumeSpec]:
         """The volumes that were open when this was kept, as far as closing them takes; as long as the host is up."""
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,6 +80,20 @@ class Activities:
 
     def guest(self, name: str) -> Activity:
         return self._guests.setdefault(name, Activity())
+
+    def errors(self) -> dict[str, VmcryptdError]:
+        """`volume NAME` or `guest NAME` → why it has failed."""
+        volumes = {f"volume {n}": one.error for n, one in self.volumes.items() if one.error}
+        return volumes | {f"guest {n}": one.error for n, one in self._guests.items() if one.error}
+
+    def restore(self, errors: Mapping[str, VmcryptdError], graph: Graph) -> None:
+        """Take over the errors of an earlier daemon, of what is there and still down."""
+        for of, error in errors.items():
+            kind, _, name = of.partition(" ")
+            if kind == "volume" and name in graph.volumes and not graph.volumes[name].is_open:
+                self.volumes[name].error = error
+            elif kind == "guest" and not (name in graph.guests and graph.guests[name].is_running):
+                self.guest(name).error = error
 
     def all(self) -> Iterable[tuple[str, Activity]]:
         return (*self.volumes.items(), *self._guests.items())

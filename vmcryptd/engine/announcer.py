@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from vmcryptd.core.errors import named
 from vmcryptd.core.goals import BOOT
 from vmcryptd.core.model import GuestState, HostState, VolumeState
 from vmcryptd.core.ports import Host, Memory
@@ -53,6 +54,7 @@ class Announcer:
         self._reported: set[str] | None = None  # what has failed since the host became degraded
         self._status = ""  # as systemd knows it
         self._sources: dict[str, str] = {}  # as kept for the next daemon
+        self._errors: dict[str, tuple[str, str]] = {}  # the same
         self._is_target_wanted: bool | None = None
         self._is_target_reached: bool | None = None
         self._is_moving_target = False
@@ -65,6 +67,9 @@ class Announcer:
         for name, source in self._sources.items():
             if name in volumes and volumes[name].is_open:
                 self._activities.volumes[name].key_source = source
+        self._errors = self._memory.reasons()
+        errors = {of: named(*error) for of, error in self._errors.items()}
+        self._activities.restore(errors, self._inventory.graph)
 
     # --- what is shown ---
 
@@ -128,8 +133,7 @@ class Announcer:
                     f"Waiting for the key of {', '.join(self._prompt.waiting)}: vmcryptctl unlock"
                 )
             case HostState.DEGRADED:
-                failed = [name for name, activity in self._activities.all() if activity.error]
-                return f"Degraded: {', '.join(failed) or self.host_error}"
+                return f"Degraded: {', '.join(filter(None, self.reasons)) or self.host_error}"
         count = sum(node.is_open for node in graph.volumes.values())
         return f"{str(state).capitalize()}: {count} of {len(graph.volumes)} volumes open"
 
@@ -153,6 +157,7 @@ class Announcer:
 
     def _announce(self) -> None:
         self._keep_sources()
+        self._keep_errors()
         state = self.state
         if state is HostState.READY and self._is_target_wanted is not True:
             self._want_target(True)
@@ -181,6 +186,14 @@ class Announcer:
         if sources != self._sources:
             self._sources = sources
             self._memory.keep_sources(sources)
+
+    def _keep_errors(self) -> None:
+        if self._jobs.is_closed:
+            return  # what is broken off now has not succeeded
+        errors = {of: (one.name, str(one)) for of, one in self._activities.errors().items()}
+        if errors != self._errors:
+            self._errors = errors
+            self._memory.keep_reasons(errors)
 
     def _want_target(self, is_wanted: bool) -> None:
         self._is_target_wanted = is_wanted

@@ -141,6 +141,7 @@ class Simulation:
         self._goals: tuple[str, ...] = ()
         self._sources: dict[str, str] = {}
         self._open: dict[str, VolumeSpec] = {}
+        self._reasons: dict[str, tuple[str, str]] = {}
         self.published: dict[str, bool] = {}  # mapping → whether it is marked as a guest's disk
         self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
         self._fitted: dict[str, dict[str, int]] = {}
@@ -572,6 +573,12 @@ class Simulation:
 
     def publish(self, volumes: dict[str, bool]) -> None:
         self.published = dict(volumes)
+
+    def reasons(self) -> dict[str, tuple[str, str]]:
+        return self._reasons
+
+    def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None:
+        self._reasons = dict(reasons)
 
     def open_volumes(self) -> dict[str, VolumeSpec]:
         return self._open

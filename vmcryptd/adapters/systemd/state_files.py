@@ -28,6 +28,7 @@ class StateFiles:
         self._goals = runtime / "goals.json"
         self._sources = runtime / "sources.json"
         self._open = runtime / "open.json"
+        self._reasons = runtime / "reasons.json"
         self._seen = state / "seen.json"
         self._fitted = state / "fitted.json"
         self._backups = state / "backups.json"
@@ -45,6 +46,19 @@ class StateFiles:
 
     def keep_sources(self, sources: dict[str, str]) -> None:
         _store(self._sources, {"sources": sources}, mode=0o600)
+
+    def reasons(self) -> dict[str, tuple[str, str]]:
+        table = _table(_load(self._reasons).get("reasons"))
+        pairs = {of: _strings(entry) for of, entry in table.items()}
+        return {
+            of: (pair[0], pair[1])
+            for of, pair in pairs.items()
+            if len(pair) == 2 and all(map(_is_text, pair))
+        }
+
+    def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None:
+        # Not for everybody: a source that has failed is named with its arguments.
+        _store(self._reasons, {"reasons": dict(reasons)}, mode=0o600)
 
     def open_volumes(self) -> dict[str, VolumeSpec]:
         found = {}

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A daemon that is started again says why what is down has failed, as the one before it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.lib import Running, opened_by, play
+from vmcryptd.adapters.systemd.state_files import StateFiles
+
+A = opened_by("alpha")
+
+
+def volume(name: str, sim: str = A, more: str = "") -> str:
+    return f'[volume.{name}]\ndevice = "/dev/{name}"\n{more}\n[sim.volume.{name}]\n{sim}\n'
+
+
+HOST = (
+    volume("a")
+    + volume("plain", 'fault = "not-luks"')
+    + volume("away", "present = false", 'timeout = "1ms"')
+    + volume("quiet", A, 'keys = ["file:/etc/none"]')
+    + '[sim.guest.g]\ndisks = ["/dev/mapper/quiet"]\nautostart = true\n'
+    + '[sim.guest.h]\ndisks = ["/dev/mapper/a"]\nautostart = true\nfault = "no such network"\n'
+)
+
+
+async def restarted(run: Running) -> Running:
+    await run.close()
+    again = Running(run.host)
+    again.engine.resume()
+    return again
+
+
+@play(HOST)
+async def test_after_a_restart(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    before = (run.state, run.volumes(), run.guests())
+    said = {
+        view.name: view.error for view in (*run.engine.volume_views(), *run.engine.guest_views())
+    }
+    line = run.engine.status_line(run.engine.state)
+    assert [name for name, text in said.items() if not text] == ["a"]
+    again = await restarted(run)
+    await again.looked()
+    views = (*again.engine.volume_views(), *again.engine.guest_views())
+    assert {view.name: view.error for view in views} == said
+    assert (again.state, again.volumes(), again.guests()) == before
+    assert again.volumes() == {
+        "a": "unlocked", "plain": "failed", "away": "missing", "quiet": "failed",
+    }  # fmt: skip
+    assert again.engine.status_line(again.engine.state) == line
+    assert line == "Degraded: plain, away, quiet, g, h"
+    # What failed and is put right is no reason any more.
+    run.host.volume("quiet", open=True)
+    await again.until(lambda: again.guests()["g"] == "running")
+    assert (again.volume("quiet").error, again.guest("g").error) == ("", "")
+    third = await restarted(again)
+    assert (third.volume("quiet").error, third.guest("g").error) == ("", "")
+    assert "no sound LUKS header" in third.volume("plain").error
+    run.engine = third.engine
+
+
+@play(volume("a") + volume("b"))
+async def test_what_was_locked_by_hand_is_named(run: Running) -> None:
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.idle()
+    await run.engine.lock("b")
+    assert run.state == "degraded"
+    assert run.engine.status_line(run.engine.state) == "Degraded: b"
+
+
+@play(volume("a", 'fault = "not-luks"'))
+async def test_an_attempt_that_a_restart_breaks_off(run: Running) -> None:
+    run.engine.boot()
+    await run.idle()
+    again = await restarted(run)
+    run.host.volume("a", fault="")
+    again.engine.boot()
+    await again.until(lambda: again.engine.waiting)
+    assert again.volume("a").error == ""
+    run.engine = again.engine
+
+
+@pytest.mark.parametrize(
+    "entry", ["5", "[]", '["WrongKey"]', '["WrongKey", 5]', '["WrongKey", "two\\nlines"]', "{}"]
+)
+def test_what_is_no_reason(tmp_path: Path, entry: str) -> None:
+    files = StateFiles(tmp_path, tmp_path)
+    files.keep_reasons({"volume a": ("WrongKey", "volume a: it does not fit")})
+    path = tmp_path / "reasons.json"
+    assert path.stat().st_mode & 0o077 == 0
+    assert files.reasons() == {"volume a": ("WrongKey", "volume a: it does not fit")}
+    sound = '"guest g": ["Odd", "guest g: odd"]'
+    path.write_text(f'{{"reasons": {{"volume a": {entry}, {sound}}}}}')
+    assert files.reasons() == {"guest g": ("Odd", "guest g: odd")}
