@@ -10,6 +10,7 @@ from tests.lib import Host, Running, opened_by
 from vmcryptd.core.errors import DeadlineError
 from vmcryptd.core.graph import build, wanted_paths
 from vmcryptd.core.model import (
+    BlockDevice,
     Content,
     DiskSource,
     Domain,
@@ -50,6 +51,17 @@ def test_what_backs_a_pools_volume_is_remembered() -> None:
     assert build(settings, later).guests["web"].needs == ("store", "base")
 
 
+def test_what_backs_an_image_on_a_block_device_counts() -> None:
+    disk = DiskSource(SourceType.BLOCK, "/dev/vg/web")
+    known = Virtualisation(True, {"web": Domain("web", "web", GuestState.OFF, sources=(disk,))})
+    storage = Storage({"dm-7": BlockDevice("dm-7")}, {"/dev/vg/web": "dm-7"})
+    seen = Observation(
+        storage=storage, virtualisation=known, chains={"/dev/vg/web": ("/base/img",)}
+    )
+    graph = build(Settings(volumes={"base": BASE}), seen)
+    assert graph.guests["web"].needs == ("base",)
+
+
 class Images(Host):
     """A guest in image files: the base image is known when the store is mounted, not before."""
 
@@ -74,6 +86,7 @@ class Images(Host):
     is_slow = False
 
     async def chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
+        self.calls.append(f"chain of {source.path or source.volume}")
         if self.is_slow:
             self.is_slow = False  # the disk has spun up by now
             raise DeadlineError("qemu-img does not answer")
@@ -112,6 +125,41 @@ def test_a_guest_waits_for_what_its_image_turns_out_to_be_backed_by(is_slow: boo
         assert done == ["mount store", "mount base", "start web"]
         await running.idle()
         assert running.state == "ready"
+        await running.close()
+
+    asyncio.run(scene())
+
+
+class BlockImage(Images):
+    """A guest in a qcow2 image that lies on a mapping itself."""
+
+    def current(self) -> Virtualisation:
+        known = Host.current(self)
+        domains = {
+            name: d._replace(sources=(DiskSource(SourceType.BLOCK, "/dev/mapper/store"),))
+            for name, d in known.domains.items()
+        }
+        return known._replace(domains=domains)
+
+
+def test_a_guest_waits_for_what_an_image_on_a_block_device_is_backed_by() -> None:
+    text = IMAGES.replace('content = "filesystem"\nmount = "/vm"\n', "")
+
+    async def scene() -> None:
+        running = Running(BlockImage.parse(text))
+        running.engine.boot()
+        running.host.answer("one")
+        await running.until(lambda: running.guests() == {"web": "running"})
+        done = running.host.done("open", "chain", "mount", "start web")
+        assert done == [
+            "open store",
+            "chain of /dev/mapper/store",
+            "open base",
+            "mount base",
+            "chain of /dev/mapper/store",
+            "start web",
+        ]
+        await running.idle()
         await running.close()
 
     asyncio.run(scene())

@@ -327,6 +327,13 @@ class _Places:
         return self.of_path(path) or self._remembered(path)
 
     def _look_up(self, path: str) -> tuple[str, ...]:
+        found = list(self._of_itself(path))
+        for member in self._observation.chains.get(path, ()):
+            found += self.of_path(member)
+        return tuple(dict.fromkeys(found))
+
+    def _of_itself(self, path: str) -> Iterable[str]:
+        """Without what an image at this path is backed by."""
         if link := self._storage.links.get(path):
             return self.of_device(link)
         configured = self._by_name(self._storage.real.get(path, path))
@@ -338,9 +345,7 @@ class _Places:
             found += self.of_device(device.name) if device else ()
         elif configured is None or configured in remembered:
             found += remembered
-        for member in self._observation.chains.get(path, ()):
-            found += self.of_path(member)
-        return tuple(dict.fromkeys(found))
+        return found
 
     def _remembered(self, path: str) -> tuple[str, ...]:
         names = self._observation.remembered.paths.get(path, ())

@@ -27,7 +27,6 @@ from vmcryptd.core.model import (
     Remembered,
     Settings,
     SourceKind,
-    SourceType,
     Virtualisation,
 )
 from vmcryptd.core.ports import Blocks, Crypt, Domains, Memory
@@ -345,12 +344,12 @@ class Inventory:
             self._memory.publish(mappings)
 
     def _read_chains(self) -> None:
-        """Follow the backing chains of disk files that have become readable."""
+        """Follow the backing chains of disks that have become readable, be it a qcow2 image on a block device."""
         unread = {}
         for domain in self._observation.virtualisation.domains.values():
             for source in domain.sources:
                 path = self._observation.virtualisation.path_of(source)
-                if source.type is not SourceType.BLOCK and self._is_unread(path):
+                if self._is_unread(path):
                     unread[path] = source
         if unread:
             for path in unread:
@@ -360,11 +359,11 @@ class Inventory:
             task.add_done_callback(self._reading.discard)
 
     def _readable(self, path: str) -> frozenset[str]:
-        files = self._observation.storage.files
-        return frozenset(member for member in self._chains.get(path, ()) if member in files)
+        has = self._observation.storage.has
+        return frozenset(filter(has, self._chains.get(path, ())))
 
     def _is_unread(self, path: str) -> bool:
-        if path not in self._observation.storage.files:
+        if not self._observation.storage.has(path):
             return False
         return path not in self._chains_read or not self._readable(path) <= self._chains_read[path]
 
