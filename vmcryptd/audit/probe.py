@@ -158,7 +158,7 @@ async def _chains(
     found, unread = {}, {}
     for domain in virtualisation.domains.values():
         for source in domain.sources:
-            if source.path and os.path.exists(source.path):
+            if source.path and _exists(source.path):
                 try:
                     chain = await libvirt.chain(source)
                 except VmcryptdError as error:
@@ -233,6 +233,10 @@ def _files(settings: Settings) -> dict[str, File]:
                 wanted.add(shlex.split(source.argument)[0])
     wanted.update(settings.daemon.on_waiting[:1], settings.daemon.on_failed[:1])
     return {path: found for path in wanted if (found := _file(path)) is not None}
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)
 
 
 def _file(path: str) -> File | None:
