@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from vmcryptd.engine.engine import Engine
 from vmcryptd.posix import journal, notify
 from vmcryptd.posix.file_watch import FileWatch
 from vmcryptd.posix.host_lock import DAEMON, HostLock
+from vmcryptd.posix.threads import DaemonThreads
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ LONGEST_WAIT_S = 86400.0
 # How long panic waits for libvirt to say which guests run.
 PANIC_LIBVIRT_S = 5.0
 
+LOAD_S = 30.0  # for reading the configuration again, and for parsing it
 RUNTIME = Path("/run/vmcryptd")
 STATE = Path("/var/lib/vmcryptd")
 
@@ -129,16 +131,40 @@ class Source:
         directory: Path,
         read: Callable[[], Mapping[str, str]],
         parse: Callable[[Mapping[str, str]], Settings],
+        *,
+        parses_in_thread: bool = True,
     ) -> None:
         self._directory = directory
         self._read, self._parse = read, parse
+        self._parses_in_thread = parses_in_thread
+        self._threads = DaemonThreads()
+        self._loads = 0
         self._loaded: Mapping[str, str] = {}
         self._running: Mapping[str, str] = {}
 
     def load(self) -> Settings:
         """Raises ConfigError."""
+        self._loads += 1
         self._loaded = self._read()
         return self._parse(self._loaded)
+
+    async def load_again(self) -> Settings:
+        """The same beside the loop: models are built for it, and files may lie on a disk that does not answer.
+
+        Raises ConfigError, and DeadlineError when the files cannot be read in time.
+        """
+        while True:
+            self._loads += 1
+            mine = self._loads
+            texts = await self._threads.call(LOAD_S, self._read)
+            if self._parses_in_thread:
+                parse = functools.partial(self._parse, texts)
+                settings = await self._threads.call(LOAD_S, parse)
+            else:
+                settings = self._parse(texts)
+            if mine == self._loads:  # else these texts are older than those that run
+                self._loaded = texts
+                return settings
 
     def taken_over(self) -> None:
         """What was loaded last is what runs."""
@@ -168,6 +194,7 @@ def _composition(arguments: Arguments) -> tuple[Settings, Ports, Source]:
             arguments.sim.parent,
             functools.partial(read, arguments.sim),
             lambda texts: simulation.reload(next(iter(texts.values()))),
+            parses_in_thread=False,  # the simulated host changes with it
         )
         return source.load(), simulation.ports(), source
 
@@ -206,16 +233,11 @@ async def _serve(arguments: Arguments) -> int:
     source.taken_over()
     await engine.inventory.look()
 
-    def read_again() -> None:
+    @contextlib.contextmanager
+    def reloading() -> Iterator[None]:
         notify.notify(f"RELOADING=1\nMONOTONIC_USEC={int(loop.time() * 1e6)}")
         try:
-            before = engine.settings.daemon.libvirt_uri
-            engine.configure(source.load())
-            source.taken_over()
-            shown.config_changed = False
-            log.info("the configuration was read again")
-            if engine.settings.daemon.libvirt_uri != before:
-                log.warning("the new libvirt_uri counts from the next `systemctl restart vmcryptd`")
+            yield
         except VmcryptdError as error:
             log.error("the configuration is refused, the running one is kept: %s", error)
             raise
@@ -223,8 +245,25 @@ async def _serve(arguments: Arguments) -> int:
             files.look_again()
             notify.ready()
 
+    def take_over(settings: Settings) -> None:
+        before = engine.settings.daemon.libvirt_uri
+        engine.configure(settings)
+        source.taken_over()
+        shown.config_changed = False
+        log.info("the configuration was read again")
+        if engine.settings.daemon.libvirt_uri != before:
+            log.warning("the new libvirt_uri counts from the next `systemctl restart vmcryptd`")
+
+    def read_again() -> None:
+        with reloading():
+            take_over(source.load())
+
+    one_at_a_time = asyncio.Lock()
+
     async def reload() -> None:
-        read_again()
+        async with one_at_a_time:
+            with reloading():
+                take_over(await source.load_again())
 
     engine.keystores.configured.watch(read_again)
     shown = service.Service(engine, objects, reload)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from vmcryptd import daemon
 from vmcryptd.config import files
+from vmcryptd.core.model import DaemonSpec, Settings
 from vmcryptd.posix.file_watch import FileWatch
 
 PATIENCE_S = 30.0
@@ -109,6 +111,61 @@ def test_a_change_that_is_taken_back_and_one_before_the_first_look(etc: Path) ->
         (etc / "vmcryptd.toml").write_text("# 1")
         await looks.until(False)
         looks.watch.close()
+
+    asyncio.run(scene())
+
+
+def test_the_loop_goes_on_while_the_configuration_is_read_again(tmp_path: Path) -> None:
+    turned = threading.Event()
+
+    def turn() -> None:
+        assert turned.wait(PATIENCE_S), "the loop stood still"
+        turned.clear()
+
+    def read() -> dict[str, str]:
+        turn()
+        return {}
+
+    def parse(texts: Mapping[str, str]) -> Settings:
+        turn()
+        return Settings()
+
+    source = daemon.Source(tmp_path, read, parse)
+
+    async def scene() -> None:
+        loading = asyncio.create_task(source.load_again())
+        while not loading.done():
+            turned.set()
+            await asyncio.sleep(0.001)
+        assert loading.result() == Settings()
+
+    asyncio.run(scene())
+
+
+def test_an_older_text_is_not_taken_over(tmp_path: Path) -> None:
+    """The daemon reads the files itself when it has made a keystore, which may be in the middle of a reload."""
+    texts, begun, parsed = {"x": "old"}, threading.Event(), threading.Event()
+
+    def parse(given: Mapping[str, str]) -> Settings:
+        if given["x"] == "old":
+            begun.set()
+            parsed.wait(PATIENCE_S)
+        return Settings(DaemonSpec(libvirt_uri=given["x"]))
+
+    source = daemon.Source(tmp_path, lambda: dict(texts), parse)
+
+    async def scene() -> None:
+        loading = asyncio.create_task(source.load_again())
+        async with asyncio.timeout(PATIENCE_S):
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+        texts["x"] = "new"
+        source.load()
+        source.taken_over()
+        parsed.set()
+        assert (await loading).daemon.libvirt_uri == "new"
+        source.taken_over()
+        assert not source.differs(texts)
 
     asyncio.run(scene())
 
