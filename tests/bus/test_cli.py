@@ -41,6 +41,7 @@ from vmcryptd.cli import columns, keys, main, output, render, verbs, without_dae
 from vmcryptd.core.errors import (
     BusyError,
     NotAuthorizedError,
+    StillWaitingError,
     WrongKeyError,
     subclasses,
 )
@@ -565,6 +566,93 @@ def test_a_dead_bus_does_not_hang(
         monkeypatch.setattr("vmcryptd.bus.client.CONNECT_S", 0.2)
         assert main.main(["status"]) == 5
     assert capsys.readouterr().err.count("\n") == 1
+
+
+PANIC = f"""
+[daemon]
+key_cache = "infinity"
+[volume.fine]
+device = "/dev/vg/fine"
+[sim.volume.fine]
+{opened_by(ALPHA)}
+[volume.stuck]
+device = "/dev/vg/stuck"
+[sim.volume.stuck]
+{opened_by(ALPHA)}
+fault = "busy"
+[volume.waits]
+device = "/dev/vg/waits"
+[sim.volume.waits]
+{opened_by(BETA)}
+[volume.fails]
+device = "/dev/vg/fails"
+keys = ["file:/run/none"]
+[sim.guest.up]
+disks = ["/dev/mapper/fine"]
+autostart = true
+[sim.guest.broken]
+disks = ["/dev/mapper/stuck"]
+autostart = true
+fault = "no such network"
+[sim.guest.off]
+disks = ["/dev/mapper/waits", "/dev/mapper/fails"]
+autostart = true
+"""
+
+
+def test_panic_says_what_it_did_and_leaves_nothing_stale(host: Host) -> None:
+    host.start(PANIC)
+    host.boot("waiting")
+    with contextlib.suppress(StillWaitingError):
+        host.call("UnlockAllWithKey", "h", 0, key=ALPHA)
+    host.until(
+        lambda client: (
+            client.guests["up"]["State"] == "running"
+            and bool(client.guests["broken"]["LastError"])
+            and bool(client.volumes["fails"]["LastError"])
+            and client.host["State"] == "waiting"
+        )
+    )
+    shown = ctl("panic")
+    assert shown.code == 1
+    assert set(shown.out.splitlines()) == {
+        "guest up: killed",
+        "volume fine: closed",
+        "volume stuck: not closed; its key is wiped, and I/O to it blocks",
+        "1 key dropped from memory",
+    }
+    assert shown.err.startswith("vmcryptctl: volume stuck: it cannot be closed (")
+    log = host.journal.read_text()
+    for line in (
+        "panic: keys dropped from memory: 1",
+        "panic: guest up is killed",
+        "panic: volume fine is closed",
+        "panic: volume stuck: it cannot be closed (",
+    ):
+        assert line in log
+    status = json.loads(ctl("status", "--json").out)
+    assert (status["state"], status["waiting"], status["held_keys"]) == ("locked", [], [])
+    errors = {one["name"]: one["error"] for one in (*status["volumes"], *status["guests"])}
+    assert errors.pop("stuck").startswith("volume stuck: it cannot be closed (")
+    assert set(errors.values()) == {""}
+    states = host.states()
+    assert (states["fails"], states["waits"], states["stuck"]) == ("locked", "locked", "suspended")
+
+
+def test_panic_when_nothing_is_open(host: Host) -> None:
+    host.start(MAIL)
+    assert ctl("panic") == (0, "nothing was open\n", "")
+
+
+def test_what_failed_before_shutdown_is_not_shown_after_it(host: Host) -> None:
+    host.start(MAIL.replace("autostart = true", 'autostart = true\nfault = "no such network"'))
+    host.boot("waiting")
+    host.unlock("cr_a", ALPHA)
+    host.unlock("cr_b", BETA)
+    host.until(lambda client: client.host["State"] == "degraded")
+    assert ctl("shutdown").code == 0
+    assert ctl("status", "--failed").out == "nothing has failed\n"
+    assert json.loads(ctl("status", "--json").out)["state"] == "locked"
 
 
 # --- locking ---

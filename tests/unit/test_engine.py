@@ -1468,7 +1468,7 @@ async def test_a_guest_that_has_crashed_has_its_disks_until_it_is_killed(run: Ru
 )
 async def test_panic_goes_past_every_error(run: Running) -> None:
     error = await failure(run.engine.panic())
-    assert "a: a is busy; its key is wiped" in str(error)
+    assert "volume a: it cannot be closed (a is busy); its key is wiped" in str(error)
     assert run.volumes() == {"a": "suspended", "b": "locked"}
     assert run.state == "locked"
 

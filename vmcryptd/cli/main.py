@@ -25,10 +25,12 @@ from vmcryptd.cli.output import (
 )
 from vmcryptd.cli.render import (
     CHANGED_ON_DISK,
+    Snapshot,
     change,
     guest_members,
     has_failed,
     opening,
+    panicked,
     printable,
     snake,
     status_members,
@@ -42,6 +44,7 @@ from vmcryptd.core.errors import (
     EXIT_USAGE,
     EXIT_WAITING,
     BusyError,
+    NotAuthorizedError,
     StillWaitingError,
     UnreachableError,
     VmcryptdError,
@@ -57,6 +60,7 @@ CONSOLE_MARGIN_S = 30.0
 # What closing may take after the guests had their time.
 CLOSING_S = 300.0
 LONGEST_STOP_S = 86400.0
+SNAPSHOT_S = 1.0
 # root is answered within 3 s, whatever else goes on.
 PANIC_ANSWER_S = 5.0
 
@@ -418,8 +422,29 @@ async def _boot(arguments: Namespace) -> int:
 async def _panic(arguments: Namespace) -> int:
     async with changing() as client:
         await client.ping(PANIC_ANSWER_S)  # one that is silent is not waited for
-        await client.call("Panic")
-    return EXIT_OK
+        before = await _snapshot(client)
+        failure = None
+        try:
+            await client.call("Panic")
+        except (UnreachableError, NotAuthorizedError):
+            raise
+        except VmcryptdError as error:
+            failure = error
+        with contextlib.suppress(VmcryptdError):
+            await client.ping()  # what has changed by now has been told when this is answered
+        try:
+            print("\n".join(panicked(before, Snapshot.of(client))), flush=True)
+        except OSError:
+            discard_output()
+    return EXIT_OK if failure is None else report([failure])
+
+
+async def _snapshot(client: Client) -> Snapshot:
+    """To tell afterwards what was done. Without it panic is as good, and does not wait for it."""
+    with contextlib.suppress(VmcryptdError, TimeoutError):
+        async with asyncio.timeout(SNAPSHOT_S):
+            await client.follow()
+    return Snapshot.of(client)
 
 
 async def _reload(arguments: Namespace) -> int:

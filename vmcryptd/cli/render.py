@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from vmcryptd.cli.columns import padded, shortened, width, wrapped
 from vmcryptd.core.wording import few
@@ -120,6 +120,14 @@ def by_urgency(many: Iterable[Properties]) -> list[Properties]:
         return 2 if state in _UNDER_WAY else 3
 
     return sorted(many, key=rank)
+
+
+class HasObjects(Protocol):
+    """The daemon's objects as a client mirrors them."""
+
+    host: dict[str, Any]
+    volumes: dict[str, dict[str, Any]]
+    guests: dict[str, dict[str, Any]]
 
 
 class Row(NamedTuple):
@@ -361,6 +369,45 @@ def held(key: Mapping[str, str]) -> str:
             when = f"until {until} at most (key_cache)"
     known = {"key": "a key that was handed in", "prompt": "an answer"}
     return f"{known.get(key['source'], 'a key')} is held {when}"
+
+
+class Snapshot(NamedTuple):
+    """What was open, ran and was held at one moment."""
+
+    volumes: dict[str, str]  # name → state
+    guests: dict[str, str]
+    keys: int
+
+    @classmethod
+    def of(cls, shown: HasObjects) -> Snapshot:
+        return cls(
+            {name: str(values["State"]) for name, values in shown.volumes.items()},
+            {n: str(values["State"]) for n, values in shown.guests.items() if values["Needs"]},
+            len(shown.host.get("HeldKeys", ())),
+        )
+
+
+def panicked(before: Snapshot, after: Snapshot) -> list[str]:
+    """What panic did, one line for each guest, volume and the keys."""
+    lines = []
+    for name, state in before.guests.items():
+        if state not in ("off", "undefined"):
+            is_off = after.guests.get(name, "off") in ("off", "undefined")
+            lines.append(f"guest {name}: {'killed' if is_off else 'STILL RUNS'}")
+    for name, state in before.volumes.items():
+        if state in ("unlocked", "suspended", "locking"):
+            match after.volumes.get(name):
+                case "suspended":
+                    lines.append(
+                        f"volume {name}: not closed; its key is wiped, and I/O to it blocks"
+                    )
+                case "unlocked" | "locking":
+                    lines.append(f"volume {name}: STILL OPEN")
+                case _:
+                    lines.append(f"volume {name}: closed")
+    if before.keys:
+        lines.append(f"{_count(before.keys, 'key')} dropped from memory")
+    return [printable(line) for line in lines] or ["nothing was open"]
 
 
 def change(kind: str, name: str, event: str, values: Properties) -> str:

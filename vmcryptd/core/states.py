@@ -54,7 +54,7 @@ class Activities:
         """What is open or runs has not failed, and what is closed was opened by nothing."""
         for name, node in graph.volumes.items():
             activity = self.volumes[name]
-            if node.is_open:
+            if node.is_usable:
                 if activity.doing is None or activity.doing is VolumeState.WAITING:
                     activity.error = None
             elif activity.doing is None:
@@ -72,11 +72,10 @@ class Activities:
         activity.error = error = GuestDiedError(f"guest {name} {trouble}")
         return error
 
-    def forget_deaths(self) -> None:
-        """A guest that died is meant to be off now."""
-        for activity in self._guests.values():
-            if isinstance(activity.error, GuestDiedError):
-                activity.error = None
+    def forget(self) -> None:
+        """All goes down: why an attempt to bring it up has failed is of no use any more."""
+        for _, activity in self.all():
+            activity.error = None
 
     def guest(self, name: str) -> Activity:
         return self._guests.setdefault(name, Activity())

@@ -16,6 +16,7 @@ from vmcryptd.core.states import (
     volume_state,
     volume_view,
 )
+from vmcryptd.core.wording import few
 from vmcryptd.engine.boot import BootPolicy
 from vmcryptd.engine.hooks import Hooks
 from vmcryptd.engine.inventory import Inventory
@@ -129,11 +130,9 @@ class Announcer:
         graph = self._inventory.graph
         match state:
             case HostState.WAITING:
-                return (
-                    f"Waiting for the key of {', '.join(self._prompt.waiting)}: vmcryptctl unlock"
-                )
+                return f"Waiting for the key of {few(self._prompt.waiting)}: vmcryptctl unlock"
             case HostState.DEGRADED:
-                return f"Degraded: {', '.join(filter(None, self.reasons)) or self.host_error}"
+                return f"Degraded: {few(list(filter(None, self.reasons))) or self.host_error}"
         count = sum(node.is_open for node in graph.volumes.values())
         return f"{str(state).capitalize()}: {count} of {len(graph.volumes)} volumes open"
 

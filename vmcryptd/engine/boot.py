@@ -95,12 +95,12 @@ class BootPolicy:
         self._open_late()
 
     def forget(self) -> None:
-        """Nothing is to come up by itself any more."""
+        """Nothing is to come up by itself any more, and what has not is no failure."""
         self.booted = False
         self._late.clear()
         self._came_up.clear()
         self._inventory.libvirt_error = None
-        self._activities.forget_deaths()
+        self._activities.forget()
         self._keep()
 
     def configure(self) -> None:

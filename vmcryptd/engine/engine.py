@@ -284,17 +284,25 @@ class Engine:
             await self._panic()
 
     async def _panic(self) -> None:
+        held = len(self.prompt.held)
         self._forget_boot()
+        log.warning("panic: keys dropped from memory: %d", held)
         self._jobs.stop_rising()
         await asyncio.gather(
             self.operations.break_off(PANIC_CANCEL_S),
             self.scheduler.cancel(list(self.scheduler.running), PANIC_CANCEL_S),
         )
         self.prompt.wipe()  # an answer may have come meanwhile
+        self._activities.forget()
         self.inventory.observe()
         abort = functools.partial(self.rotations.abort, grace_s=PANIC_CANCEL_S)
-        if errors := await panic(self.inventory, self._ports, abort):
-            raise BusyError("; ".join(errors))
+        errors = await panic(self.inventory, self._ports, abort)
+        for name, error in errors.items():
+            if name in self._activities.volumes:
+                self._activities.volumes[name].error = error
+        self.changes.notify()
+        if errors:
+            raise BusyError("; ".join(map(str, errors.values())))
 
     async def _cancel_rising(self) -> None:
         timeout_s = self.settings.daemon.shutdown_timeout_s

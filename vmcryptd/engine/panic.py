@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
-from vmcryptd.core.errors import VmcryptdError
+from vmcryptd.core.errors import BusyError, VmcryptdError
 from vmcryptd.core.ports import Ports
 from vmcryptd.engine.inventory import Inventory
+
+log = logging.getLogger(__name__)
 
 # libvirt may hang while it kills; the keys do not wait for it longer than this.
 KILL_S = 5.0
@@ -16,23 +19,32 @@ KILL_S = 5.0
 
 async def panic(
     inventory: Inventory, ports: Ports, let_go: Callable[[str], Awaitable[None]]
-) -> list[str]:
-    """Never stops at an error; returns a sentence for each.
+) -> dict[str, VmcryptdError]:
+    """Never stops at an error; returns each, by "NAME" of a volume or "guest NAME". The journal says what was done.
 
     `let_go` ends what works on one volume, before that is closed and while the others are.
     """
     graph = inventory.graph
-    errors: list[str] = []
+    errors: dict[str, VmcryptdError] = {}
     tasks: dict[str, asyncio.Task[None]] = {}
+
+    def failed(name: str, error: VmcryptdError) -> None:
+        errors[name] = error
+        log.error("panic: %s", error)
 
     async def kill(guest: str) -> None:
         try:
             async with asyncio.timeout(KILL_S):
                 await ports.domains.kill(guest)
         except TimeoutError:
-            errors.append(f"guest {guest} could not be killed within {KILL_S:g} s")
+            failed(
+                f"guest {guest}",
+                BusyError(f"guest {guest} could not be killed within {KILL_S:g} s"),
+            )
         except VmcryptdError as error:
-            errors.append(str(error))
+            failed(f"guest {guest}", error)
+        else:
+            log.warning("panic: guest %s is killed", guest)
 
     async def down(name: str) -> None:
         guests = (f"guest {guest}" for guest in graph.guests_on.get(name, ()))
@@ -48,11 +60,15 @@ async def panic(
                 await ports.blocks.deactivate(node.spec, node.mapping)
             await ports.crypt.close(node.mapping)
         except VmcryptdError as error:
-            errors.append(f"{name}: {error}; its key is wiped, I/O to it blocks")
             try:
                 await ports.crypt.wipe(node.mapping)
             except VmcryptdError as worse:
-                errors.append(f"{name}: its key could NOT be wiped: {worse}")
+                what = f"cannot be closed ({error}), and its key could NOT be wiped: {worse}"
+            else:
+                what = f"cannot be closed ({error}); its key is wiped, and I/O to it blocks"
+            failed(name, BusyError(f"volume {name}: it {what}"))
+        else:
+            log.warning("panic: volume %s is closed", name)
 
     for name, guest in graph.guests.items():
         if guest.needs and guest.is_running:
