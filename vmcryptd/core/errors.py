@@ -125,6 +125,10 @@ class NotAskedError(KeyUnavailableError):
     exit_code = EXIT_WAITING
 
 
+class KeyWithdrawnError(KeyUnavailableError):
+    """Its owner has taken it back while it was being tried."""
+
+
 class NotYetError(KeyUnavailableError):
     """A source that asks elsewhere gave no key now; it may later."""
 
@@ -211,9 +215,13 @@ class OutOfMemoryError(VmcryptdError):
 
 
 class DependencyError(VmcryptdError):
-    """Not tried, because something it needs failed."""
+    """Not tried, because something it needs failed: `cause`, a volume, guest or pool, where that is known."""
 
     name = "DependencyFailed"
+
+    def __init__(self, text: str, cause: str = "") -> None:
+        super().__init__(text)
+        self.cause = cause
 
 
 class GuestError(VmcryptdError):

@@ -31,7 +31,10 @@ class Key(Protocol):
     """A key held as a sealed descriptor."""
 
     def reader(self) -> int:
-        """A new read-only descriptor at offset 0, for one child; the caller closes it."""
+        """A new read-only descriptor at offset 0, for one child; the caller closes it.
+
+        Raises KeyWithdrawnError once it was closed.
+        """
 
     def close(self) -> None:
         """Let go of it. Calling it twice is harmless."""

@@ -13,6 +13,7 @@ from vmcryptd.core.errors import (
     CancelledError,
     KeyFileMissingError,
     KeyUnavailableError,
+    KeyWithdrawnError,
     NotAskedError,
     NotYetError,
     VmcryptdError,
@@ -355,6 +356,8 @@ class Attempt:
             await self._derivations.key(
                 self._spec, self._header, answer.key, answer.source, answer.tried
             )
+        except KeyWithdrawnError:
+            return False  # whoever handed it in has gone
         except WrongKeyError as error:
             self._prompt.refuse(name, answer, error)
             self._failures[answer.source] = error

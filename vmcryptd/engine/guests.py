@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 
 from vmcryptd.core import conflicts
@@ -35,8 +36,8 @@ class Guests:
 
     async def start(self, name: str, wait_until_ready: bool) -> None:
         """Start a guest whose volumes are open. Raises GuestError."""
-        node = self._inventory.graph.guests[name]
-        if node.domain is None:
+        node = self._inventory.graph.guests.get(name)
+        if node is None or node.domain is None:
             raise GuestError(
                 f"guest {name}: libvirt knows no such domain; define it, or take it out of the configuration"
             )
@@ -51,18 +52,22 @@ class Guests:
         self._check(name)
         self._starting.add(name)
         starting = asyncio.ensure_future(self._domains.start(name))
-        starting.add_done_callback(lambda _: self._starting.discard(name))
+        starting.add_done_callback(functools.partial(self._started, name))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
             # libvirt goes on starting it; who overtook us (a shutdown) must find it running, not about to run.
             await asyncio.wait({starting})
-            if not starting.cancelled() and (error := starting.exception()):
-                log.info("%s; nobody waits for it any more", error)
             raise
         self._waited_for.discard(name)
         if wait_until_ready:
             await self._ready(node.spec)
+
+    def _started(self, name: str, starting: asyncio.Future[None]) -> None:
+        self._starting.discard(name)
+        # Read here in any case: when it was overtaken twice, nobody waits for it any more.
+        if not starting.cancelled() and (error := starting.exception()):
+            log.info("libvirt did not start guest %s: %s", name, error)
 
     async def _turn(self) -> None:
         """Starts follow each other by `start_delay` at least."""
@@ -110,7 +115,9 @@ class Guests:
 
         Raises GuestError, and LibvirtError when nobody knows whether it runs.
         """
-        node = self._inventory.graph.guests[name]
+        node = self._inventory.graph.guests.get(name)
+        if node is None or node.domain is None:
+            return  # a transient one that has ended by itself
         now = asyncio.get_running_loop().time()
         timeout_s = min(
             node.spec.stop_timeout_s, max(deadline - now, 0.0) if deadline != Infinity else Infinity

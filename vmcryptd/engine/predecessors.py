@@ -96,13 +96,11 @@ async def _ended(job: Job, step: Step, before: Iterable[StepId]) -> None:
                 continue
             raise DependencyError(
                 f"{step.action} {step.object} was not tried, "
-                f"because {other.action} {other.object} failed: {error}"
+                f"because {other.action} {other.object} failed: {error}",
+                other.object,
             )
 
 
-def is_reported(job: Job, step: Step, error: VmcryptdError) -> bool:
+def is_reported(step: Step, error: VmcryptdError) -> bool:
     """Whether it failed because an earlier step of the same volume did: the error of that one says why."""
-    before = [other for other in step.after if other.object == step.object]
-    return isinstance(error, DependencyError) and any(
-        outcome(job.tasks[other]) for other in before if other in job.tasks
-    )
+    return isinstance(error, DependencyError) and error.cause == step.object

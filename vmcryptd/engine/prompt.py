@@ -371,6 +371,7 @@ class Prompt:
             if not asking.done():
                 asking.cancel()
                 await asyncio.wait({asking})
+                _let_go_late(asking)
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -379,6 +380,12 @@ class Prompt:
                     await self.changes.wait()
         except TimeoutError:
             pass
+
+
+def _let_go_late(asking: asyncio.Future[Key]) -> None:
+    """An answer that came in the very moment in which its question was withdrawn."""
+    if not asking.cancelled() and asking.exception() is None:
+        asking.result().close()
 
 
 async def _first(asking: asyncio.Future[Any], other: Coroutine[None, None, Any]) -> None:

@@ -259,7 +259,7 @@ class Scheduler:
                 await self._open_late_needs(job, step)
             await self._steps.do(job, step, activity)
         except VmcryptdError as error:
-            if not is_reported(job, step, error):
+            if not is_reported(step, error):
                 activity.error = error
                 log.error("%s", error)
             raise
@@ -276,9 +276,10 @@ class Scheduler:
         while True:
             await self._inventory.chains_known()
             graph = self._inventory.graph
+            guest = graph.guests.get(step.object)
             late = [
                 need
-                for need in graph.guests[step.object].needs
+                for need in (guest.needs if guest else ())
                 if need not in tried and planner.plan(graph, Goal(Verb.UNLOCK, need)).steps
             ]
             if not late:
@@ -291,7 +292,8 @@ class Scheduler:
                 except VmcryptdError as error:
                     raise DependencyError(
                         f"{step.action} {step.object} was not tried, "
-                        f"because unlock {need} failed: {error}"
+                        f"because unlock {need} failed: {error}",
+                        need,
                     ) from None
 
     async def _open_for(self, job: Job, volume: str) -> None:

@@ -62,7 +62,7 @@ class Steps:
         match step.action:
             case Action.START:
                 guests = self._inventory.graph.guests
-                for need in guests[name].needs:
+                for need in guests[name].needs if name in guests else ():
                     await self._adoption.rename(need)
                 await self._guests.start(name, any(name in o.spec.after for o in guests.values()))
                 log.info("guest %s is started", name)

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vmcryptd.core.errors import KeyUnusableError
+from vmcryptd.core.errors import KeyUnusableError, KeyWithdrawnError
 from vmcryptd.posix.run import run
 
 if TYPE_CHECKING:  # the command line is not to wait for these
@@ -72,6 +72,8 @@ class MemfdKey:
         fcntl.fcntl(self.fileno(), F_ADD_SEALS, SEALS)
 
     def reader(self) -> int:
+        if self._fd < 0:
+            raise KeyWithdrawnError("the key was withdrawn before it was tried on all key slots")
         # Opened anew, so that each child has an offset of its own.
         return os.open(f"/proc/self/fd/{self.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 

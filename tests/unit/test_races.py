@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Two things at the same moment end as either of them would, never as an internal error or one that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+import pytest
+
+from tests.lib import Running, digest, handed_in, opened_by, play
+from tests.unit.test_prompt import Token, spec
+from vmcryptd.core.errors import (
+    CancelledError,
+    GuestError,
+    NotAskedError,
+    NotLuksError,
+    VmcryptdError,
+)
+from vmcryptd.core.goals import Action, Goal, StepId
+from vmcryptd.core.model import GuestState
+from vmcryptd.core.ports import Key
+from vmcryptd.engine import unlock_with_key
+from vmcryptd.engine.prompt import Prompt
+
+A = opened_by("alpha")
+
+
+def volume(name: str, sim: str = A, more: str = "") -> str:
+    return f'[volume.{name}]\ndevice = "/dev/{name}"\n{more}\n[sim.volume.{name}]\n{sim}\n'
+
+
+def guest(name: str, *disks: str, sim: str = "autostart = true", more: str = "") -> str:
+    paths = ", ".join(f'"/dev/mapper/{disk}"' for disk in disks)
+    return f"[sim.guest.{name}]\ndisks = [{paths}]\n{sim}\n[guest.{name}]\n{more}\n"
+
+
+@play(volume("a", 'fault = "not-luks"', 'content = "lvm"\nvg = "v"'))
+async def test_a_step_is_begun_again_while_its_outcome_is_read(run: Running) -> None:
+    again: list[VmcryptdError] = []
+
+    def ended(step: StepId, error: VmcryptdError | None) -> None:
+        if step.action is Action.UNLOCK and error is not None and not again:
+            again.append(error)
+            run.engine.scheduler.begin(Goal.parse("unlock:a"))
+
+    run.engine.scheduler.on_step.append(ended)
+    with pytest.raises(NotLuksError):
+        await run.engine.unlock("a")
+    assert len(again) == 1
+    assert "no sound LUKS header" in run.volume("a").error
+
+
+TWO_SLOTS = f'{opened_by("beta")}\n[[sim.volume.a.slots]]\npassphrase_sha256 = "{digest("alpha")}"'
+
+
+@play(volume("a", TWO_SLOTS))
+async def test_an_answer_is_withdrawn_between_two_key_slots(run: Running) -> None:
+    run.engine.boot()
+    await run.until(lambda: run.host.open_questions)
+    run.host.hold("try a 0")
+    caller = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("x")))
+    await run.until(lambda: run.host.deriving)
+    caller.cancel()
+    await asyncio.wait({caller})
+    run.host.release("try a 0")
+    await run.until(lambda: run.engine.waiting == ["a"] and not run.host.deriving)
+    assert "internal error" not in run.volume("a").error
+    run.host.answer("alpha")
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play(volume("a", TWO_SLOTS))
+async def test_the_only_answer_is_withdrawn_between_two_key_slots(run: Running) -> None:
+    ends: list[VmcryptdError | None] = []
+    run.engine.scheduler.on_step.append(lambda _, error: ends.append(error))
+    run.host.hold("try a 0")
+    caller = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("x")))
+    await run.until(lambda: run.host.deriving)
+    caller.cancel()
+    await asyncio.wait({caller})
+    run.host.release("try a 0")
+    await run.idle()
+    assert [type(error) for error in ends] == [NotAskedError]
+    assert run.volumes() == {"a": "locked"}
+
+
+@play(volume("a", "open = true") + guest("g", "a", sim='autostart = true\nfault = "no network"'))
+async def test_a_guest_fails_after_its_start_was_overtaken_twice(run: Running) -> None:
+    """The harness fails on an error that nobody reads."""
+    run.host.hold("starting g")
+    run.engine.boot()
+    await run.until(lambda: run.guests()["g"] == "starting")
+    down = asyncio.ensure_future(run.engine.shutdown())
+    await run.until(lambda: run.state == "stopping")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmcryptd.engine.engine.PANIC_CANCEL_S", 0.01)
+        await run.engine.panic()
+    await asyncio.wait({down})
+    run.host.release("starting g")
+    for _ in range(30):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert run.guests() == {"g": "off"}
+
+
+ORDERED = (
+    volume("a", "open = true")
+    + guest("g", "a", sim="running = true")
+    + guest("h", "a", sim="running = true", more='after = ["g"]')
+)
+
+
+@play(ORDERED)
+async def test_a_guest_is_gone_before_its_turn_to_stop(run: Running) -> None:
+    """A transient one: libvirt forgets it when it ends by itself."""
+
+    async def stop(*_: object) -> None:
+        del run.host._guests["g"]
+        run.host.guest("h", GuestState.OFF)
+
+    run.engine.configure(run.host.settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.host, "stop", stop)
+        await run.engine.shutdown()
+    assert run.volumes() == {"a": "locked"}
+
+
+@play(volume("a") + '[sim.guest.g]\ndisks = ["/dev/mapper/a"]\n')
+async def test_a_guest_is_undefined_while_its_volume_is_opened(run: Running) -> None:
+    starting = asyncio.ensure_future(run.engine.start_guest("g"))
+    await run.until(lambda: run.host.open_questions)
+    run.host.hold("try a")
+    run.host.answer("alpha")
+    await run.until(lambda: run.host.deriving)
+    del run.host._guests["g"]
+    run.host.guest_gone()
+    await run.looked()
+    run.host.release("try a")
+    with pytest.raises(GuestError, match="libvirt knows no such domain"):
+        await starting
+
+
+@pytest.mark.parametrize("late", ["an answer", "an error"])
+def test_a_question_ends_in_the_moment_it_is_withdrawn(late: str) -> None:
+    token = Token()
+
+    class Person:
+        """Answers only when the question is taken back."""
+
+        async def ask(self, message: str) -> Key:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if late == "an error":
+                    raise CancelledError("the agent died") from None
+            return token
+
+    async def on_waiting(names: list[str]) -> None:
+        pass
+
+    async def scene() -> None:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: forgotten.append(context)
+        )
+        asked = Prompt(Person(), lambda: None, on_waiting)  # type: ignore[arg-type]
+        asked.expect("a")
+        waiting = asyncio.ensure_future(asked.next(spec("a"), lambda: True))
+        for _ in range(30):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        asked.release("a")
+        for _ in range(30):
+            await asyncio.sleep(0)
+        asked.close()
+        gc.collect()
+
+    forgotten: list[object] = []
+    asyncio.run(scene())
+    gc.collect()
+    assert (token.closed, forgotten) == (1 if late == "an answer" else 0, [])
