@@ -206,7 +206,14 @@ UUID = "3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"
 
 @play(volume("a", A, f'uuid = "{UUID}"'))
 async def test_another_header_than_the_configured_one(run: Running) -> None:
-    error = await failure(run, "a")
+    right = run.host.header
+
+    async def another(spec: VolumeSpec) -> Header:
+        return (await right(spec))._replace(uuid="00000000-0000-0000-0000-000000000000")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.host, "header", another)
+        error = await failure(run, "a")
     assert isinstance(error, WrongUuidError)
     assert f"the configuration says {UUID}" in str(error)
     assert run.volumes() == {"a": "failed"}
