@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 # A guest that never becomes ready must not hold up the others for ever.
 READY_TIMEOUT_S = 120.0
-# A disk that nothing explains may appear a little later; then libvirt tells what is missing.
+# A disk that nothing explains may appear a little later; then libvirt names the missing one.
 DISK_TIMEOUT_S = 30.0
 
 
@@ -56,7 +56,7 @@ class Guests:
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # libvirt goes on starting it; who overtook us (a shutdown) must find it running, not about to run.
+            # libvirt goes on starting it; the shutdown that overtook us must find it running, not about to run.
             await asyncio.wait({starting})
             raise
         self._waited_for.discard(name)
@@ -65,7 +65,7 @@ class Guests:
 
     def _started(self, name: str, starting: asyncio.Future[None]) -> None:
         self._starting.discard(name)
-        # Read here in any case: when it was overtaken twice, nobody waits for it any more.
+        # Read here in any case: overtaken twice, it has no waiter any more.
         if not starting.cancelled() and (error := starting.exception()):
             log.info("libvirt did not start guest %s: %s", name, error)
 
@@ -87,7 +87,7 @@ class Guests:
             raise GuestError(f"guest {name} was not started: {found.text}; {found.advice}")
 
     async def _ready_before(self, guest: GuestSpec) -> None:
-        """Guests that this one starts after, and that libvirt or somebody else has started."""
+        """Guests that this one starts after, and that libvirt or another client has started."""
         guests = self._inventory.graph.guests
         nodes = [guests[other] for other in guest.after if other in guests]
         self._waited_for -= {node.spec.name for node in nodes if not node.is_running}
@@ -113,7 +113,7 @@ class Guests:
     async def stop(self, name: str, deadline: float) -> None:
         """Stop a guest by `deadline` (event loop time), or sooner if its own timeout says so.
 
-        Raises GuestError, and LibvirtError when nobody knows whether it runs.
+        Raises GuestError, and LibvirtError when it is unknown whether it runs.
         """
         node = self._inventory.graph.guests.get(name)
         if node is None or node.domain is None:

@@ -28,8 +28,8 @@ T = TypeVar("T")
 OPEN_S = 30.0  # systemd may have to start the service behind the socket first
 READ_S = 60.0  # a thousand domains take some seconds
 CLOSE_S = 2.0
-# There is no event for a change of autostart. And should any other event be lost, what is wrong with
-# what is known is not wrong for long: after a restart of libvirtd none came at all, once.
+# No event reports a change of autostart. An event can also be lost: after a restart of libvirtd none
+# came at all, once. So everything is read again after this time.
 LOOK_S = 30.0
 STARTING_S = 1.0  # between two looks at guests that libvirt itself is starting
 BACK_OFF_S = (1.0, 30.0)
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Link:
-    """From the first use on one task connects, reads what an event was about, and connects again.
+    """From the first use on, one task connects, reads the subject of each event, and reconnects.
 
     `load` imports libvirt, in a thread; `attach` makes its events run in the loop, before it
     connects.
@@ -56,13 +56,13 @@ class Link:
         self.agents: set[str] = set()  # domains whose guest agent is connected
         self.learnt = Changes()  # of all that is known, different or not
         self._different = Changes()
-        self._told = True  # no call of the watchers is queued
+        self._is_announced = True  # no call of the watchers is queued
         self._keeper: asyncio.Task[None] | None = None
         self._session: Session | None = None
         self._lost = False
         self._failed = 0
         self._failure = ""
-        self._hurry = asyncio.Event()  # somebody waits for a connection
+        self._hurry = asyncio.Event()  # a caller waits for a connection
         self._stale = asyncio.Event()
         self._stale_domains: set[str] = set()
         self._stale_pools: set[str] = set()
@@ -94,7 +94,7 @@ class Link:
             raise self._unreachable(f"no answer within {timeout_s:g} s") from None
 
     async def close(self) -> None:
-        """Stop following libvirt and hang up; the domains go on."""
+        """Stop following libvirt and disconnect; the domains go on."""
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -159,7 +159,7 @@ class Link:
             self._hang_up(session)
             raise
         self._session = session
-        self.learn(self.known)  # wakes those who wait for a connection
+        self.learn(self.known)  # wakes callers that wait for a connection
         return session
 
     def _hang_up(self, session: Session) -> None:
@@ -262,7 +262,7 @@ class Link:
                 self._take_in(reading)
 
     async def look_again(self, domains: Iterable[str] = (), pools: Iterable[str] = ()) -> None:
-        """So that `current` tells what was just done; an event may take its time."""
+        """Have `current` show the result of a call at once; its event may come later."""
         if (session := self._session) is not None:
             with contextlib.suppress(Refused, DeadlineError, LibvirtError):
                 await self._read(session, domains, pools)
@@ -295,12 +295,12 @@ class Link:
     def learn(self, known: Virtualisation) -> None:
         different, self.known = known != self.known, known
         self.learnt.notify()
-        if different and self._told:
-            self._told = False
+        if different and self._is_announced:
+            self._is_announced = False
             asyncio.get_running_loop().call_soon(self._tell)
 
     def _tell(self) -> None:
-        self._told = True
+        self._is_announced = True
         self._different.notify()
 
 

@@ -31,7 +31,7 @@ TPM_STATE = "/var/lib/libvirt/swtpm"
 
 
 class Contents(NamedTuple):
-    """What one or more descriptions of the same domain say.
+    """The content of one or more descriptions of the same domain.
 
     `formats` holds the image format that the description names for a source. libvirt takes a source
     without one for raw, and so must we: a guest can write a qcow2 header, with a backing file of
@@ -110,7 +110,7 @@ def _domain_sources(root: ElementTree.Element) -> Iterator[tuple[DiskSource, str
 
 
 def _storage(root: ElementTree.Element) -> Iterator[tuple[DiskSource, str]]:
-    """What the guest keeps its data in, with the format where one is named."""
+    """The places of the guest's data, each with its format where one is named."""
     for disk in root.iterfind("devices/disk"):
         yield from _disk(disk)
     for filesystem in root.iterfind("devices/filesystem"):
@@ -185,7 +185,7 @@ def _data_store(
 def _located(
     source: ElementTree.Element | None, writable: bool = True, shareable: bool = False
 ) -> Iterator[DiskSource]:
-    """Told by attribute, not by the type around it: each type has attributes of its own."""
+    """The attribute decides, not the type around it: each type has attributes of its own."""
     if source is None:  # an empty drive
         return
     place: DiskSource | None = None

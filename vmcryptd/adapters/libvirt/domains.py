@@ -45,7 +45,7 @@ class Libvirt:
         return await self._link.refresh(timeout_s)
 
     async def close(self) -> None:
-        """Stop following libvirt and hang up; the domains go on."""
+        """Stop following libvirt and disconnect; the domains go on."""
         await self._link.close()
 
     async def chain(self, source: DiskSource) -> tuple[DiskSource, ...]:
@@ -64,7 +64,7 @@ class Libvirt:
         advice = f"`{self._virsh} start {name}` shows the same"
         deadline = _now() + START_S
         while True:
-            with self._explained(f"guest '{name}' could not be started", advice):
+            with self._explained(f"guest {name} could not be started", advice):
                 state = await self._link.ask(START_S, Session.start, name)
             await self._link.look_again(domains=[name])
             if state is not GuestState.STARTING:
@@ -75,7 +75,7 @@ class Libvirt:
                 lambda: not self._is_starting(name), left
             ):
                 raise GuestError(
-                    f"guest '{name}' is being started by libvirt since more than {START_S:g} s; "
+                    f"guest {name} is being started by libvirt since more than {START_S:g} s; "
                     f"`{self._virsh} domstate --reason {name}` shows the same"
                 )
 
@@ -100,12 +100,12 @@ class Libvirt:
             )
         if self._is_off(name):
             raise GuestError(
-                f"guest '{name}' went off before it was ready; `{self._virsh} dominfo {name}` and "
+                f"guest {name} went off before it was ready; `{self._virsh} dominfo {name}` and "
                 f"/var/log/libvirt/qemu/{name}.log tell more"
             )
         if not reached:
             raise DeadlineError(
-                f"guest '{name}' was not ready within {timeout_s:g} s: waited for {waits_for}; "
+                f"guest {name} was not ready within {timeout_s:g} s: waited for {waits_for}; "
                 f"see what it does with `{self._virsh} console {name}`"
             )
 
@@ -128,12 +128,12 @@ class Libvirt:
                     return
                 if state is GuestState.CRASHED:
                     raise DeadlineError(
-                        f"guest '{name}' has crashed and cannot stop by itself; {advice}"
+                        f"guest {name} has crashed and cannot stop by itself; {advice}"
                     )
             except Refused as error:
                 refusal = f" ({error})"
                 if error.forever:
-                    text = f"guest '{name}' could not be asked to stop: {error}; {advice}"
+                    text = f"guest {name} could not be asked to stop: {error}; {advice}"
                     raise GuestError(text) from None
             except LibvirtError as error:
                 # A connection that broke meanwhile: what happened to the guest shows when there is
@@ -142,7 +142,7 @@ class Libvirt:
             # An agent that answers no more, or lies, does not keep the power button from being
             # pressed.
             acpi = not acpi
-            if self._is_off(name):  # an event is on its way: somebody has just started it
+            if self._is_off(name):  # an event is on its way: another client has just started it
                 await self._link.look_again(domains=[name])
             pause = min(pressed + PRESS_S, deadline) - _now()
             await self._link.learnt.until(
@@ -151,13 +151,11 @@ class Libvirt:
             )
         if self._is_off(name):
             return
-        raise DeadlineError(
-            f"guest '{name}' did not stop within {timeout_s:g} s{refusal}; {advice}"
-        )
+        raise DeadlineError(f"guest {name} did not stop within {timeout_s:g} s{refusal}; {advice}")
 
     async def kill(self, name: str) -> None:
         advice = f"`{self._virsh} destroy {name}` shows the same"
-        with self._explained(f"guest '{name}' could not be ended", advice):
+        with self._explained(f"guest {name} could not be ended", advice):
             await self._link.ask(CALL_S, Session.kill, name)
         # Known at once, without another question: panic does not wait for it.
         domains = dict(self._link.known.domains)
@@ -172,13 +170,13 @@ class Libvirt:
 
     async def start_pool(self, name: str) -> None:
         advice = f"`{self._virsh} pool-start {name}` shows the same"
-        with self._explained(f"storage pool '{name}' could not be started", advice):
+        with self._explained(f"storage pool {name} could not be started", advice):
             await self._link.ask(POOL_S, Session.start_pool, name)
         await self._link.look_again(pools=[name])
 
     async def stop_pool(self, name: str) -> None:
         advice = f"`{self._virsh} pool-destroy {name}` shows the same (it leaves the content alone)"
-        with self._explained(f"storage pool '{name}' could not be stopped", advice):
+        with self._explained(f"storage pool {name} could not be stopped", advice):
             await self._link.ask(POOL_S, Session.stop_pool, name)
         await self._link.look_again(pools=[name])
 
@@ -255,8 +253,8 @@ def _attach(loop: asyncio.AbstractEventLoop) -> None:
 def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
     """libvirtaio, made fit for calls that are not made in the loop's thread.
 
-    libvirt sets timers, and changes what it watches at each call that it makes, in whatever thread
-    that is. libvirtaio does right there what asyncio allows in the loop's thread only: the loop does
+    libvirt sets timers, and changes its watches, at each of its calls, in any thread.
+    libvirtaio does right there what asyncio allows in the loop's thread only: the loop does
     not wake up for a timer, and of two threads that change a selector one fails, after which a
     connection is watched no more. So all of it is done in the loop.
     """
@@ -264,7 +262,7 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
     from libvirt import VIR_EVENT_HANDLE_READABLE, VIR_EVENT_HANDLE_WRITABLE
 
     class Callback(libvirtaio.Callback):  # type: ignore[misc]  # libvirtaio has no types
-        """What libvirt wants is set in any thread and counts at once; the loop's thread sees to it."""
+        """libvirt sets `wanted` in any thread, and it counts at once; the loop's thread acts on it."""
 
         NOTHING = 0
 
@@ -304,7 +302,7 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
             os.close(self._own)
 
     class Timer(Callback):
-        """What is wanted is its period in milliseconds."""
+        """`wanted` is its period in milliseconds."""
 
         NOTHING = -1
 
@@ -326,7 +324,7 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
 
     class AnyThread(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]  # as above
         def move(self, loop: asyncio.AbstractEventLoop) -> None:
-            """To another loop, the old one being closed; nobody but tests has two."""
+            """To another loop, the old one being closed; only tests have two."""
             self.loop = loop
             for callback in list(self.callbacks.values()):
                 callback.update()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a disk image stands on, as `qemu-img info` tells it.
+"""The backing chain of a disk image, read with `qemu-img info`.
 
 Each image is opened in the format that the layer above names, and never probed: the content of a
 raw image belongs to the guest, which could write a header there that names any file or host
@@ -38,14 +38,14 @@ async def chain(path: str, image_format: str) -> tuple[DiskSource, ...]:
         layer, image_format = left.pop(0)
         if image_format in ("", "raw"):
             continue
-        told = await _info(layer, image_format)
+        info = await _info(layer, image_format)
         directory = os.path.dirname(layer)
-        for data, _ in names.images(_data_file(told), "raw", directory):
+        for data, _ in names.images(_data_file(info), "raw", directory):
             found.setdefault(data, _source(data, writable=layer == path))
         # A layer that cannot be read, because what holds it is locked, is still named by the one
         # above.
-        below = _text(told, "full-backing-filename") or _text(told, "backing-filename")
-        below_format = _text(told, "backing-filename-format")
+        below = _text(info, "full-backing-filename") or _text(info, "backing-filename")
+        below_format = _text(info, "backing-filename-format")
         for name, its_format in names.images(below, below_format, directory):
             if name != path and name not in found:
                 found[name] = _source(name, writable=False)
@@ -72,20 +72,20 @@ async def _info(path: str, image_format: str) -> Mapping[str, Any]:
             f"of the image with `qemu-img snapshot -d`"
         )
     try:
-        told = json.loads(done.out) if done.code == 0 else {}
+        info = json.loads(done.out) if done.code == 0 else {}
     except (ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return info if isinstance(info, dict) else {}
 
 
-def _data_file(told: Mapping[str, Any]) -> str:
-    specific = told.get("format-specific")
+def _data_file(info: Mapping[str, Any]) -> str:
+    specific = info.get("format-specific")
     data = specific.get("data") if isinstance(specific, dict) else None
     return _text(data, "data-file") if isinstance(data, dict) else ""
 
 
-def _text(told: Mapping[str, Any], key: str) -> str:
-    value = told.get(key)
+def _text(info: Mapping[str, Any], key: str) -> str:
+    value = info.get(key)
     return value if isinstance(value, str) else ""
 
 

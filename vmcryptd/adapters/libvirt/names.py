@@ -97,7 +97,7 @@ def _nodes(node: Any, image_format: str) -> Iterator[tuple[str, str]]:
             if isinstance(driver, str) and driver not in _FILE_DRIVERS:
                 image_format = driver
             for key, child in node.items():
-                # A format says what is in its file; what it names beside that says so itself.
+                # A format describes its own file; other children carry a driver of their own.
                 inner = image_format if key in ("file", "filename") else ""
                 left.append((child, inner))
 

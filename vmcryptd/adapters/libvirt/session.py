@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is said to libvirt over one connection. Everything here blocks.
+"""Calls to libvirt over one connection. Everything here blocks.
 
 libvirt itself is handed in by `domains.py`, the only module that imports it.
 """
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Event(Enum):
-    """What libvirt tells about."""
+    """The subjects of libvirt's events."""
 
     DOMAIN = auto()
     POOL = auto()
@@ -54,7 +54,7 @@ class Seen(NamedTuple):
 
 @dataclass
 class Reading:
-    """What was read; None stands for "libvirt knows no such thing"."""
+    """The result of a look at libvirt; None stands for "libvirt knows no such thing"."""
 
     complete: bool = False
     domains: dict[str, Seen | None] = field(default_factory=dict)
@@ -133,8 +133,8 @@ class Session:
             connection.storagePoolEventRegisterAny,
         )
         listen(None, api.VIR_DOMAIN_EVENT_ID_LIFECYCLE, about_domain, None)
-        # What follows is not offered by every driver. Agent, devices, and block jobs change what
-        # the live XML says; there is no event for autostart
+        # Not every driver offers the following. Agent, devices, and block jobs change the live XML;
+        # no event reports autostart
         # (https://libvirt.org/html/libvirt-libvirt-domain.html).
         with self._optional():
             listen(None, api.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, about_domain, None)
@@ -265,7 +265,7 @@ class Session:
             if gone:
                 raise
             # One odd domain must not hide all the others.
-            log.warning("the description of guest '%s' cannot be read: %s", domain.name(), error)
+            log.warning("the description of guest %s cannot be read: %s", domain.name(), error)
             return definitions.Contents()
 
     def _state(self, domain: Any) -> GuestState:
