@@ -492,7 +492,7 @@ def test_a_rotation_that_is_not_at_its_end_is_not_brought_to_it(
     before = path.read_bytes()
     assert not read_header(str(path)).data_reencrypted
     volume = real.engine.settings.volumes["mail"]
-    with pytest.raises(StorageError, match="of mail .*: its data is not all under the new"):
+    with pytest.raises(StorageError, match="volume mail: .*: its data is not all under the new"):
         asyncio.run(CryptsetupSlots(str(real.runtime)).finish_rotation(volume))
     assert path.read_bytes() == before
     assert list(real.runtime.iterdir()) == []

@@ -285,7 +285,7 @@ def test_the_server_does_not_answer(programs: Path) -> None:
 
 def test_clevis_gives_nothing(programs: Path) -> None:
     program(programs, "clevis", "")
-    with pytest.raises(KeyUnavailableError, match="clevis decrypt gave is empty"):
+    with pytest.raises(KeyUnavailableError, match="the output of clevis decrypt is empty"):
         fetch(BINDING)
 
 

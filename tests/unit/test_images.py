@@ -190,7 +190,7 @@ def test_circles_and_data_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_qemu_img(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(argv: list[str], **_: object) -> Completed:
-        raise CommandError(f"The program {argv[0]} is not installed or not executable: install it")
+        raise CommandError(f"the program {argv[0]} is not installed or not executable; install it")
 
     monkeypatch.setattr(images, "run", run)
     assert chain("/a", "qcow2") == []

@@ -264,7 +264,7 @@ def test_what_a_killed_rotation_left_is_removed_with_its_mapping(
     asyncio.run(mappings.Cryptsetup(Removal(tmp_path)).close("mine"))
     assert commands == ["cryptsetup close --batch-mode -- mine"]
     code = 1
-    with pytest.raises(BusyError, match="mapped-overlay, left by a rotation"):
+    with pytest.raises(BusyError, match="mapped-overlay, which a killed key rotation left"):
         asyncio.run(mappings.Cryptsetup(Removal(tmp_path)).close("mapped"))
 
 
@@ -295,5 +295,7 @@ def test_every_key_of_a_half_rotated_mapping_is_wiped(
         return Completed(1, err="there is no memory")
 
     monkeypatch.setattr(mappings, "run", fail)
-    with pytest.raises(StorageError, match="mapped could not be wiped: there is no memory"):
+    with pytest.raises(
+        StorageError, match="volume mapped: the key cannot be wiped: there is no memory"
+    ):
         asyncio.run(mappings.Cryptsetup(Removal(tmp_path)).wipe("mapped"))

@@ -62,7 +62,7 @@ def test_descriptors() -> None:
 
 @pytest.mark.parametrize("name", ["no-such-program", "/no/such", "bin/true", "/etc", "/etc/passwd"])
 def test_missing_program(name: str) -> None:
-    with pytest.raises(CommandError, match=f"The program {name} is not installed"):
+    with pytest.raises(CommandError, match=f"the program {name} is not installed"):
         asyncio.run(run([name], timeout_s=5))
 
 

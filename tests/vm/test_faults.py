@@ -60,17 +60,21 @@ MANUAL: dict[str, dict[str, Any]] = {
 # What of the boot set is broken: volume → state, error, a part of the sentence.
 BROKEN = {
     "cr_uuid": ("failed", "WrongUuid", f"has the UUID .*, the configuration says {NO_UUID}"),
-    "cr_damaged": ("failed", "DamagedHeader", "header of cr_damaged .* is damaged: .*repair"),
+    "cr_damaged": (
+        "failed",
+        "DamagedHeader",
+        "volume cr_damaged: the LUKS header on .* is damaged: .*repair",
+    ),
     "cr_loose": (
         "failed",
         "KeyUnavailable",
-        "keys/loose is open to others: run `chmod 600 .*keys/foreign does not belong to root: run",
+        "keys/loose is open to others; run `chmod 600 .*keys/foreign does not belong to root; run",
     ),
     "cr_failing": ("failed", "KeyUnavailable", "/bin/false failed: exit status 1"),
     "cr_taken": ("failed", "Busy", "name cr_taken is taken by something else"),
     "cr_late": ("missing", "DeviceMissing", "virtio-disk17 did not appear within 1 s"),
     "cr_never": ("missing", "DeviceMissing", f"UUID={NO_UUID} did not appear within 1 s"),
-    "cr_notluks": ("failed", "NotLuks", "virtio-disk18 of cr_notluks is no LUKS device"),
+    "cr_notluks": ("failed", "NotLuks", "volume cr_notluks: .*virtio-disk18 is no LUKS device"),
 }
 HEALTHY = {
     "cr_good": f"file:{KEY}",
@@ -336,7 +340,7 @@ def test_a_slow_fetcher_falls_through_to_the_question(site: Site) -> None:
 def test_a_wrong_key(site: Site) -> None:
     code, words = cli(site.vm, "unlock --key-file - cr_ask", stdin=WRONG)
     assert code == 3
-    assert words.startswith("vmcryptctl: The key fits no key slot of cr_ask")
+    assert words.startswith("vmcryptctl: volume cr_ask: the key fits no key slot")
     assert words.count("\n") == 0
     assert site.root.refusal("UnlockWithKey", "cr_ask", key=WRONG).name == "WrongKey"
     assert "The key fits no key slot" in site.volume("cr_ask")["LastError"]
@@ -350,7 +354,7 @@ def test_a_key_through_busctl(site: Site) -> None:
     )
     refused = site.vm.run(call, stdin=WRONG.encode(), check=False)
     assert refused.code == 1
-    assert "The key fits no key slot of cr_ask" in refused.err
+    assert "volume cr_ask: the key fits no key slot" in refused.err
     site.vm.run(call, stdin=PASSPHRASE.encode())
     shown = site.volume("cr_ask")
     assert (shown["State"], shown["KeySource"], shown["LastError"]) == ("unlocked", "key", "")

@@ -401,7 +401,8 @@ class Attempt:
 
     def _fail(self, source: str, error: VmcryptdError) -> None:
         """A source has failed: told at once, since the volume may wait for a long time now."""
-        failure = type(error)(f"{source}: {error}")
+        why = str(error).removeprefix(f"volume {self._spec.name}: ")
+        failure = type(error)(f"{source}: {why}")
         if str(failure) != str(self._failures.get(source)):
             log.warning("volume %s: %s", self._spec.name, failure)
         self._failures[source] = failure

@@ -85,7 +85,8 @@ class Derivations:
                 if not slot.caveat:
                     raise
                 tried.add(identity)
-                skipped.append(f"key slot {slot.number} {slot.caveat}: {failed}")
+                why = str(failed).removeprefix(f"volume {spec.name}: ")
+                skipped.append(f"key slot {slot.number} {slot.caveat}: {why}")
                 if len(order) == 1:
                     error = failed
             else:

@@ -152,9 +152,9 @@ async def copy_from_caller(fd: int, key: MemfdKey) -> None:
     mode = os.fstat(fd).st_mode
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if stat.S_ISDIR(mode):
-        raise KeyUnusableError("What was handed in as a key is a directory")
+        raise KeyUnusableError("the key is a directory; give a file, pipe or terminal")
     if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
-        raise KeyUnusableError("What was handed in as a key is not open for reading")
+        raise KeyUnusableError("the key is not open for reading")
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         await Pump(fd, key).run()
     elif _is_in_memory(fd):
@@ -165,11 +165,11 @@ async def copy_from_caller(fd: int, key: MemfdKey) -> None:
             ["head", "-c", str(LIMIT + 1)], stdin=fd, stdout=key.fileno(), timeout_s=math.inf
         )
         if done.code != 0:
-            raise KeyUnusableError(f"What was handed in as a key cannot be read: {done.complaint}")
+            raise KeyUnusableError(f"the key cannot be read: {done.complaint}")
         if key.size > LIMIT:
             raise TooLargeError
     else:
-        raise KeyUnusableError("What was handed in as a key is nothing that can be read to an end")
+        raise KeyUnusableError("the key is nothing that can be read to an end; give a file or pipe")
 
 
 def _is_in_memory(fd: int) -> bool:

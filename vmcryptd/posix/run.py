@@ -61,7 +61,7 @@ def program(name: str) -> str:
         for path in candidates:
             if os.access(path, os.X_OK) and not os.path.isdir(path):
                 return path
-    raise CommandError(f"The program {name} is not installed or not executable: install it")
+    raise CommandError(f"the program {name} is not installed or not executable; install it")
 
 
 async def run(
@@ -107,7 +107,7 @@ async def run(
             )
         except (OSError, ValueError) as error:
             text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-            raise CommandError(f"The program {argv[0]} cannot be started: {text}") from None
+            raise CommandError(f"the program {argv[0]} cannot be started: {text}") from None
         if expendable:
             _expend(child.pid)
         out.started()
@@ -117,7 +117,9 @@ async def run(
         except OSError as error:  # no descriptor left
             child.kill()
             child.wait()
-            raise CommandError(f"A program cannot be watched: {error.strerror}") from None
+            raise CommandError(
+                f"the program {argv[0]} cannot be watched: {error.strerror}"
+            ) from None
         try:
             timeout = None if math.isinf(timeout_s) else timeout_s
             await asyncio.wait({ended}, timeout=timeout)

@@ -74,12 +74,12 @@ async def _binding(place: str, token: int) -> str:
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
         why = done.complaint if done.code else "it is malformed"
-        raise KeyUnavailableError(f"The Clevis token {token} cannot be read: {why}") from None
+        raise KeyUnavailableError(f"the Clevis token {token} cannot be read: {why}") from None
     return ".".join(parts)
 
 
 async def _output(argv: list[str], timeout_s: float, stdin: int | None = None) -> MemfdKey:
-    what = f"What {' '.join(argv[:2])} gave"
+    what = f"the output of {' '.join(argv[:2])}"
     with filled(what, KeyUnavailableError, NotYetError) as key:
         # curl, as clevis calls it, has no deadline of its own.
         done = await run_into(key, argv, timeout_s=timeout_s, stdin=stdin)

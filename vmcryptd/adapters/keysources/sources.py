@@ -64,7 +64,7 @@ class SystemKeys:
                 return await self._credential(source.argument)
             case SourceKind.EXEC:
                 return await self._exec(source.argument, volume)
-        raise KeyUnavailableError(f"The key source {source.kind} is not one that can be fetched")
+        raise KeyUnavailableError(f"the key source {source.kind} gives no key by itself")
 
     async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:
         return await clevis.bindings(volume, header)
@@ -76,7 +76,7 @@ class SystemKeys:
         if (
             not message.isprintable()
         ):  # a second line would be a second key of the agents' request file
-            raise KeyUnavailableError("The question must be one line without control characters")
+            raise KeyUnavailableError("the question must be one line without control characters")
         loop = asyncio.get_running_loop()
         tries = 0
         while True:
@@ -90,19 +90,19 @@ class SystemKeys:
             # text tells ECANCELED, which is an agent's word for a person who declined. The locale
             # is ours.
             if done.code == 1 and "Operation canceled" in done.err:
-                raise CancelledError("The person who was asked declined to answer")
+                raise CancelledError("the question was declined")
             # An empty answer opens nothing, and an asker can be killed: ask again (systemd#13757),
             # but not for ever when asking ends at once each time.
             tries = tries + 1 if loop.time() - asked_at < 1.0 else 1
             if tries >= ASKER_TRIES:
-                raise KeyUnavailableError(f"Nobody can be asked for a passphrase: {_why(done)}")
+                raise KeyUnavailableError(f"nobody can be asked for a passphrase: {_why(done)}")
             log.info(
-                "The question for a passphrase ended without an answer (%s), asking again",
+                "the question for a passphrase ended without an answer (%s); it is asked again",
                 _why(done),
             )
 
     async def receive(self, fd: int) -> Key:
-        what = "The key that was handed in"
+        what = "the key"
         try:
             with filled(what, KeyUnusableError) as key:
                 try:
@@ -119,32 +119,32 @@ class SystemKeys:
 
     async def _file(self, path: str, *, private: bool) -> Key:
         if not path.startswith("/"):
-            raise KeyUnavailableError(f"The key file {path} is not an absolute path: give one")
+            raise KeyUnavailableError(f"the key file {path} is not an absolute path; give one")
         read = functools.partial(_read_file, path, private=private)
         try:
             return await self._threads.call(path, self._timeout_s, read)
         except DeadlineError:
             raise KeyUnavailableError(
-                f"The key file {path} could not be read in time: is its file system alive?"
+                f"the key file {path} has not been read in time; check its file system"
             ) from None
 
     async def _credential(self, name: str) -> Key:
         if not name or "/" in name or name in (".", "..") or not name.isprintable():
-            raise KeyUnavailableError(f"{name!r} is not a credential's name")
+            raise KeyUnavailableError(f'"{name}" is not the name of a credential')
         if path := _find(self._stores, name):
             return await self._file(path, private=False)  # systemd keeps the directory closed
         path = _find(self._encrypted_stores, name)
         if not path:
             raise KeyUnavailableError(
-                f"There is no credential {name}: set it in vmcryptd.service "
+                f"there is no credential {name}; set it in vmcryptd.service "
                 "(LoadCredentialEncrypted=) or put it into /etc/credstore.encrypted"
             )
         argv = ["systemd-creds", "decrypt", f"--name={name}", "--", path, "-"]
-        with filled(f"The credential {path}", KeyUnavailableError) as key:
+        with filled(f"the credential {path}", KeyUnavailableError) as key:
             done = await run(argv, stdout=key.fileno(), timeout_s=self._timeout_s)
             if done.code != 0:
                 raise KeyUnavailableError(
-                    f"The credential {path} cannot be decrypted: {done.complaint}"
+                    f"the credential {path} cannot be decrypted: {done.complaint}"
                 )
         return key
 
@@ -152,15 +152,15 @@ class SystemKeys:
         try:
             argv = shlex.split(command)
         except ValueError as error:
-            raise KeyUnavailableError(f"The key command is not well quoted: {error}") from None
+            raise KeyUnavailableError(f"the key command is not well quoted: {error}") from None
         if not argv or not argv[0].startswith("/"):
-            raise KeyUnavailableError("The key command needs a program with an absolute path")
+            raise KeyUnavailableError("the key command needs a program with an absolute path")
         environment = {
             "VMCRYPTD_VOLUME": volume.name,
             "VMCRYPTD_DEVICE": volume.device_path,
             "VMCRYPTD_UUID": volume.uuid or "",
         }
-        with filled(f"The output of {argv[0]}", KeyUnavailableError, NotYetError) as key:
+        with filled(f"the output of {argv[0]}", KeyUnavailableError, NotYetError) as key:
             done = await run_into(
                 key,
                 argv,
@@ -170,7 +170,7 @@ class SystemKeys:
             )
             if done.code != 0:
                 raise NotYetError(
-                    f"The key command {argv[0]} failed: {done.reason}; what it said is in `journalctl -u vmcryptd`"
+                    f"the key command {argv[0]} failed: {done.reason}; `journalctl -u vmcryptd` has its messages"
                 )
         return key
 
@@ -206,25 +206,25 @@ def _read_file(path: str, *, private: bool) -> MemfdKey:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         raise KeyFileMissingError(
-            f"The key file {path} is not there; it is tried when it appears"
+            f"the key file {path} is not there; it is tried when it appears"
         ) from None
     except OSError as error:
         raise KeyUnavailableError(
-            f"The key file {path} cannot be opened: {error.strerror}"
+            f"the key file {path} cannot be opened: {error.strerror}"
         ) from None
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise KeyUnavailableError(f"The key file {path} is not a regular file")
+            raise KeyUnavailableError(f"the key file {path} is not a regular file")
         if private and status.st_uid not in (0, os.geteuid()):
             raise KeyUnavailableError(
-                f"The key file {path} does not belong to root: run `chown root {path}`"
+                f"the key file {path} does not belong to root; run `chown root {path}`"
             )
         if private and status.st_mode & 0o077:
             raise KeyUnavailableError(
-                f"The key file {path} is open to others: run `chmod 600 {path}`"
+                f"the key file {path} is open to others; run `chmod 600 {path}`"
             )
-        with filled(f"The key file {path}", KeyUnavailableError) as key:
+        with filled(f"the key file {path}", KeyUnavailableError) as key:
             send_file(fd, key)
         return key
     finally:

@@ -28,19 +28,19 @@ def failure(action: str, done: Completed, volume: VolumeSpec) -> VmcryptdError:
     name, place = volume.name, volume.header_path
     if done.code == WRONG_KEY or NO_USABLE_SLOT in done.err.lower():
         return WrongKeyError(
-            f"The key fits no key slot of {name}: try another; "
+            f"volume {name}: the key fits no key slot; try another; "
             f"`vmcryptctl key list {name}` shows the key slots"
         )
     if done.code == OUT_OF_MEMORY or done.code in KILLED:
         return OutOfMemoryError(
-            f"There was not enough memory to derive a key of {name}: free some, then try again; "
+            f"volume {name}: there was not enough memory to derive the key; free some, then try again; "
             f"`vmcryptctl key list {name}` shows how much each key slot needs"
         )
     if done.code == WRONG_DEVICE:
         return DeviceUnreadableError(
-            f"The device {place} of {name} cannot be used: {done.complaint}; "
+            f"volume {name}: the device {place} cannot be used: {done.complaint}; "
             f"`lsblk {place}` shows whether it is there"
         )
     if done.code == BUSY:
-        return BusyError(f"{place} of {name} is busy: {done.complaint}; try again later")
-    return StorageError(f"`cryptsetup {action}` of {place} failed, for {name}: {done.complaint}")
+        return BusyError(f"volume {name}: {place} is busy: {done.complaint}; try again later")
+    return StorageError(f"volume {name}: `cryptsetup {action}` of {place} failed: {done.complaint}")

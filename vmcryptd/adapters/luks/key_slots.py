@@ -70,7 +70,7 @@ class CryptsetupSlots:
                 _finish_rotation(copy)
             except DamagedHeaderError as error:
                 raise StorageError(
-                    f"The end that the rotation of the volume key of {volume.name} lacks cannot be made up for: {error}"
+                    f"volume {volume.name}: the rotation of its volume key cannot be finished: {error}"
                 ) from None
             # It checks what it is given, and writes it at once: cut off here, all of this is done again.
             await self._keyless(["luksHeaderRestore", f"--header-backup-file={copy}"], volume)
@@ -88,7 +88,7 @@ class CryptsetupSlots:
                 os.close(reader)
         if done.code != 0:
             raise StorageError(
-                f"The backup of the header of {volume.name} cannot be written: {done.complaint}"
+                f"volume {volume.name}: the backup of its header cannot be written: {done.complaint}"
             )
 
     async def make_key(self, path: str) -> Key:
@@ -96,7 +96,7 @@ class CryptsetupSlots:
             fd = await self._threads.call(WRITING_S, functools.partial(_new_file, path))
         except FileExistsError:
             raise StorageError(
-                f"{path} is there already: `vmcryptctl key test VOLUME --key-file {path}` tells whether its key "
+                f"{path} is there already: `vmcryptctl key test VOLUME --key-file {path}` shows whether its key "
                 "is in use; if it is not, remove the file"
             ) from None
         except OSError as error:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 HEADER_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 600.0  # Argon2id on a slow, busy host, slot after slot
-TOKEN_TIMEOUT_S = 90.0  # a stick that blinks until somebody touches it gives up before that
+TOKEN_TIMEOUT_S = 90.0  # a stick that blinks until it is touched gives up before that
 CLOSE_TIMEOUT_S = 30.0
 CLOSE_TRIES = 3
 DMSETUP_TIMEOUT_S = 10.0
@@ -75,7 +75,9 @@ class Cryptsetup:
         except DamagedHeaderError as error:
             return await self._second_opinion(volume, path, error)
         except NotLuksError as error:
-            raise NotLuksError(f"{path} of {volume.name} is no LUKS device: {error}") from None
+            raise NotLuksError(
+                f"volume {name}: {path} is no LUKS device: {error}; check `device` in the configuration"
+            ) from None
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         # --disable-external-tokens: a TPM's would be tried first, and any passphrase then "works".
@@ -135,7 +137,8 @@ class Cryptsetup:
             done = await run(remove, timeout_s=CLOSE_TIMEOUT_S)
             if done.code != 0 and self.is_active(device):
                 raise BusyError(
-                    f"The mapping {device}, left by a rotation of the key of {mapping} that was killed, is still in use"
+                    f"volume {mapping}: the mapping {device}, which a killed key rotation left, is still in use; "
+                    "stop what uses it"
                 )
         return None
 
@@ -156,10 +159,12 @@ class Cryptsetup:
                 return None
             complaint = done.complaint
             if done.code != BUSY and self.is_active(mapping):
-                raise StorageError(f"cryptsetup could not close {mapping}: {complaint}")
+                raise StorageError(
+                    f"volume {mapping}: cryptsetup cannot close the mapping: {complaint}"
+                )
             if done.code != BUSY:
                 return None
-        raise BusyError(f"The mapping {mapping} is still in use")
+        raise BusyError(f"volume {mapping}: the mapping is still in use")
 
     async def wipe(self, mapping: str) -> None:
         for device in (mapping, *self.removal.left_behind(mapping)):
@@ -172,7 +177,7 @@ class Cryptsetup:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1])
         except (OSError, ValueError, IndexError) as error:
-            log.warning("Cannot tell how much memory is available: %s", error)
+            log.warning("the available memory is not known: %s", error)
         return 0
 
     def is_active(self, mapping: str) -> bool:
@@ -195,7 +200,7 @@ class Cryptsetup:
             *[await run(message, timeout_s=DMSETUP_TIMEOUT_S) for message in messages],
         ]:
             if done.code != 0 and self.is_active(device):
-                raise StorageError(f"The key of {device} could not be wiped: {done.complaint}")
+                raise StorageError(f"volume {device}: the key cannot be wiped: {done.complaint}")
 
     async def _with_key(self, argv: Sequence[str], key: Key, volume: VolumeSpec) -> None:
         reader = key.reader()
@@ -215,7 +220,7 @@ class Cryptsetup:
             done = await run(argv, stdin=reader, timeout_s=TOKEN_TIMEOUT_S, expendable=True)
         except DeadlineError:
             raise KeyUnavailableError(
-                f"{token.title} did not answer within {TOKEN_TIMEOUT_S:g} s: is it to be touched?"
+                f"{token.title} did not answer within {TOKEN_TIMEOUT_S:g} s; touch it when it blinks"
             ) from None
         finally:
             if reader is not None:
@@ -227,12 +232,15 @@ class Cryptsetup:
         """cryptsetup and dmsetup wait for ever on a cookie that only udevd completes (systemd#43368)."""
         if not self.is_active(mapping):
             return  # it waited for udev after the mapping was gone
-        log.warning("closing %s hung; is systemd-udevd dead? Removing it without udev", mapping)
+        log.warning(
+            "volume %s: closing it hangs, systemd-udevd may be dead; it is removed without udev",
+            mapping,
+        )
         done = await run(
             ["dmsetup", "remove", "--noudevsync", "--", mapping], timeout_s=CLOSE_TIMEOUT_S
         )
         if done.code != 0 and self.is_active(mapping):
-            raise BusyError(f"The mapping {mapping} is still in use")
+            raise BusyError(f"volume {mapping}: the mapping is still in use")
 
     async def _second_opinion(
         self, volume: VolumeSpec, path: str, damage: DamagedHeaderError
@@ -251,7 +259,7 @@ class Cryptsetup:
             except (ValueError, DamagedHeaderError) as error:
                 log.info("cryptsetup's dump of %s is not understood: %s", path, error)
         raise DamagedHeaderError(
-            f"The LUKS header of {volume.name} on {path} is damaged: {damage}. "
+            f"volume {volume.name}: the LUKS header on {path} is damaged: {damage}; "
             f"`cryptsetup repair {path}` or a backup (`cryptsetup luksHeaderRestore`) may help"
         )
 
@@ -277,16 +285,16 @@ def open_failure(done: Completed, volume: VolumeSpec) -> VmcryptdError:
     said, name = done.err.lower(), volume.name
     if done.code == BUSY:
         return BusyError(
-            f"{name} cannot be opened: {done.complaint}; "
+            f"volume {name}: it cannot be opened: {done.complaint}; "
             f"`dmsetup info {name}` and `lsblk {volume.device_path}` show who has it"
         )
     if "not a valid luks device" in said:
         place = volume.header_path
         return NotLuksError(
-            f"{place} of {name} is no LUKS device: `blkid -p {place}` shows what it is"
+            f"volume {name}: {place} is no LUKS device; `blkid -p {place}` shows what it is"
         )
     if "nothing to read on input" in said:
-        return KeyUnusableError(f"The key for {name} is empty")
+        return KeyUnusableError(f"volume {name}: the key is empty; give another one")
     return failure("open", done, volume)
 
 

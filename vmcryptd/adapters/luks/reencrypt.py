@@ -119,8 +119,8 @@ class CryptsetupReencryption:
             if await _ended(processes, patience_s):
                 return
         raise StorageError(
-            f"cryptsetup does not end, which works on {volume.name}: the kernel does not let go of it; "
-            "see the kernel's messages for its disk"
+            f"volume {volume.name}: cryptsetup does not end, it hangs in the kernel; "
+            "see the kernel's messages for the disk (`journalctl -k`)"
         )
 
     def _messages(self, volume: VolumeSpec) -> Path:
@@ -187,7 +187,8 @@ async def _let_go(mapping: str) -> None:
         return
     if done.code == 0:
         log.warning(
-            "cryptsetup was killed at %s; who waits for what it was at gets an error", mapping
+            "volume %s: cryptsetup was killed; reads and writes that wait for it get an error",
+            mapping,
         )
 
 

@@ -119,7 +119,11 @@ async def _child(names: list[str]) -> None:
     """Where one is in use, dmsetup leaves it and those after it as they are."""
     done = await run(["dmsetup", "remove", "--", *names], timeout_s=REMOVE_S)
     if done.code != 0:
-        log.info("Not all of %s could be removed at once: %s", ", ".join(names), done.complaint)
+        log.info(
+            "not all of the mappings %s can be removed at once: %s",
+            ", ".join(names),
+            done.complaint,
+        )
 
 
 def _attribute(path: str) -> str:

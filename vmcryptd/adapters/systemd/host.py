@@ -38,10 +38,10 @@ class SystemdHost:
         try:
             done = await run(["systemctl", "--no-block", verb, TARGET], timeout_s=SYSTEMCTL_S)
         except VmcryptdError as error:
-            log.warning("Cannot %s %s: %s", verb, TARGET, error)
+            log.warning("%s of %s failed: %s", verb, TARGET, error)
             return
         if done.code != 0:
-            log.warning("Cannot %s %s: %s", verb, TARGET, done.complaint)
+            log.warning("%s of %s failed: %s", verb, TARGET, done.complaint)
 
     async def run_hook(self, argv: Sequence[str], environment: dict[str, str]) -> None:
         hook = asyncio.create_task(_run_hook(tuple(argv), dict(environment)))
@@ -55,7 +55,7 @@ async def _run_hook(argv: tuple[str, ...], environment: dict[str, str]) -> None:
     try:
         done = await run(argv, timeout_s=HOOK_S, environment=environment, stderr_to_journal=True)
     except VmcryptdError as error:
-        log.warning("The command %s failed: %s", argv[0], error)
+        log.warning("the command %s failed: %s", argv[0], error)
         return
     if done.code != 0:
-        log.warning("The command %s failed: %s", argv[0], done.reason)
+        log.warning("the command %s failed: %s", argv[0], done.reason)
