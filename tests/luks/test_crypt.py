@@ -155,7 +155,9 @@ def test_no_header(place: Path) -> None:
 @pytest.mark.parametrize("name", ["one", "two", "big"])
 def test_keys(place: Path, name: str) -> None:
     asyncio.run(attempt(volume(place, name), place / "right"))
-    with pytest.raises(WrongKeyError, match="volume cr_test: the key fits no key slot; try another"):
+    with pytest.raises(
+        WrongKeyError, match="volume cr_test: the key fits no key slot; try another"
+    ):
         asyncio.run(attempt(volume(place, name), place / "wrong"))
 
 

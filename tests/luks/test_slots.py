@@ -85,7 +85,8 @@ class Real:
             slots=CryptsetupSlots(str(self.runtime), tuple(CHEAP)),
             keys=SystemKeys(credentials=None),
         )
-        self.engine = Engine(simulation.settings, ports)
+        self._make = lambda: Engine(simulation.settings, ports)
+        self.engine = self._make()
 
     def do(self, action: Callable[[KeySlots], Awaitable[Any]]) -> Any:
         async def scene() -> Any:
@@ -96,6 +97,7 @@ class Real:
                 assert lib.descriptors().keys() == before.keys()
 
         async def played() -> Any:
+            self.engine = self._make()  # one that was closed begins nothing any more
             self.engine.start()
             await self.engine.background_done()
             try:
