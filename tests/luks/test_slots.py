@@ -306,7 +306,9 @@ def test_a_backup_that_cannot_be_written_is_due_still(real: Real, tmp_path: Path
     async def full(keys: KeySlots) -> None:
         await keys.back_up("mail", os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC))
 
-    with pytest.raises(StorageError, match="mail cannot be written"):
+    with pytest.raises(
+        StorageError, match="volume mail: the backup of its header cannot be written"
+    ):
         real.do(full)
     assert real.due
     assert list(real.runtime.iterdir()) == []
