@@ -47,6 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     keep_out_of_core_dumps()
     try:
         code = asyncio.run(_serve(arguments))
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            log.error("%s", mistake.text)
+        log.error("the configuration is refused; `vmcryptctl check` says what to write")
+        code = error.exit_code
     except VmcryptdError as error:
         log.error("%s", error)
         code = error.exit_code

@@ -815,6 +815,24 @@ def test_a_bad_configuration_is_told_at_the_start(
     assert "Traceback" not in done.stderr
 
 
+def test_each_mistake_is_a_line_of_the_journal(tmp_path: Path, bus_address: str) -> None:
+    sim = tmp_path / "sim.toml"
+    sim.write_text('[deamon]\n[volume.a]\ndevise = "/dev/a"\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
+        cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "did you mean" in line] == [
+        (
+            f'ERROR: {sim}: [deamon]: unknown table (did you mean "daemon"?); '
+            "expected [daemon], [volume.NAME] or [guest.NAME]"
+        ),
+        f'ERROR: {sim}: [volume.a] devise: unknown key (did you mean "device"?)',
+    ]
+    assert "`vmcryptctl check` says what to write" in done.stderr
+
+
 def test_passphrases_are_not_in_the_memory_of_the_daemon(start: Start, run: Any) -> None:
     async def test() -> None:
         async with start(HOST) as daemon:
