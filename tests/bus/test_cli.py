@@ -400,6 +400,36 @@ def test_start_and_stop(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert "imop" in capsys.readouterr().err
 
 
+def test_start_asks_where_it_was_typed(host: Host) -> None:
+    host.start(MAIL)
+    terminal = Terminal("start", "imap")
+    terminal.expect("Passphrase for volumes cr_a, cr_b:")
+    terminal.type(f"{ALPHA}\n")
+    terminal.expect("Passphrase for volume cr_b")
+    terminal.type("\x04")
+    terminal.expect("not answered; still locked: cr_b")
+    assert terminal.end() == 6
+    terminal = Terminal("restart", "imap")
+    terminal.expect("Passphrase for volume cr_b")
+    terminal.type(f"{BETA}\n")
+    assert terminal.end() == 0
+    assert host.states()["imap"] == "running"
+
+
+def test_start_without_a_terminal_says_what_it_waits_for(host: Host) -> None:
+    host.start(MAIL)
+    with subprocess.Popen(
+        [*CTL, "start", "imap"],
+        cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stderr is not None
+        assert "waiting for a passphrase for cr_" in child.stderr.readline()
+        host.unlock("cr_a", ALPHA)
+        host.unlock("cr_b", BETA)
+        assert child.wait(LONG_S) == 0
+    assert host.states()["imap"] == "running"
+
+
 def test_verbs_without_arguments(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.start(MAIL.replace("passphrase", "open = true\npassphrase"))
     assert main.main(["boot"]) == 0

@@ -380,22 +380,27 @@ async def _lock(arguments: Namespace) -> int:
 
 
 async def _start(arguments: Namespace) -> int:
-    return await _each("StartGuest", arguments.GUEST)
+    from vmcryptd.cli.guests import start_each
+
+    async with changing() as client:
+        failed = await start_each(client, arguments.GUEST, say)
+    return report(failed.values())
 
 
 async def _stop(arguments: Namespace) -> int:
-    return await _each("StopGuest", arguments.GUEST)
+    async with changing() as client:
+        failed = await _called(client, "StopGuest", arguments.GUEST)
+    return report(failed.values())
 
 
 async def _restart(arguments: Namespace) -> int:
-    return await _each("StopGuest", arguments.GUEST, then="StartGuest")
+    from vmcryptd.cli.guests import start_each
 
-
-async def _each(method: str, names: list[str], *, then: str = "") -> int:
     async with changing() as client:
-        failed = await _called(client, method, names)
-        if then:
-            failed |= await _called(client, then, [name for name in names if name not in failed])
+        failed = await _called(client, "StopGuest", arguments.GUEST)
+        failed |= await start_each(
+            client, [name for name in arguments.GUEST if name not in failed], say
+        )
     return report(failed.values())
 
 

@@ -163,6 +163,14 @@ def beneath(client: Client, names: Iterable[str]) -> set[str]:
         found |= more
 
 
+def waiting_for(names: Sequence[str]) -> str:
+    """What to say when a passphrase is needed, and there is no terminal to ask on."""
+    return (
+        f"waiting for a passphrase for {few(names)}; `vmcryptctl unlock` on a terminal asks for it, "
+        "and so do the system's agents"
+    )
+
+
 def unread_key() -> str:
     """What to say when something is piped in, and nobody reads it."""
     try:
@@ -251,10 +259,7 @@ class Unlocking:
             else:
                 if targets and not self._told_waiting:
                     self._told_waiting = True
-                    self._say(
-                        f"waiting for a passphrase for {few(targets)}; `vmcryptctl unlock` on a terminal asks "
-                        "for it, and so do the system's agents"
-                    )
+                    self._say(waiting_for(targets))
                     if hint := unread_key():
                         self._say(hint)
                 await self._next_event()

@@ -100,7 +100,7 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "start",
         "open a guest's volumes, then start it",
-        "Opens the volumes that the guest needs, then has libvirt start it.",
+        "Opens the volumes that the guest needs, asking for a passphrase as `unlock` does, then has libvirt start it.",
         (Argument("GUEST", "a guest, by its libvirt name", nargs="+", completes="guests"),),
         (("vmcryptctl start imap", ""),),
         changes=True,

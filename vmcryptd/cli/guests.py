@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`vmcryptctl start`: the question for a guest's volumes comes to the terminal of the caller who starts it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from vmcryptd.bus.client import Client
+from vmcryptd.cli.unlock import Say, Unlocking, beneath, waiting_for
+from vmcryptd.core.errors import UnreachableError, VmcryptdError
+
+
+async def start(client: Client, name: str, say: Say) -> None:
+    """Start a guest; of a client that follows. Raises what kept it off."""
+    call = asyncio.ensure_future(client.call("StartGuest", "s", name))
+
+    def asked_for() -> list[str]:
+        needs = client.guests.get(name, {}).get("Needs", ())
+        return sorted(
+            one
+            for one in beneath(client, needs)
+            if client.volumes.get(one, {}).get("State") == "waiting"
+        )
+
+    try:
+        while not call.done():
+            asked = asyncio.ensure_future(client.until(lambda: bool(asked_for())))
+            try:
+                await asyncio.wait({call, asked}, return_when=asyncio.FIRST_COMPLETED)
+                if not call.done():
+                    asked.result()
+            finally:
+                asked.cancel()
+            if call.done():
+                break
+            if not client.interactive:
+                say(waiting_for(asked_for()))
+                await asyncio.wait({call})
+            elif failed := await Unlocking(client, asked_for(), can_ask=True, say=say).run():
+                raise next(iter(failed.values()))
+        call.result()
+    finally:
+        call.cancel()
+
+
+async def start_each(client: Client, names: list[str], say: Say) -> dict[str, VmcryptdError]:
+    """One after the other. Returns what failed."""
+    failed: dict[str, VmcryptdError] = {}
+    await client.follow()
+    for name in names:
+        try:
+            await start(client, name, say)
+        except UnreachableError:
+            raise
+        except VmcryptdError as error:
+            failed[name] = error
+    return failed
