@@ -96,6 +96,19 @@ def test_examples_in_the_pages_load() -> None:
         schema.parse({"page": re.sub(r"^    ", "", block, flags=re.MULTILINE)})
 
 
+UUID = "3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"
+MARKDOWN = [PROJECT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def test_examples_in_readme_and_guides_load() -> None:
+    found = 0
+    for page in MARKDOWN:
+        for block in re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            found += 1
+            schema.parse({page.name: block.replace("UUID=…", f"UUID={UUID}")})
+    assert found > 1
+
+
 # --- man pages ---
 
 
