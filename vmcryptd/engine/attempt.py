@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,16 +24,14 @@ from vmcryptd.core.ports import Crypt, Keys
 from vmcryptd.core.slot_order import Tried
 from vmcryptd.core.states import Activity
 from vmcryptd.engine.derivation import Derivations
+from vmcryptd.engine.failures import Failures, together
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.opening import Opening, Phase
 from vmcryptd.engine.prompt import Answer, Prompt
 from vmcryptd.engine.tokens import Tokens, question
 
-log = logging.getLogger(__name__)
-
 # A TPM locks itself after some wrong PINs, for hours: so many are tried, and then the other sources stand.
 PIN_TRIES = 3
-_ANSWERS = {"key", "prompt"}  # the sources of answers, beside those of the configuration
 # What asks elsewhere is asked again after so long, then after twice that, up to the second: the network may come up
 # later than we do, and a server come back.
 AGAIN_S = (1.0, 60.0)
@@ -70,7 +67,7 @@ class Attempt:
         self._derivations = derivations
         self._tokens = tokens
         self._activity = activity
-        self._failures: dict[str, VmcryptdError] = {}  # source → how it failed last
+        self._failures = Failures(spec.name)
         self._later: list[KeySource] = []  # may give a key after a while
         self._missing: list[KeySource] = []  # key files that are not there
         self._wrong: Tried = set()  # slots that Clevis gave a wrong key for
@@ -93,9 +90,8 @@ class Attempt:
             if await self._try_answer(answer):
                 return answer.source
         if not may_ask():
-            error = self._exhausted()
-            was_given = not _ANSWERS.isdisjoint(self._failures)
-            needs_person = not was_given and (self._spec.asks or self._pins)
+            error = self._failures.summary()
+            needs_person = self._asks and not self._failures.is_answered
             raise NotAskedError(str(error)) if needs_person else error
         return await self._wait()
 
@@ -160,7 +156,7 @@ class Attempt:
                     key.close()
             except (KeyUnavailableError, WrongKeyError) as error:
                 errors.append(type(error)(f"key slot {slot}: {error}"))
-        raise _together(errors)
+        raise together(errors)
 
     async def _by_tokens(self, source: KeySource) -> str | None:
         """Each of the header's tokens of a kind; those that want a PIN are kept for later."""
@@ -180,7 +176,7 @@ class Attempt:
             except KeyUnavailableError as error:
                 errors.append(error)
         if errors:
-            raise _together(errors)
+            raise together(errors)
         return None
 
     def _needs_pin(self, source: KeySource, token: Token) -> None:
@@ -198,7 +194,7 @@ class Attempt:
         if self._later:
             ways.append(self._by_what_comes_later())
         if not ways and not self._spec.asks:
-            raise self._exhausted()
+            raise self._failures.summary()
         listening = [self._by_person() if self._spec.asks else self._by_what_is_handed_in()]
         if self._missing:
             listening.append(self._by_files_that_appear())
@@ -231,7 +227,7 @@ class Attempt:
                     if not isinstance(error, (KeyUnavailableError, WrongKeyError)):
                         raise error
                 if not self._spec.asks and not pending - listeners:
-                    raise self._exhausted()
+                    raise self._failures.summary()
         finally:
             for task in (*listeners, *others):
                 task.cancel()
@@ -318,7 +314,7 @@ class Attempt:
                         if (opened := await self._try_source(source)) is not None:
                             return opened
         except TimeoutError:
-            raise self._exhausted() from None
+            raise self._failures.summary() from None
 
     async def _by_files_that_appear(self) -> str:
         while self._missing:
@@ -333,7 +329,7 @@ class Attempt:
                 await self._inventory.look()  # one may have gone again
             elif self._missing:
                 await self._inventory.changes.wait()
-        raise self._exhausted()
+        raise self._failures.summary()
 
     async def _try_late_answer(self, answer: Answer) -> bool:
         async with self._turn():
@@ -360,7 +356,7 @@ class Attempt:
             return False  # whoever handed it in has gone
         except WrongKeyError as error:
             self._prompt.refuse(name, answer, error)
-            self._failures[answer.source] = error
+            self._failures.note_answer(answer.source, error)
             return False
         self._prompt.accept(name, answer)
         return True
@@ -401,39 +397,6 @@ class Attempt:
 
     def _fail(self, source: str, error: VmcryptdError) -> None:
         """A source has failed: told at once, since the volume may wait for a long time now."""
-        why = str(error).removeprefix(f"volume {self._spec.name}: ")
-        failure = type(error)(f"{source}: {why}")
-        if str(failure) != str(self._failures.get(source)):
-            log.warning("volume %s: %s", self._spec.name, failure)
-        self._failures[source] = failure
-        self._activity.error = self._exhausted()
+        self._failures.note(source, error)
+        self._activity.error = self._failures.summary()
         self._inventory.changes.notify()
-
-    def _exhausted(self) -> VmcryptdError:
-        name, failures = self._spec.name, list(self._failures.values())
-        if not failures:
-            return KeyUnavailableError(
-                f"volume {name}: it has no key source that works without a person; "
-                f"`vmcryptctl unlock {name}` asks"
-            )
-        if len(failures) == 1 and isinstance(failures[0], WrongKeyError):
-            return failures[0]
-        cls = (
-            WrongKeyError
-            if all(isinstance(error, WrongKeyError) for error in failures)
-            else KeyUnavailableError
-        )
-        if any(isinstance(error, KeyFileMissingError) for error in failures):
-            cls = KeyFileMissingError
-        told = "; ".join(str(error) for error in failures)
-        return cls(
-            f"volume {name}: none of its key sources opened it: {told}; "
-            f"`vmcryptctl unlock {name}` takes a passphrase"
-        )
-
-
-def _together(errors: list[VmcryptdError]) -> VmcryptdError:
-    """One that may open it later counts more than one that never will."""
-    kinds = (NotYetError, KeyUnavailableError, WrongKeyError)
-    kind = next(kind for kind in kinds if any(isinstance(error, kind) for error in errors))
-    return kind("; ".join(map(str, errors)))
