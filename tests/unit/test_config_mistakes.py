@@ -461,6 +461,22 @@ def test_whatever_is_written_is_settings_or_mistakes(text: str) -> None:
     assert all(one.text.startswith("x:") and one.text.isprintable() for one in found)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"x\\ny" = 1\n',
+        '["x\\u001b[2Jy"]\n',
+        '[volume.a."b\\nc"]\ndevice = "/dev/a"\n',
+        VOLUME + '"x\\ny" = 1\n',
+        f'"{"x" * 100_000}" = 1\n',
+    ],
+)
+def test_names_neither_begin_a_line_nor_move_a_cursor(text: str) -> None:
+    [mistake] = mistakes(text)
+    assert mistake.text.isprintable()
+    assert len(mistake.text) < 20_000
+
+
 def test_a_long_line_is_shown_shortened() -> None:
     [mistake] = mistakes("x" * 3000)
     assert mistake.line == "x" * 100 + "…"

@@ -50,6 +50,7 @@ _MEANT = {
     "script": "exec",
 }
 LONGEST_PATH = 4096
+LONGEST_TEXT = 3 * LONGEST_PATH
 LONGEST_DELAY_S = 3600.0
 _SHOWN = 60  # characters of a value that an error repeats
 
@@ -597,9 +598,9 @@ class _Reading:
         known = [str(part) for part in (path[:1] if path[0] == "daemon" else path[:2])]
         table = "" if about.startswith(f" {path[0]}:") else f" [{escaped('.'.join(known))}]"
         place = _place(self._name, self._document, path)
-        self._mistakes.append(
-            (self._files, line, Mistake(f"{place}:{table}{about}{text}", hint=hint))
-        )
+        # A key in quotes may hold any character.
+        sentence = escaped(f"{place}:{table}{about}{text}", LONGEST_TEXT)
+        self._mistakes.append((self._files, line, Mistake(sentence, hint=hint)))
 
     def settings(self) -> Settings:
         if self._all_known:
