@@ -363,7 +363,7 @@ class VolumeTable(_Table):
     )
     timeout: Duration = Field(
         30.0,
-        description="How long the device may take to appear.",
+        description="How long the device, and a detached header, may take to appear.",
         json_schema_extra={"shown": "30s"},
     )
 
