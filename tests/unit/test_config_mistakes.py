@@ -578,6 +578,14 @@ def test_what_is_there_and_cannot_be_read_is_not_an_empty_file(tmp_path: Path, n
     assert refused(tmp_path) == [f"DIR/{name}: cannot be read: it is no regular file"]
 
 
+def test_a_drop_in_that_has_just_gone_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(tmp_path, name="conf.d/a.toml")
+    monkeypatch.setattr(os, "listdir", lambda path: ["a.toml", "gone.toml"])
+    assert list(files.load(tmp_path).volumes) == ["a"]
+
+
 def test_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Root may read everything, so the refusal is the system's only in name.
     place(tmp_path, name="conf.d/a.toml")

@@ -14,6 +14,7 @@ import pytest
 from vmcryptd import daemon
 from vmcryptd.config import files
 from vmcryptd.core.model import DaemonSpec, Settings
+from vmcryptd.posix import file_watch
 from vmcryptd.posix.file_watch import FileWatch
 
 PATIENCE_S = 30.0
@@ -168,6 +169,27 @@ def test_an_older_text_is_not_taken_over(tmp_path: Path) -> None:
         assert not source.differs(texts)
 
     asyncio.run(scene())
+
+
+def test_without_inotify_there_is_one_look(
+    etc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_left(_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(file_watch.Inotify, "open", none_left)
+
+    async def scene() -> None:
+        looks = Looks(etc)
+        (etc / "vmcryptd.toml").write_text("# 2")
+        await looks.until(True)
+        (etc / "vmcryptd.toml").write_text("# 1")
+        looks.watch.look_again()  # as a reload does
+        await looks.until(False)
+        looks.watch.close()
+
+    asyncio.run(scene())
+    assert "changed files are not noticed" in caplog.text
 
 
 def test_other_files_are_nobodys_business(etc: Path) -> None:

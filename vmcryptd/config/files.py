@@ -54,14 +54,10 @@ def read(directory: Path, *, required: bool = False) -> dict[str, str]:
     for path in paths:
         try:
             texts[str(path)] = _text(path)
-        except FileNotFoundError as error:
-            if path.is_symlink():
-                text = (
-                    f"a link to {os.readlink(path)}, which is not there; correct it, or remove it"
-                )
-                mistakes.append(Mistake(f"{escaped(str(path), LONGEST_PATH)}: {text}"))
-            elif path != main:
-                mistakes.append(_unreadable(path, error))
+        except FileNotFoundError:
+            if target := _link(path):  # else it is not there, or has just gone
+                text = f"a link to {target}, which is not there; correct it, or remove it"
+                mistakes.append(Mistake(escaped(f"{path}: {text}", 2 * LONGEST_PATH)))
         except (OSError, ValueError) as error:
             mistakes.append(_unreadable(path, error))
     if mistakes:
@@ -83,6 +79,13 @@ def not_read(directory: Path) -> list[str]:
         and not name.startswith(".#")
         and (not name.startswith(".") or name.endswith(".toml"))
     ]
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def _is_read(name: str) -> bool:
