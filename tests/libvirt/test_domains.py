@@ -230,6 +230,29 @@ def test_a_start_by_libvirt_itself_is_waited_for_and_repeated_if_it_failed(
     run(work())
 
 
+def test_a_start_by_libvirt_itself_that_fails_without_an_event(
+    run: Any, outsider: Any, reasons: Reasons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STARTING_S", 0.01)
+    is_active = libvirt.virDomain.isActive
+    monkeypatch.setattr(
+        libvirt.virDomain, "isActive", lambda domain: bool(reasons.said) or is_active(domain)
+    )
+    outsider.lookupByName("test").destroy()
+
+    async def work() -> None:
+        async with observing() as observer:
+            reasons.said = STARTING_UP
+            starting = asyncio.create_task(observer.domains.start("test"))
+            await observer.sees(lambda known: known.domains["test"].state is GuestState.STARTING)
+            reasons.said = None
+            async with asyncio.timeout(connection.LOOK_S / 2):  # the look that would see it anyway
+                await starting
+            assert outsider.lookupByName("test").isActive()
+
+    run(work())
+
+
 def test_a_start_by_libvirt_itself_that_ends_well_is_left_alone(
     run: Any, outsider: Any, reasons: Reasons, monkeypatch: pytest.MonkeyPatch
 ) -> None:

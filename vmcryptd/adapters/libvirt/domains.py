@@ -69,7 +69,9 @@ class Libvirt:
             await self._link.look_again(domains=[name])
             if state is not GuestState.STARTING:
                 return
-            # libvirt's own autostart is at it. If that fails the guest is off, and it is our turn.
+            # libvirt's own autostart, or another client, is at it. If that fails the guest is off,
+            # without an event, and it is our turn.
+            self._link.mark(Event.DOMAIN, name)
             left = deadline - _now()
             if left <= 0 or not await self._link.learnt.until(
                 lambda: not self._is_starting(name), left
