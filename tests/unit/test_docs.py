@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from vmcryptd.cli.verbs import GOALS, VISIBLE
+from vmcryptd.cli.verbs import GOALS, VISIBLE, parse
 from vmcryptd.config import schema
 from vmcryptd.config.schema import TABLES
 from vmcryptd.core import graph
@@ -107,6 +108,19 @@ def test_examples_in_readme_and_guides_load() -> None:
             found += 1
             schema.parse({page.name: block.replace("UUID=…", f"UUID={UUID}")})
     assert found > 1
+
+
+def test_commands_in_readme_and_guides_are_understood() -> None:
+    found = 0
+    for page in MARKDOWN:
+        for line in re.findall(r"^    (.*vmcryptctl .*)$", page.read_text(), re.MULTILINE):
+            for command in re.split(r"&&|\|\||[|;]", re.sub(r"\s# .*", "", line)):
+                words = shlex.split(command)
+                if words[:1] != ["vmcryptctl"]:
+                    continue
+                found += 1
+                parse(words[1:])
+    assert found > 20
 
 
 # --- man pages ---
