@@ -39,6 +39,7 @@ from vmcryptd.bus.client import Client, translated
 from vmcryptd.bus.transport import RemoteError
 from vmcryptd.cli import columns, keys, main, output, render, verbs, without_daemon
 from vmcryptd.core.errors import (
+    AmbiguousDeviceError,
     BusyError,
     NotAuthorizedError,
     StillWaitingError,
@@ -725,6 +726,21 @@ def test_unlock_with_a_key_on_standard_input(host: Host, names: list[str]) -> No
     assert ctl("unlock", "--key-file", "-", *names, typed=ALPHA).code == 0
     states = host.states()
     assert all(states[name] == "unlocked" for name in names or ["cr_a", "cr_b"])
+
+
+def test_neither_a_disk_nor_its_copy_is_opened(host: Host, capsys: Any) -> None:
+    """`status` says at once why, and `unlock` that it failed."""
+    tag = "UUID=3f1d5c5e-6f0e-4f0a-9f43-0f3d6a0e8d11"
+    copied = MAIL.replace('"/dev/vg/a"', f'"{tag}"', 1)
+    host.start(copied.replace("[sim.volume.cr_a]", "[sim.volume.cr_a]\ncopied = true"))
+    both = f"volume cr_a: {tag} is on /dev/copy-cr_a and /dev/sim-cr_a"
+    main.main(["status", "--json"])
+    [volume] = [v for v in json.loads(capsys.readouterr().out)["volumes"] if v["name"] == "cr_a"]
+    assert (volume["state"], both in volume["error"]) == ("failed", True)
+    failed = ctl("unlock", "--key-file", "-", "cr_a", typed=ALPHA)
+    assert (failed.code, both in failed.err) == (1, True)
+    with pytest.raises(AmbiguousDeviceError, match=both):  # as the error's name on the bus says
+        host.call("Unlock", "s", "cr_a")
 
 
 def test_unlock_without_a_terminal_leaves_asking_to_agents(mail: Host) -> None:
