@@ -90,7 +90,7 @@ def rotation_finished(data: bytes) -> tuple[bytes, list[tuple[int, int]]]:
 
     cryptsetup (2.8 as well, reencrypt_teardown_ok) wipes the key slots of the old volume key first, and last it
     writes that it has finished. Cut off in between, it opens the volume no more: for that it wants both keys.
-    What is left to do needs neither.
+    The rest of the work needs neither.
 
     `data` starts with both copies of the header's metadata. Returns these anew, and where the key slots of the old
     volume key lie: offset and size in bytes. Raises DamagedHeaderError if it is no such header.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from vmcryptd.core.model import Header, KeySlot
 
-# What these tokens enrolled is opened by them alone: nobody types it, and no file holds it.
+# Only these tokens open the slots that they enrolled: no person types such a key, and no file holds it.
 # "systemd-recovery" is none of them: a recovery key is typed.
 MACHINES = frozenset({"systemd-tpm2", "systemd-fido2", "systemd-pkcs11", "clevis"})
 
@@ -38,7 +38,7 @@ def order(header: Header, fitted: int | None) -> tuple[KeySlot, ...]:
 
 
 def bound_slots(header: Header) -> frozenset[int]:
-    """The slots that belong to tokens which need nobody to know their key."""
+    """The slots of tokens whose key no person knows."""
     machines = _slots(header, (t.kind for t in header.tokens if t.kind in MACHINES))
     others = _slots(header, (t.kind for t in header.tokens if t.kind not in MACHINES))
     return machines - others

@@ -39,7 +39,7 @@ MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3
 
 
 class TooLargeError(Exception):
-    """More than LIMIT; the caller knows whose key it was."""
+    """More than LIMIT; the caller knows which key it was."""
 
 
 class MemfdKey:
@@ -63,7 +63,7 @@ class MemfdKey:
         return self._fd < 0
 
     def fileno(self) -> int:
-        """The writable descriptor, for whoever fills it."""
+        """The writable descriptor, for the process that fills it."""
         if self._fd < 0:
             raise ValueError("the key is closed")
         return self._fd

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What systemd is told of this service: sd_notify(3)."""
+"""News of this service for systemd: sd_notify(3)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ DIRECTORIES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 ENVIRONMENT = {"PATH": ":".join(DIRECTORIES), "LANG": "C.UTF-8"}
 OUTPUT_LIMIT = 64 * 1024
 LONGEST_COMPLAINT = 1000  # characters
-GRACE_S = 2.0  # between SIGTERM and SIGKILL, and for the kernel to let go after that
+GRACE_S = 2.0  # between SIGTERM and SIGKILL, and for the kernel to end it after that
 
 
 class CommandError(VmcryptdError):
@@ -126,7 +126,7 @@ async def run(
         finally:
             in_time = ended.done()
             if not in_time:
-                # Reaped as soon as the kernel lets it go, be it in an uninterruptible call now.
+                # Reaped as soon as the kernel ends it, be it in an uninterruptible call now.
                 ended.add_done_callback(lambda _: child.poll())
                 await _kill(child, ended)
         if not in_time:
@@ -194,7 +194,7 @@ class _Output:
         return bool(block)
 
     def text(self) -> str:
-        # What is there now, not to the end: a grandchild may keep the pipe open, or write on.
+        # The content that is there now, not to the end: a grandchild may keep the pipe open, or write on.
         for _ in range(16):
             if not self._read():
                 break

@@ -48,7 +48,7 @@ async def fetch(volume: VolumeSpec, header: Header, slot: int, timeout_s: float)
     if header.version == 1:
         return await _output(["clevis", "luks", "pass", "-d", place, "-s", str(slot)], timeout_s)
     number = next(t.number for t in header.tokens if t.kind == "clevis" and slot in t.slots)
-    jwe = MemfdKey()  # no secret, but a file that a child can read and nobody has to remove
+    jwe = MemfdKey()  # no secret, but a file that a child can read and that need not be removed
     try:
         os.write(jwe.fileno(), (await _binding(place, number)).encode())
         reader = jwe.reader()

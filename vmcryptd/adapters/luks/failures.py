@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What it means when cryptsetup fails at a LUKS header."""
+"""The meaning of cryptsetup's failures at a LUKS header."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_USABLE_SLOT = "no usable keyslot"
 
 
 def failure(action: str, done: Completed, volume: VolumeSpec) -> VmcryptdError:
-    """What a failed action means, with the next step."""
+    """The error of a failed action, with the next step."""
     name, place = volume.name, volume.header_path
     if done.code == WRONG_KEY or NO_USABLE_SLOT in done.err.lower():
         return WrongKeyError(

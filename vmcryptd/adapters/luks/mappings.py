@@ -184,7 +184,7 @@ class Cryptsetup:
         return mapping in self.removal.present()
 
     async def _wipe(self, device: str) -> None:
-        """What luksSuspend does, without its flush of the file system above, which may never end."""
+        """As luksSuspend, but without its flush of the file system above, which may never end."""
         suspend = ["dmsetup", "suspend", "--nolockfs", "--noflush", "--", device]
         await _attempt(suspend, DMSETUP_TIMEOUT_S)
         table = await run(["dmsetup", "table", "--", device], timeout_s=DMSETUP_TIMEOUT_S)
@@ -281,7 +281,7 @@ def read_header(path: str) -> Header:
 
 
 def open_failure(done: Completed, volume: VolumeSpec) -> VmcryptdError:
-    """What a failed `open` or `luksResume` means, with the next step."""
+    """The error of a failed `open` or `luksResume`, with the next step."""
     said, name = done.err.lower(), volume.name
     if done.code == BUSY:
         return BusyError(
@@ -298,7 +298,7 @@ def open_failure(done: Completed, volume: VolumeSpec) -> VmcryptdError:
     return failure("open", done, volume)
 
 
-# What cryptsetup (utils_tools.c, tools_token_error_msg) and systemd's plugins say, and what it means.
+# Messages of cryptsetup (utils_tools.c, tools_token_error_msg) and of systemd's plugins, and their meaning.
 TOKEN_COMPLAINTS = (
     ("lockout", "its device has locked itself after wrong PINs: wait, or clear that with its own tools"),
     ("wrong keyslot passphrase", "what it gives does not fit its key slot any more: enroll it again"),
@@ -318,7 +318,7 @@ WRONG_PIN = (
 def token_failure(
     done: Completed, volume: VolumeSpec, token: Token, *, has_pin: bool
 ) -> VmcryptdError:
-    """What a failed `open --token-only` or `luksResume --token-only` means, with the next step."""
+    """The error of a failed `open --token-only` or `luksResume --token-only`, with the next step."""
     said = f"{done.out}\n{done.err}".lower()
     place = volume.header_path
     if done.code == OUT_OF_MEMORY or done.code in KILLED or "already exists" in said:
@@ -346,7 +346,7 @@ def token_failure(
 
 
 def _device(volume: VolumeSpec) -> str:
-    """What to open. The kernel follows a path after the key derivation: by then a tag's link may lead to a copy."""
+    """The path to open. The kernel follows a path after the key derivation: by then a tag's link may lead to a copy."""
     return os.path.realpath(volume.device_path) if volume.has_tag else volume.device_path
 
 

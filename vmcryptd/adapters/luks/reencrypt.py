@@ -28,10 +28,10 @@ from vmcryptd.posix.run import Completed, run
 
 log = logging.getLogger(__name__)
 
-# What cryptsetup does at once: so much is suspended, and done before it stops when told to.
+# The piece that cryptsetup rewrites at once: so much is suspended, and done before it obeys a signal to stop.
 HOTZONE = 16 << 20  # bytes
 LOOK_S = 0.5
-KILLED_S = 5.0  # for the kernel to let go
+KILLED_S = 5.0  # for the kernel to release the device
 SIGNALLED = 255  # as systemd-run says it of its unit
 STOP_S = 90  # for systemd, when the host shuts down
 TAIL = 4096  # bytes of its messages: more than the longest line
@@ -76,7 +76,7 @@ class CryptsetupReencryption:
                 "--property=StandardError=inherit",
                 "--",
                 "cryptsetup", "reencrypt", "--batch-mode", f"--active-name={mapping}",
-                # Of ours, so that it is gone from there once we let go of it.
+                # Of this process, so that the path is gone once it closes the descriptor.
                 f"--key-file=/proc/{os.getpid()}/fd/{reader}",
                 *(["--resume-only"] if slot is None else [f"--key-slot={slot}"]),
                 *([f"--header={volume.header}"] if volume.header else []),
@@ -154,7 +154,7 @@ def progress(said: str) -> float | None:
 
 
 def complaints(said: str) -> str:
-    """What was said that is not about progress, nor the end of a line that is."""
+    """The messages that are not about progress, nor the end of a line that is."""
     lines = said.splitlines()
     return "\n".join(
         line for line in lines if line and not line.startswith("{") and line[-1] != "}"
@@ -162,7 +162,7 @@ def complaints(said: str) -> str:
 
 
 def is_interrupted(said: str) -> bool:
-    """Whether it says that it ended where it can go on, because it was told to."""
+    """Whether it says that it was stopped at a point from which it can go on."""
     return "Reencryption interrupted" in said
 
 
@@ -174,9 +174,9 @@ def _advised(error: StorageError, name: str) -> StorageError:
 
 
 async def _let_go(mapping: str) -> None:
-    """Have those who wait for the piece that it was at get an error: else nothing ever ends them.
+    """Let processes that wait for the piece under work get an error; else they wait for ever.
 
-    What cryptsetup does itself when it fails, and not when it is killed (reencrypt_teardown_fatal). The piece is
+    cryptsetup does this itself when it fails, but not when it is killed (reencrypt_teardown_fatal). The piece is
     recovered from the header when the volume is opened the next time.
     """
     piece = f"{mapping}-hotzone-forward"

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 REMOVE_S = 30.0
 
 
-# What a rotation of the volume key that was killed leaves behind, by the ends of their names; the first has the keys.
+# A killed rotation of the volume key leaves these mappings behind, by the ends of their names; the first has the keys.
 _LEFT_BEHIND = ("-overlay", "-hotzone-forward")
 
 
@@ -71,7 +71,7 @@ class Removal:
         }
 
     def left_behind(self, name: str) -> list[str]:
-        """What a rotation of the mapping's volume key has left beneath it when it was killed."""
+        """The mappings that a killed rotation of its volume key has left beneath it."""
         return _left_behind(name, self.present())
 
     async def attempt(self, name: str) -> bool:
@@ -83,7 +83,7 @@ class Removal:
             self._turn = asyncio.create_task(self._remove())
         turn = self._turn
         self._names.append(name)
-        # Not awaited itself: who is called off takes nobody with him.
+        # Not awaited itself: a caller that is cancelled must not cancel it for the others.
         await asyncio.wait({turn})
         return name in turn.result()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What outlives the daemon, in files: one that is broken, whatever it is, costs a warning only."""
+"""State that outlives the daemon, in files. A broken one, of whatever kind, costs a warning only."""
 
 from __future__ import annotations
 
