@@ -77,7 +77,7 @@ def graph(*, there: bool = True, opened: bool = False, suspended: bool = False) 
         ({"opened": True}, Activity(error=WrongKeyError()), VolumeState.UNLOCKED),
         ({}, Activity(error=DeviceMissingError()), VolumeState.LOCKED),
         ({"there": False}, Activity(error=DeviceMissingError()), VolumeState.MISSING),
-        ({}, Activity(error=DependencyError()), VolumeState.LOCKED),
+        ({}, Activity(error=DependencyError("x")), VolumeState.LOCKED),
         ({}, Activity(error=CancelledError()), VolumeState.LOCKED),
         *(({}, Activity(doing=state), state)
           for state in (VolumeState.WAITING, VolumeState.UNLOCKING)),
