@@ -579,6 +579,31 @@ def test_a_key_derivation_without_memory_dies_alone(site: Site) -> None:
     site.lock("cr_ask", "cr_hungry")
 
 
+def test_a_volume_whose_table_is_gone_stays_ours_until_it_is_closed(site: Site) -> None:
+    vm, root = site.vm, site.root
+    root.call("UnlockWithKey", "cr_hand", key=PASSPHRASE)
+    config = vm.run(f"cat {lab.CONFIG}").out
+    without = re.sub(r"^\[volume\.cr_hand\]\n([^\[].*\n|\n)*", "", config, flags=re.MULTILINE)
+    assert without != config
+    vm.put(lab.CONFIG, without)
+    root.call("Reload")
+    for _ in range(2):
+        assert "cr_hand" in lab.mappings(vm)
+        shown = site.volume("cr_hand")
+        assert shown["State"] == "unlocked"
+        assert_sentence(shown["LastError"], "volume cr_hand: it is no longer configured")
+        vm.run("test -e /run/vmcryptd/guest-content/cr_hand")
+        vm.run("grep -qx cr_hand /run/vmcryptd/volumes")
+        vm.run("systemctl restart vmcryptd")
+    root.call("Lock", "cr_hand")
+    assert "cr_hand" not in lab.mappings(vm)
+    vm.run("test ! -e /run/vmcryptd/guest-content/cr_hand")
+    assert root.refusal("Lock", "cr_hand").name == "NoSuchVolume"
+    vm.put(lab.CONFIG, config)
+    root.call("Reload")
+    root.wait("volume", "cr_hand", "locked")
+
+
 RESTARTS = {
     "killed": "systemctl kill -s KILL vmcryptd",
     "restarted": "systemctl restart vmcryptd",
@@ -602,6 +627,7 @@ def test_the_daemon_is_gone_for_a_moment(site: Site, how: str) -> None:
     child = "pgrep -fx '/usr/sbin/cryptsetup open .* cr_kdf'"
     vm.wait_until(f"{child} && pkill -STOP -fx '/usr/sbin/cryptsetup open .* cr_kdf'")
     before = running(vm)
+    reasons = {name: site.volume(name)["LastError"] for name in BROKEN}
     pid = vm.run("systemctl show -P MainPID vmcryptd").out.strip()
     vm.run(RESTARTS[how], timeout_s=300)
     vm.wait_until(f'[ "$(systemctl show -P MainPID vmcryptd)" -ne {pid} ]')
@@ -610,6 +636,7 @@ def test_the_daemon_is_gone_for_a_moment(site: Site, how: str) -> None:
     root.wait("volume", "cr_kdf", "waiting")
     root.wait("manager", "", "waiting")
     assert running(vm) == before
+    assert {name: site.volume(name)["LastError"] for name in BROKEN} == reasons
     assert vm.run(child, check=False).out == "", "a cryptsetup of the old daemon is left"
     states = {name: site.volume(name)["State"] for name in ("cr_good", "cr_ask", "cr_kdf")}
     assert states == {"cr_good": "unlocked", "cr_ask": "waiting", "cr_kdf": "waiting"}
