@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
@@ -1570,6 +1571,25 @@ async def test_a_restart_takes_up_what_was_begun(run: Running) -> None:
     assert third.state == "ready"
     assert run.host.done("close", "stop") == []
     run.engine = third.engine
+
+
+@play(volume("a") + volume("b", A + "\npresent = false", timeout="10ms"))
+async def test_a_daemon_that_is_killed_while_it_resumes_has_lost_nothing(run: Running) -> None:
+    kept = ("boot", "unlock:a", "late:b", "up")
+    run.host.keep_goals(kept)
+    seen: list[set[str]] = []
+    keep = run.host.keep_goals
+
+    def keep_goals(goals: Iterable[str]) -> None:
+        keep(goals)
+        seen.append(set(run.host.goals()))
+
+    run.host.keep_goals = keep_goals  # type: ignore[method-assign]
+    run.engine.resume()
+    assert seen
+    assert all(goals >= set(kept) for goals in seen)
+    run.host.answer("alpha")
+    await run.idle()
 
 
 @play(volume("a", "open = true") + volume("b"))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 
 from vmcryptd.core import planner
 from vmcryptd.core.errors import (
@@ -75,7 +75,11 @@ class BootPolicy:
 
     def resume(self, memory: Memory) -> None:
         """Take up again what an earlier run of the daemon was about to do."""
-        goals = memory.goals()
+        with self._jobs.kept_at_once():
+            self._resume(memory.goals())
+        self._open_late()
+
+    def _resume(self, goals: Collection[str]) -> None:
         self.booted = not {_UP, str(BOOT)}.isdisjoint(goals)
         for name in self._inventory.settings.volumes:
             if f"{_LATE}{name}" in goals:
@@ -92,7 +96,6 @@ class BootPolicy:
                     text,
                     error,
                 )
-        self._open_late()
 
     def forget(self) -> None:
         """Nothing is to come up by itself any more, and what has not is no failure."""

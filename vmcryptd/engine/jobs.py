@@ -107,6 +107,7 @@ class Jobs:
         self._going_down = 0  # requests to go down that are under way
         self._closing = 0  # of these, the ones that only close volumes
         self._beside: tuple[str, ...] = ()
+        self._is_held = False  # what is kept stays as it is for now
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -186,8 +187,18 @@ class Jobs:
             self._beside = beside
             self._keep()
 
+    @contextlib.contextmanager
+    def kept_at_once(self) -> Iterator[None]:
+        """What is kept changes at the end only: a daemon that is killed meanwhile has lost nothing."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            self._keep()
+
     def _keep(self) -> None:
-        if not self.is_closed:
+        if not self.is_closed and not self._is_held:
             rising = (job for job in self.running.values() if job.is_rising and job.may_ask)
             self._memory.keep_goals([*(str(job.goal) for job in rising), *self._beside])
 
