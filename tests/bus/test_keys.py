@@ -77,7 +77,7 @@ async def test_what_is_listed(daemon: Daemon) -> None:
     assert [slot["slot"] for slot in slots] == [0, 1]
     assert slots[0] == {
         "slot": 0, "opened_by": "passphrase", "kdf": "argon2id", "memory_kib": 65536, "threads": 4,
-        "iterations": 4, "priority": 1, "fitted_by": [],
+        "iterations": 4, "priority": 1, "caveat": "", "fitted_by": [],
     }  # fmt: skip
     assert await daemon.refused("ListKeys", "s", "male") == "NoSuchVolume"
     assert await daemon.refused("ListKeys", "s", "plain") == "NotLuks"

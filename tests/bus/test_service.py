@@ -147,7 +147,12 @@ class Daemon:
             await self.until(reached)
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        # Without the one for the configuration's files, which the daemon opens at some time after it is ready.
+        found = 0
+        for entry in os.scandir(f"/proc/{self.process.pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                found += "inotify" not in os.readlink(entry.path)
+        return found
 
     def memory_kib(self) -> int:
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
