@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from vmcryptd.bus.client import Client
-from vmcryptd.cli.unlock import Say, Unlocking, beneath, waiting_for
+from vmcryptd.cli.unlock import GATHER_S, Say, Unlocking, beneath, waiting_for
 from vmcryptd.core.errors import UnreachableError, VmcryptdError
 
 
@@ -22,6 +22,11 @@ async def start(client: Client, name: str, say: Say) -> None:
             if client.volumes.get(one, {}).get("State") == "waiting"
         )
 
+    def is_settled() -> bool:
+        needs = beneath(client, client.guests.get(name, {}).get("Needs", ()))
+        states = {str(client.volumes[one]["State"]) for one in needs if one in client.volumes}
+        return not states & {"locked", "unlocking"}
+
     try:
         while not call.done():
             asked = asyncio.ensure_future(client.until(lambda: bool(asked_for())))
@@ -36,7 +41,12 @@ async def start(client: Client, name: str, say: Say) -> None:
             if not client.interactive:
                 say(waiting_for(asked_for()))
                 await asyncio.wait({call})
-            elif failed := await Unlocking(client, asked_for(), can_ask=True, say=say).run():
+                continue
+            # What the guest needs besides may join the question.
+            await client.until(is_settled, GATHER_S)
+            if not (names := asked_for()):  # to Unlocking that would mean all
+                continue
+            if failed := await Unlocking(client, names, can_ask=True, say=say).run():
                 raise next(iter(failed.values()))
         call.result()
     finally:
