@@ -21,7 +21,7 @@ def _words(verb: Verb) -> list[Argument]:
 
 
 def _completes(verb: Verb) -> str:
-    """What the first word that is no option may be."""
+    """The candidates for the first word that is no option."""
     return next((one.completes for one in _words(verb)), "")
 
 
@@ -30,7 +30,7 @@ def _takes_file(verb: Verb) -> bool:
 
 
 def _first_words() -> list[str]:
-    """What may stand behind vmcryptctl: verbs, and groups of them once each."""
+    """The words that may follow vmcryptctl: verbs, and each group of verbs once."""
     return list(dict.fromkeys(verb.name.split()[0] for verb in VISIBLE))
 
 
@@ -43,7 +43,7 @@ def _second_word(verb: Verb) -> str:
 
 
 def _options_that_take(*kinds: str) -> list[str]:
-    """Options whose value is completed so, of all verbs."""
+    """The options of all verbs whose value is completed in this way."""
     options = [option for verb in VISIBLE for option in _options(verb) if option.value]
     return list(dict.fromkeys(option.name for option in options if option.completes in kinds))
 
@@ -138,7 +138,7 @@ def _quoted(text: str) -> str:
 
 
 def _about(word: str) -> str:
-    """What a first word is about."""
+    """The description of a first word."""
     verb = next((verb for verb in VISIBLE if verb.name == word), None)
     if verb is not None:
         return verb.help
@@ -159,11 +159,11 @@ def zsh() -> str:
     listed = "\n".join(f"        '{word}:{_quoted(_about(word))}'" for word in _first_words())
     groups = []
     for group in GROUPS:
-        told = " ".join(f"'{_second_word(one)}:{_quoted(one.help)}'" for one in _members(group))
-        groups.append(f"        {group}) verbs=({told}) ;;")
+        verbs = " ".join(f"'{_second_word(one)}:{_quoted(one.help)}'" for one in _members(group))
+        groups.append(f"        {group}) verbs=({verbs}) ;;")
     cases = []
     for verb in VISIBLE:
-        words = ["'--help[tell more about it]'"]
+        words = ["'--help[show help]'"]
         for option in _options(verb):
             value = f":{option.value.lower()}:{_zsh_action(option)}" if option.value else ""
             words.append(f"'{option.name}[{_zsh_text(option.help)}]{value}'")
@@ -252,7 +252,7 @@ def fish() -> str:
     for verb in VISIBLE:
         seen = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in verb.name.split())
         seen = f"-n '{seen}'"
-        lines.append(f"complete -c vmcryptctl {seen} -l help -d 'tell more about it'")
+        lines.append(f"complete -c vmcryptctl {seen} -l help -d 'show help'")
         for option in _options(verb):
             takes = "" if not option.value else " -x"
             if option.completes == "files":

@@ -6,7 +6,7 @@
  * start of the sector. It runs in real mode on SeaBIOS and QEMU's q35, whose power management
  * registers are at 0x600.
  *
- *   as --defsym DEAF=1   ignores the power button: somebody has to kill it.
+ *   as --defsym DEAF=1   ignores the power button: only a kill ends it.
  *   as --defsym ONCE=1   stops at once, as if the button had been pressed.
  */
         .code16
