@@ -220,19 +220,14 @@ async def _serve(arguments: Arguments) -> int:
         loop.add_signal_handler(number, stop.set)
     if arguments.sim is None and not await _hold_alone(stop):
         return 0
-    # The bus answers while the configuration is parsed, which is most of what a start takes.
-    connecting = asyncio.create_task(transport.connect(arguments.bus))
-    await asyncio.sleep(0)
-    try:
-        settings, ports, source = _composition(arguments)
-    except VmcryptdError:
-        connecting.cancel()
-        raise
-    connection = await connecting
+    connection = await transport.connect(arguments.bus)
     # A simulated host belongs to who runs it.
     trusted = {polkit.ROOT} if arguments.sim is None else {polkit.ROOT, os.getuid()}
     authority = polkit.Polkit(connection, trusted=frozenset(trusted))
     objects = Objects(connection, service.ROOT, authority)
+    # Before anything is read or written: beside a daemon that runs, this one must touch nothing.
+    await objects.own(service.NAME)
+    settings, ports, source = _composition(arguments)
     engine = Engine(settings, ports)
     engine.start()
     source.taken_over()
@@ -279,7 +274,7 @@ async def _serve(arguments: Arguments) -> int:
 
     files = FileWatch(source.watched, source.texts, looked)
     engine.changes.watch(shown.changed)
-    await objects.serve(service.NAME)
+    objects.serve()
     notify.ready()
     # What was made by now lives as long as the process: the collector need not look at it again.
     gc.freeze()

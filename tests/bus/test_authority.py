@@ -19,6 +19,8 @@ from vmcryptd.bus import transport
 from vmcryptd.core.errors import NotAuthorizedError
 
 ACTION = "org.vmcryptd1.unlock"
+PURPOSE = "unlock volume $(volume)"
+DETAILS = {"volume": "cr_imap"}
 POLKIT = "org.freedesktop.PolicyKit1"
 AUTHORITY = "/org/freedesktop/PolicyKit1/Authority"
 
@@ -57,6 +59,15 @@ def nobody() -> Iterator[str]:
         peer.stdin.close()
 
 
+async def check(
+    authority: Polkit, sender: str, *actions: str, interactive: bool, uid: int = 65534
+) -> None:
+    call = transport.Call(
+        sender, "/", "a.b", "C", "", [], 1, True, interactive, [], uid=uid
+    )  # fmt: skip
+    await authority.check(call, actions, PURPOSE, DETAILS)
+
+
 @asynccontextmanager
 async def connected() -> AsyncIterator[transport.Connection]:
     connection = await transport.connect()
@@ -76,14 +87,14 @@ def test_allowed_and_refused(run: Any, polkitd: None, nobody: str) -> None:
         async with connected() as connection:
             authority = Polkit(connection)
             with pytest.raises(NotAuthorizedError) as caught:
-                await authority.check(nobody, ACTION, interactive=False)
+                await check(authority, nobody, ACTION, interactive=False)
             assert str(caught.value) == (
                 "user 65534 may not do org.vmcryptd1.unlock: polkit refused; root always may"
             )
             await tell_mock(connection, "SetAllowed", "as", [ACTION])
-            await authority.check(nobody, ACTION, interactive=True)
+            await check(authority, nobody, ACTION, interactive=True)
             with pytest.raises(NotAuthorizedError):
-                await authority.check(nobody, "org.vmcryptd1.panic", interactive=True)
+                await check(authority, nobody, "org.vmcryptd1.panic", interactive=True)
 
     run(test())
 
@@ -94,7 +105,7 @@ def test_root_is_not_asked(run: Any) -> None:
             pytest.skip("not root")
         async with connected() as connection:
             name = connection._transport.unique_name
-            await Polkit(connection).check(name, ACTION, interactive=False)
+            await check(Polkit(connection), name, ACTION, interactive=False, uid=0)
 
     run(test())
 
@@ -103,7 +114,7 @@ def test_without_polkit_nobody_but_root_may(run: Any, nobody: str) -> None:
     async def test() -> None:
         async with connected() as connection:
             with pytest.raises(NotAuthorizedError, match="polkit cannot be asked"):
-                await Polkit(connection).check(nobody, ACTION, interactive=False)
+                await check(Polkit(connection), nobody, ACTION, interactive=False)
 
     run(test())
 
@@ -114,16 +125,7 @@ def test_who_is_trusted_may_without_polkit(run: Any, nobody: str) -> None:
     async def test() -> None:
         async with connected() as connection:
             trusted = frozenset({await connection.peer_uid(nobody)})
-            await Polkit(connection, trusted=trusted).check(nobody, ACTION, interactive=False)
-
-    run(test())
-
-
-def test_who_has_left_may_nothing(run: Any) -> None:
-    async def test() -> None:
-        async with connected() as connection:
-            with pytest.raises(NotAuthorizedError):
-                await Polkit(connection).check(":1.99999", ACTION, interactive=True)
+            await check(Polkit(connection, trusted=trusted), nobody, ACTION, interactive=False)
 
     run(test())
 
@@ -144,10 +146,12 @@ def test_an_answer_that_makes_no_sense_is_a_refusal(run: Any, nobody: str, answe
             polkit.on_call = reply
             await polkit.request_name(POLKIT)
             with pytest.raises(NotAuthorizedError, match="makes no sense"):
-                await Polkit(connection).check(nobody, ACTION, interactive=True)
+                await check(Polkit(connection), nobody, ACTION, interactive=True)
             [subject, action, details, flags, cancellation] = asked[0].body
             assert subject == ["system-bus-name", {"name": nobody}]
-            assert (action, details, flags) == (ACTION, {}, 1)
+            message = f"Authentication is required to {PURPOSE}"
+            assert (action, flags) == (ACTION, 1)
+            assert details == {"volume": "cr_imap", "polkit.message": message}
             assert cancellation
 
     run(test())
@@ -168,7 +172,7 @@ def test_hanging_polkit_is_a_refusal_and_is_told(run: Any, nobody: str) -> None:
             await polkit.request_name(POLKIT)
             authority = Polkit(connection, timeout_s=0.05, interactive_timeout_s=30)
             with pytest.raises(NotAuthorizedError, match=r"did not answer within 0.05 s"):
-                await authority.check(nobody, ACTION, interactive=False)
+                await check(authority, nobody, ACTION, interactive=False)
             asked, cancelled = await silent.calls.get(), await silent.calls.get()
             assert asked.body[3] == 0
             assert (cancelled.member, cancelled.body) == (
@@ -176,7 +180,7 @@ def test_hanging_polkit_is_a_refusal_and_is_told(run: Any, nobody: str) -> None:
                 asked.body[4:],
             )
 
-            waiting = asyncio.create_task(authority.check(nobody, ACTION, interactive=True))
+            waiting = asyncio.create_task(check(authority, nobody, ACTION, interactive=True))
             asked = await silent.calls.get()
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -193,11 +197,46 @@ def test_one_who_is_asked_keeps_nobody_waiting(run: Any, polkitd: None, nobody: 
             authority = Polkit(connection)
             await tell_mock(connection, "SetAllowed", "as", [ACTION, "org.vmcryptd1.lock"])
             await tell_mock(connection, "SimulateHangActions", "as", [ACTION])
-            slow = asyncio.create_task(authority.check(nobody, ACTION, interactive=True))
-            await authority.check(nobody, "org.vmcryptd1.lock", interactive=True)
+            slow = asyncio.create_task(check(authority, nobody, ACTION, interactive=True))
+            await check(authority, nobody, "org.vmcryptd1.lock", interactive=True)
             assert not slow.done()
             await tell_mock(connection, "ReleaseHangingCalls", "")
             await slow
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "refused"),
+    [
+        # Each action: allowed, challenge. A dialog is shown where one can help, and only there.
+        ({"a": (True, False), "b": (True, False)}, ["a", "b"], None),
+        ({"a": (False, True), "b": (False, False)}, ["a", "b"], "b"),
+        ({"a": (False, True), "b": (True, False)}, ["a", "b", "a!"], None),
+        ({"a": (False, True), "b": (False, True)}, ["a", "b", "a!", "b!"], None),
+    ],
+)
+def test_two_actions_need_no_more_dialogs_than_they_must(
+    run: Any, nobody: str, answers: dict[str, tuple[bool, bool]], asked: list[str], refused: Any
+) -> None:
+    async def test() -> None:
+        async with connected() as connection, connected() as polkit:
+            seen: list[str] = []
+
+            def reply(call: transport.Call) -> None:
+                action, interactive = call.body[1], call.body[3]
+                seen.append(action + "!" * interactive)
+                allowed, challenge = answers[action]
+                polkit.reply(call, "(bba{ss})", [[allowed or bool(interactive), challenge, {}]])
+
+            polkit.on_call = reply
+            await polkit.request_name(POLKIT)
+            if refused is None:
+                await check(Polkit(connection), nobody, "a", "b", interactive=True)
+            else:
+                with pytest.raises(NotAuthorizedError, match=f"may not do {refused}: "):
+                    await check(Polkit(connection), nobody, "a", "b", interactive=True)
+            assert seen == asked
 
     run(test())
 
@@ -207,9 +246,9 @@ def test_polkit_that_is_slow(run: Any, polkitd: None, nobody: str) -> None:
         async with connected() as connection:
             await tell_mock(connection, "SetAllowed", "as", [ACTION])
             await tell_mock(connection, "SetDelay", "d", 0.2)
-            await Polkit(connection).check(nobody, ACTION, interactive=False)
+            await check(Polkit(connection), nobody, ACTION, interactive=False)
             with pytest.raises(NotAuthorizedError):
-                await Polkit(connection, timeout_s=0.05).check(nobody, ACTION, interactive=False)
+                await check(Polkit(connection, timeout_s=0.05), nobody, ACTION, interactive=False)
 
     run(test())
 
@@ -220,7 +259,9 @@ def test_polkit_that_dies_while_it_is_asked(run: Any, nobody: str) -> None:
             polkit = await transport.connect()
             silent = Silent(polkit)
             await polkit.request_name(POLKIT)
-            asking = asyncio.create_task(Polkit(connection).check(nobody, ACTION, interactive=True))
+            asking = asyncio.create_task(
+                check(Polkit(connection), nobody, ACTION, interactive=True)
+            )
             await silent.calls.get()
             await polkit.disconnect()
             with pytest.raises(NotAuthorizedError, match="polkit cannot be asked"):

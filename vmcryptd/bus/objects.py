@@ -4,7 +4,7 @@
 class Manager(Interface, name="org.vmcryptd1.Manager"):
     State: str  # an annotation is a read-only property
 
-    @exported(action="org.vmcryptd1.unlock")
+    @exported(action="org.vmcryptd1.unlock", purpose="unlock volume $(volume)")
     async def Unlock(self, volume: str) -> None:
         await self._engine.unlock(volume)
 """
@@ -15,7 +15,7 @@ import asyncio
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,20 @@ from typing import (
 )
 
 from vmcryptd.bus import transport
+from vmcryptd.bus.admission import Admission
 from vmcryptd.bus.transport import Call, Connection, Signal, Typed
 from vmcryptd.core.errors import InternalError, ShuttingDownError, VmcryptdError
+from vmcryptd.core.text import escaped
 
 log = logging.getLogger(__name__)
 
-MAX_PENDING = 64  # calls of one connection that are not answered yet: each may be a polkit check
+# Calls of one user that are not answered yet. Each may be a polkit check, and dbus-daemon allows this
+# connection 128 of them (max_replies_per_connection).
+MAX_PENDING = 16
+MAX_READING = 4  # of these that nobody has to authorise: each is a child or a thread
+# What a call costs beyond its own time, in seconds of the caller's share.
+ASKING_S = 0.003  # polkit
+READING_S = 0.01  # a child
 
 Handle = NewType("Handle", int)  # an argument of D-Bus type `h`, for take_fd()
 ObjectPath = NewType("ObjectPath", str)
@@ -53,10 +61,19 @@ _SIGNATURES: dict[Any, str] = {
 
 
 class Authority(Protocol):
-    """Who may do what."""
+    """Says which caller may do what."""
 
-    async def check(self, sender: str, action: str, *, interactive: bool) -> None:
-        """Raises NotAuthorizedError."""
+    @property
+    def trusted(self) -> frozenset[int]:
+        """Users that may do and see everything."""
+
+    async def check(
+        self, call: Call, actions: Sequence[str], purpose: str, details: Mapping[str, str]
+    ) -> None:
+        """Raises NotAuthorizedError unless the caller may do all of the actions.
+
+        `purpose` goes on after "Authentication is required to", with $(NAME) for the details.
+        """
 
 
 class _StandardError(VmcryptdError):
@@ -73,7 +90,8 @@ class _StandardError(VmcryptdError):
 
 class _Method(NamedTuple):
     function: Callable[..., Any]
-    action: str | None
+    actions: tuple[str, ...]
+    purpose: str
     arguments: Mapping[str, str]  # name → signature
     returns: str
 
@@ -82,16 +100,20 @@ class _Method(NamedTuple):
         return "".join(self.arguments.values())
 
 
-def exported(*, action: str | None) -> Callable[[Function], Function]:
-    """Mark a method of an Interface as a D-Bus method that needs a polkit action.
+def exported(
+    *, action: str | tuple[str, ...] | None, purpose: str = ""
+) -> Callable[[Function], Function]:
+    """Mark a method of an Interface as a D-Bus method that needs a polkit action, or each of several.
 
-    `None` is open to everybody: for reading only.
+    `None` is open to everybody: for reading only. `purpose`: as in `Authority.check`, with the
+    method's arguments as details.
     """
+    actions = (action,) if isinstance(action, str) else action or ()
 
     def mark(function: Function) -> Function:
-        if action is not None and not inspect.iscoroutinefunction(function):
+        if actions and not inspect.iscoroutinefunction(function):
             raise TypeError(f"{function.__qualname__} needs an authorisation, so it must be async")
-        function._action = action  # type: ignore[attr-defined]
+        function._exported = actions, purpose  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -105,7 +127,8 @@ def take_fd(handle: Handle) -> int:
 def _method(function: Callable[..., Any]) -> _Method:
     hints = {name: _signature(hint) for name, hint in get_type_hints(function).items()}
     returns = hints.pop("return")
-    return _Method(function, function._action, hints, returns)  # type: ignore[attr-defined]
+    actions, purpose = function._exported  # type: ignore[attr-defined]
+    return _Method(function, actions, purpose, hints, returns)
 
 
 def _signature(hint: Any) -> str:
@@ -136,7 +159,7 @@ class Interface:
         cls.methods = {
             key: _method(function)
             for key, function in vars(cls).items()
-            if hasattr(function, "_action")
+            if hasattr(function, "_exported")
         }
 
     def __init__(self, **values: object) -> None:
@@ -187,6 +210,10 @@ class _Pending:
     method: _Method
     authorised: bool = False
 
+    @property
+    def kind(self) -> tuple[int, bool]:
+        return self.call.uid, bool(self.method.actions)
+
 
 class Objects:
     """All objects of a connection, below a root that is their ObjectManager."""
@@ -197,14 +224,16 @@ class Objects:
         self._root = root
         # Brings the properties up to date; called before anything of them is answered.
         self.refresh: Callable[[], None] = lambda: None
+        # What of an error's text a caller that is not trusted gets to see.
+        self.redacted: Callable[[str], str] = lambda text: text
         self._objects: dict[str, dict[str, Interface]] = {}
         self._pending: dict[asyncio.Task[Any], _Pending] = {}
-        self._counts: Counter[str] = Counter()  # pending calls by sender
+        self._counts: Counter[tuple[int, bool]] = Counter()  # pending: user, needs authorisation
         self._serving = self._stopping = False
         self._peer, self._introspectable = _Peer(), _Introspectable(self)
         self._standard = (self._peer, self._introspectable, _Properties(self))
         self._manager = _ObjectManager(self)
-        connection.on_call = self._on_call
+        self._admission = Admission(connection, self._on_call, authority.trusted)
 
     def export(self, path: str, *interfaces: Interface) -> None:
         """Offer an object. What it is made of does not change until `unexport`."""
@@ -222,8 +251,8 @@ class Objects:
             interface._emit = None
         self._emit(self._root, _ObjectManager, "InterfacesRemoved", [path, list(interfaces)])
 
-    async def serve(self, name: str) -> None:
-        """Own the name, and from here on tell what changes. Raises NameTakenError."""
+    async def own(self, name: str) -> None:
+        """Own the name. Calls wait until `serve`. Raises NameTakenError."""
         await self._connection.match(
             self._on_vanished,
             sender=transport.DRIVER,
@@ -231,8 +260,12 @@ class Objects:
             member="NameOwnerChanged",
             arg2="",
         )
-        self._serving = True
         await self._connection.request_name(name)
+
+    def serve(self) -> None:
+        """Answer calls, and tell what changes."""
+        self._serving = True
+        self._admission.open()
 
     async def stop(self, grace_s: float = 5) -> None:
         """Cancel what runs, and answer it and all that still comes with ShuttingDown."""
@@ -294,6 +327,9 @@ class Objects:
         if call.signature != method.signature:
             wanted = f"{call.member} takes ({method.signature}), not ({call.signature})"
             raise _StandardError("InvalidArgs", wanted)
+        for text in _texts(call.body):
+            if not text.isprintable():
+                raise _StandardError("InvalidArgs", f"not printable: {escaped(text)}")
         handles = [
             value for value, kind in zip(call.body, method.signature, strict=False) if kind == "h"
         ]
@@ -309,12 +345,15 @@ class Objects:
             finally:
                 CALL.reset(token)
             return False
-        if self._counts[call.sender] >= MAX_PENDING:
-            raise _StandardError("LimitsExceeded", f"{MAX_PENDING} calls are pending already")
         pending = _Pending(call, interface, method)
+        most = MAX_PENDING if method.actions else MAX_READING
+        if self._counts[pending.kind] >= most and not call.is_trusted:
+            text = f"{most} calls of user {call.uid} are pending already"
+            raise _StandardError("LimitsExceeded", text)
+        self._admission.charge(call, ASKING_S if method.actions else READING_S)
         task = asyncio.create_task(self._run(pending))
         self._pending[task] = pending
-        self._counts[call.sender] += 1
+        self._counts[pending.kind] += 1
         # A callback, because a task that is cancelled before its first step runs no line at all.
         task.add_done_callback(self._on_done)
         return True
@@ -335,8 +374,13 @@ class Objects:
     async def _run(self, pending: _Pending) -> Any:
         call, method = pending.call, pending.method
         CALL.set(call)
-        if method.action is not None:
-            await self._authority.check(call.sender, method.action, interactive=call.interactive)
+        if method.actions:
+            details = {
+                name: escaped(value)
+                for (name, kind), value in zip(method.arguments.items(), call.body, strict=True)
+                if kind == "s"
+            }
+            await self._authority.check(call, method.actions, method.purpose, details)
         pending.authorised = True
         return await method.function(pending.interface, *call.body)
 
@@ -356,11 +400,11 @@ class Objects:
             self._answer(pending, None, task.result())
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
-        call = self._pending.pop(task).call
-        call.close()
-        self._counts[call.sender] -= 1
-        if not self._counts[call.sender]:
-            del self._counts[call.sender]
+        pending = self._pending.pop(task)
+        pending.call.close()
+        self._counts[pending.kind] -= 1
+        if not self._counts[pending.kind]:
+            del self._counts[pending.kind]
 
     def _answer(self, pending: _Pending, error: BaseException | None, value: Any = None) -> None:
         try:
@@ -372,15 +416,19 @@ class Objects:
             self._refuse(pending.call, failure)
 
     def _reply(self, call: Call, method: _Method, value: Any) -> None:
-        self._connection.reply(call, method.returns, [value] if method.returns else [])
+        size = self._connection.reply(call, method.returns, [value] if method.returns else [])
+        self._admission.answered(call, size)
 
     def _refuse(self, call: Call, error: Exception) -> None:
         if not isinstance(error, VmcryptdError):
             log.error("%s.%s failed", call.interface, call.member, exc_info=error)
             error = InternalError("vmcryptd made a mistake; its journal tells more")
-        self._connection.refuse(call, error.dbus_name, str(error))
+        text = str(error) if call.is_trusted else self.redacted(str(error))
+        size = self._connection.refuse(call, error.dbus_name, text)
+        self._admission.answered(call, size)
 
     def _on_vanished(self, signal: Signal) -> None:
+        self._admission.vanished(signal.body[0])
         # Nobody is left to be asked for a password. What was authorised goes on.
         for task, pending in self._pending.items():
             if pending.call.sender == signal.body[0] and not pending.authorised:
@@ -493,6 +541,14 @@ def _xml(interfaces: Mapping[str, Interface]) -> list[str]:
             lines.append("    </property>")
         lines.append("  </interface>")
     return lines
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value.items() if isinstance(value, dict) else value:
+            yield from _texts(list(one) if isinstance(one, tuple) else one)
 
 
 def _fits(signature: str, value: object) -> bool:

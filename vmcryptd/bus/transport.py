@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The only module that imports a D-Bus library. In and out go plain Python values.
 
-The library is transport only: it marshals and moves bytes. Its own dispatcher is never reached,
-because it leaks every descriptor it does not route, hides the sender, answers with tracebacks and
-leaves cancelled calls unanswered (python-dbus-next#162, #93). Calls go to `Connection.on_call`.
+The library logs in and marshals. Bytes are moved by `wire`, because the library reads on as long as
+there is anything to read. Its dispatcher is never reached, because it leaks every descriptor it does
+not route, hides the sender, answers with tracebacks and leaves cancelled calls unanswered
+(python-dbus-next#162, #93). Calls go to `Connection.on_call`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -17,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vmcryptd.bus import wire
+from vmcryptd.bus.wire import Frame, Reader, Writer
 from vmcryptd.core.errors import DeadlineError, UnreachableError, VmcryptdError
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ if TYPE_CHECKING:  # neither is a mypy dependency, and the types of one are not 
     Message: Any
     MessageFlag: Any
     MessageType: Any
+    Unmarshaller: Any
     Variant: Any
     _Transport: Any
 
@@ -44,12 +49,23 @@ if TYPE_CHECKING:  # neither is a mypy dependency, and the types of one are not 
 
 elif _LIBRARY == "dbus_fast":
     from dbus_fast import Message, MessageFlag, MessageType, Variant
-    from dbus_fast.aio import MessageBus as _Transport
+    from dbus_fast._private.unmarshaller import Unmarshaller
+    from dbus_fast.aio import message_bus
     from dbus_fast.signature import get_signature_tree
 
     def _trim_signatures() -> None:
         if get_signature_tree.cache_info().currsize > MAX_SIGNATURES:
             get_signature_tree.cache_clear()
+
+    def _build_reader(sock, process, finalize, *_):
+        reader = finalize.__self__.reader = Reader(sock, finalize)
+        reader.on_frame = lambda frame: process(_parsed(frame))
+        return reader
+
+    message_bus.build_message_reader = _build_reader
+
+    class _Transport(message_bus.MessageBus):
+        pass
 
 else:
     from dbus_next import Message, MessageFlag, MessageType, Variant
@@ -70,18 +86,6 @@ else:
     def _trim_signatures() -> None:
         pass
 
-    class _Bounded(Unmarshaller):
-        """Leaves what is too large unread: 32 MiB of variants block the loop for ten seconds."""
-
-        def read_argument(self, type_):
-            if len(self.buf) <= MAX_MESSAGE or self.buf[1] not in (1, 4):  # a call or a signal
-                return super().read_argument(type_)
-            order = "little" if self.endian == ord("l") else "big"
-            if self.offset >= 16 + int.from_bytes(self.buf[12:16], order):
-                return None  # in the body
-            value = super().read_argument(type_)
-            return "/" if type_.token == "o" else value
-
     class _Transport(MessageBus):
         def _setup_socket(self):
             try:
@@ -89,9 +93,8 @@ else:
             except BaseException:
                 _close_socket(self)
                 raise
-
-        def _create_unmarshaller(self):
-            return _Bounded(self._stream, self._sock)
+            self.reader = self._message_reader = Reader(self._sock, self._finalize)
+            self.reader.on_frame = lambda frame: self._on_message(_parsed(frame))
 
         async def _auth_readline(self):
             # The original never yields again once the bus has hung up: not even a timeout ends it.
@@ -104,25 +107,10 @@ else:
             return line[:-2].decode()
 
 
-class _Socket:
-    """To both libraries a full socket is a lost connection: 300 signals in a row were enough."""
-
-    def __init__(self, sock: Any) -> None:
-        self._sock = sock
-        self._ancillary: Sequence[Any] = ()
-
-    def send(self, data: memoryview) -> int:
-        return self.sendmsg([data], ())
-
-    def sendmsg(self, buffers: Sequence[memoryview], ancillary: Sequence[Any]) -> int:
-        # After "0 bytes sent" the library goes on when there is room, but without the descriptors.
-        self._ancillary = ancillary or self._ancillary
-        try:
-            sent: int = self._sock.sendmsg(buffers, self._ancillary)
-        except BlockingIOError:
-            return 0
-        self._ancillary = ()
-        return sent
+def _parsed(frame: Frame) -> Any:
+    """The library's message, without its descriptors."""
+    _trim_signatures()
+    return Unmarshaller(io.BytesIO(frame.data)).unmarshall()
 
 
 class RemoteError(Exception):
@@ -171,6 +159,8 @@ class Call(NamedTuple):
     wants_reply: bool
     interactive: bool
     fds: list[int]
+    uid: int = -1  # of the sender; -1 if nobody asked
+    is_trusted: bool = False  # the sender may do and see everything
 
     def take_fd(self, index: int) -> int:
         """Hand over the descriptor that an argument of type `h` names; the caller closes it."""
@@ -180,7 +170,7 @@ class Call(NamedTuple):
         return fd
 
     def close(self) -> None:
-        _close(self.fds)
+        wire.close(self.fds)
         self.fds.clear()
 
 
@@ -212,12 +202,14 @@ class Connection:
 
     def __init__(self, transport: Any) -> None:
         self.on_call: Callable[[Call], None] | None = None
+        # A method call as it arrives; who takes it over calls `call_of` when its turn has come.
+        self.on_frame: Callable[[Frame], None] = self._serve
         self._transport = transport
         self._replies: dict[int, tuple[asyncio.Future[tuple[Any, list[int]]], bool]] = {}
         self._subscriptions: list[_Subscription] = []
         self._closed = asyncio.Event()
-        transport._writer.sock = _Socket(transport._sock)
-        transport.add_message_handler(self._receive)
+        transport.reader.on_frame = self._receive
+        self.writer = Writer(transport._sock, transport._finalize)
         self._watch = asyncio.create_task(self._wait_for_disconnect())
 
     async def closed(self) -> None:
@@ -325,21 +317,23 @@ class Connection:
         [uid] = await self._driver("GetConnectionUnixUser", "s", sender)
         return int(uid)
 
-    def reply(self, call: Call, signature: str = "", body: Sequence[Any] = ()) -> None:
-        """Answer a call. Raises ValueError if the values are not of the signature."""
-        if call.wants_reply:
-            self._post(
-                message_type=MessageType.METHOD_RETURN, reply_serial=call.serial,
-                destination=call.sender, signature=signature, body=body,
-            )  # fmt: skip
+    def reply(self, call: Call, signature: str = "", body: Sequence[Any] = ()) -> int:
+        """Answer a call. Returns the bytes sent. Raises ValueError if the values do not fit."""
+        if not call.wants_reply:
+            return 0
+        return self._post(
+            message_type=MessageType.METHOD_RETURN, reply_serial=call.serial,
+            destination=call.sender, signature=signature, body=body,
+        )  # fmt: skip
 
-    def refuse(self, call: Call, name: str, text: str) -> None:
-        """Answer a call with an error."""
-        if call.wants_reply:
-            self._post(
-                message_type=MessageType.ERROR, reply_serial=call.serial, destination=call.sender,
-                error_name=name, signature="s", body=[text[:MAX_TEXT]],
-            )  # fmt: skip
+    def refuse(self, call: Call | Frame, name: str, text: str) -> int:
+        """Answer a call with an error. Returns the bytes sent."""
+        if not call.wants_reply or not self._is_open:
+            return 0
+        serial = self._transport.next_serial()
+        data = wire.error(serial, call.serial, call.sender, name, _text(text[:MAX_TEXT]))
+        self.writer.send(data, [])
+        return len(data)
 
     def emit(
         self, path: str, interface: str, member: str, signature: str, body: Sequence[Any]
@@ -357,74 +351,92 @@ class Connection:
             DRIVER, DRIVER_PATH, DRIVER, member, signature, body, timeout_s=timeout_s
         )
 
-    def _post(self, **header: Any) -> None:
-        with contextlib.suppress(UnreachableError):  # nobody is left to read it
-            self._send(**header)
+    @property
+    def _is_open(self) -> bool:
+        return not self._closed.is_set() and bool(self._transport.connected)
 
-    def _send(self, *, body: Sequence[Any] = (), fds: Sequence[int] = (), **header: Any) -> None:
-        if self._closed.is_set() or not self._transport.connected:
+    def _post(self, **header: Any) -> int:
+        with contextlib.suppress(UnreachableError):  # nobody is left to read it
+            return self._send(**header)
+        return 0
+
+    def _send(
+        self, *, body: Sequence[Any] = (), fds: Sequence[int] = (), serial: int = 0, **header: Any
+    ) -> int:
+        if not self._is_open:
             raise UnreachableError("the connection to the bus is lost")
         copies: list[int] = []
         try:
-            # The library sends later, when the caller may have closed its own.
+            # They may be sent later, when the caller may have closed its own.
             copies.extend(os.dup(fd) for fd in fds)
-            message = Message(body=_outgoing(list(body)), unix_fds=copies, **header)
-            sent = self._transport.send(message)
+            serial = serial or self._transport.next_serial()
+            message = Message(body=_outgoing(list(body)), unix_fds=copies, serial=serial, **header)
+            data = bytes(message._marshall(True))
         except OSError:
-            _close(copies)
+            wire.close(copies)
             raise
         except Exception as error:
-            _close(copies)
+            wire.close(copies)
             raise ValueError(f"cannot be sent over D-Bus: {error}") from error
+        self.writer.send(data, copies)
+        return len(data)
 
-        def done(future: asyncio.Future[None]) -> None:
-            _close(copies)
-            if not future.cancelled():
-                future.exception()  # seen: a lost connection is told by closed()
-
-        sent.add_done_callback(done)
-
-    def _receive(self, message: Any) -> bool:
-        """See every message first, own its descriptors, and leave no method call to the library."""
-        fds, message.unix_fds = list(message.unix_fds or ()), []
-        for fd in fds:
-            os.set_inheritable(fd, False)  # neither library receives with MSG_CMSG_CLOEXEC
-        _trim_signatures()
-        if message.message_type is MessageType.METHOD_CALL:
-            self._receive_call(message, fds)
-            return True
-        if message.message_type is MessageType.SIGNAL:
-            self._receive_signal(message)
+    def _receive(self, frame: Frame) -> None:
+        """See every message first; it owns its descriptors."""
+        if frame.kind == wire.METHOD_CALL:
+            self.on_frame(frame)
+            return
+        if frame.kind == wire.SIGNAL:
+            if self._is_followed(frame.sender) and frame.size <= MAX_MESSAGE:
+                self._receive_signal(_parsed(frame))
         else:
-            reply, wants_fds = self._replies.get(message.reply_serial, (None, False))
+            reply, wants_fds = self._replies.get(frame.reply_serial, (None, False))
             if reply is not None and not reply.done():
-                reply.set_result((message, fds if wants_fds else []))
-                if wants_fds:
-                    fds = []
-        _close(fds)
-        return False
+                try:
+                    reply.set_result((_parsed(frame), frame.fds if wants_fds else []))
+                    if wants_fds:
+                        return
+                except Exception as error:  # noqa: BLE001 - whatever the library stumbles upon
+                    reply.set_exception(ValueError(f"the answer cannot be read: {error}"))
+        frame.close()
 
-    def _receive_call(self, message: Any, fds: list[int]) -> None:
-        call = Call(
-            sender=message.sender or "", path=message.path, interface=message.interface,
+    def call_of(self, frame: Frame) -> Call:
+        """Parse a method call, which owns the descriptors then. Raises ValueError."""
+        if frame.size > MAX_MESSAGE:
+            raise ValueError("the call is too large")
+        try:
+            message = _parsed(frame)
+        except Exception as error:
+            raise ValueError("the call cannot be read") from error
+        return Call(
+            sender=frame.sender, path=message.path, interface=message.interface,
             member=message.member, signature=message.signature, serial=message.serial,
-            body=[_incoming(value) for value in message.body], fds=fds,
-            wants_reply=not message.flags & MessageFlag.NO_REPLY_EXPECTED,
+            body=[_incoming(value) for value in message.body], fds=frame.fds,
+            wants_reply=frame.wants_reply,
             interactive=bool(message.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION),
         )  # fmt: skip
-        if None in call.body:
-            call.close()
-            self.refuse(call, STANDARD_ERROR + "LimitsExceeded", "the arguments are too large")
-        elif self.on_call is None:
-            call.close()
-            self.refuse(call, STANDARD_ERROR + "UnknownObject", "this is a client")
+
+    def _serve(self, frame: Frame) -> None:
+        if self.on_call is None:
+            frame.close()
+            self.refuse(frame, STANDARD_ERROR + "UnknownObject", "this is a client")
+            return
+        try:
+            call = self.call_of(frame)
+        except ValueError as error:
+            frame.close()
+            self.refuse(frame, STANDARD_ERROR + "LimitsExceeded", str(error))
         else:
             self.on_call(call)
 
+    def _is_followed(self, sender: str) -> bool:
+        """Anybody can send signals to this connection: most of them need not be parsed."""
+        return sender == DRIVER or any(
+            "sender" not in one.rule or one.owner == sender for one in self._subscriptions
+        )
+
     def _receive_signal(self, message: Any) -> None:
         body = [_incoming(value) for value in message.body]
-        if None in body:
-            return
         if message.sender == DRIVER and message.member == "NameOwnerChanged":
             for subscription in self._subscriptions:
                 if subscription.rule.get("sender") == body[0]:
@@ -443,6 +455,7 @@ class Connection:
         with contextlib.suppress(Exception):
             await self._transport.wait_for_disconnect()
         self._closed.set()
+        self.writer.close()
         for reply, _ in self._replies.values():
             if not reply.done():
                 reply.set_exception(UnreachableError("the connection to the bus is lost"))
@@ -515,12 +528,6 @@ def _incoming(value: Any) -> Any:
     if isinstance(value, (list, tuple)):  # a struct is a list in dbus_next, a tuple in dbus_fast
         return [_incoming(one) for one in value]
     return value
-
-
-def _close(fds: Sequence[int]) -> None:
-    for fd in fds:
-        if fd >= 0:
-            os.close(fd)
 
 
 def _close_socket(transport: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Mapping, Sequence
 
-from vmcryptd.bus.transport import Connection, RemoteError, Typed
+from vmcryptd.bus.transport import Call, Connection, RemoteError, Typed
 from vmcryptd.core.errors import NotAuthorizedError, VmcryptdError
 
 _NAME = "org.freedesktop.PolicyKit1"
@@ -20,7 +21,7 @@ ROOT = 0
 class Polkit:
     """Asks polkit about the sender of a call. While a person types, only its caller waits.
 
-    `trusted`: users who may do everything, and about whom nobody is asked.
+    `trusted`: users that may do and see everything; polkit is not asked about them.
     """
 
     def __init__(
@@ -32,22 +33,45 @@ class Polkit:
         interactive_timeout_s: float = 120,
     ) -> None:
         self._connection = connection
-        self._trusted = trusted
+        self.trusted = trusted
         self._timeout_s = timeout_s
         self._interactive_timeout_s = interactive_timeout_s
         self._ids = itertools.count(1)
 
-    async def check(self, sender: str, action: str, *, interactive: bool) -> None:
-        """Raises NotAuthorizedError."""
-        try:
-            uid = await self._connection.peer_uid(sender)
-        except (RemoteError, VmcryptdError):
-            raise NotAuthorizedError(f"{sender} left before it was known who it is") from None
-        if uid in self._trusted:
+    async def check(
+        self, call: Call, actions: Sequence[str], purpose: str, details: Mapping[str, str]
+    ) -> None:
+        """Raises NotAuthorizedError unless the caller may do all of the actions.
+
+        The dialog says "Authentication is required to" and the purpose, in which $(NAME) is one of
+        the details; rules see them by `action.lookup("NAME")`.
+        """
+        if call.uid in self.trusted:
             return
+        shown = dict(details)
+        if purpose:
+            shown["polkit.message"] = f"Authentication is required to {purpose}"
+        challenged = list(actions)
+        if len(actions) > 1:
+            # A dialog only if no action is refused outright, and only for those that need one.
+            challenged = [
+                action
+                for action in actions
+                if not await self._may(call, action, shown, is_last=not call.interactive)
+            ]
+        for action in challenged:
+            await self._may(call, action, shown, is_last=True)
+
+    async def _may(
+        self, call: Call, action: str, details: Mapping[str, str], *, is_last: bool
+    ) -> bool:
+        """False if polkit wants a password and `is_last` is not set; raises NotAuthorizedError."""
+        interactive = call.interactive and is_last
         timeout_s = self._interactive_timeout_s if interactive else self._timeout_s
         try:
-            allowed, challenge = await self._ask(sender, action, interactive, timeout_s)
+            allowed, challenge = await self._ask(
+                call.sender, action, details, interactive, timeout_s
+            )
         except TimeoutError:
             reason = f"polkit did not answer within {timeout_s:g} s"
         except RemoteError as error:
@@ -58,21 +82,28 @@ class Polkit:
             reason = "polkit's answer makes no sense"
         else:
             if allowed:
-                return
+                return True
+            if challenge and not is_last:
+                return False
             reason = (
                 "polkit wants a password, and the caller forbids to ask"
                 if challenge
                 else "polkit refused"
             )
-        raise NotAuthorizedError(f"user {uid} may not do {action}: {reason}; root always may")
+        raise NotAuthorizedError(f"user {call.uid} may not do {action}: {reason}; root always may")
 
     async def _ask(
-        self, sender: str, action: str, interactive: bool, timeout_s: float
+        self,
+        sender: str,
+        action: str,
+        details: Mapping[str, str],
+        interactive: bool,
+        timeout_s: float,
     ) -> tuple[bool, bool]:
         cancellation = f"vmcryptd-{next(self._ids)}"
         subject = ["system-bus-name", {"name": Typed("s", sender)}]
         flags = _ALLOW_USER_INTERACTION if interactive else 0
-        body = [subject, action, {}, flags, cancellation]
+        body = [subject, action, details, flags, cancellation]
         try:
             async with asyncio.timeout(timeout_s):
                 [answer] = await self._connection.call(
