@@ -14,11 +14,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from vmcryptd import __version__
-from vmcryptd.bus.objects import Handle, Interface, ObjectPath, Objects, exported, take_fd
+from vmcryptd.bus.objects import CALL, Handle, Interface, ObjectPath, Objects, exported, take_fd
 from vmcryptd.bus.transport import object_path
+from vmcryptd.core.errors import NoVolumeError
 from vmcryptd.core.goals import Goal, Plan
 from vmcryptd.core.model import Infinity
 from vmcryptd.core.states import GuestView, VolumeView
+from vmcryptd.core.text import escaped
 from vmcryptd.engine import unlock_with_key
 from vmcryptd.engine.engine import Engine
 from vmcryptd.engine.jobs import Job
@@ -59,62 +61,66 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         self._engine = engine
         self._reload = reload
 
-    @exported(action=UNLOCK)
+    @exported(action=UNLOCK, purpose="unlock volume $(volume)")
     async def Unlock(self, volume: str) -> None:
         """Open a volume and what it needs: sources first, then a person is asked. Answers when it is open."""
         await self._engine.unlock(volume)
 
-    @exported(action=UNLOCK)
+    @exported(action=UNLOCK, purpose="unlock volume $(volume)")
     async def UnlockUnattended(self, volume: str) -> None:
         """The same by sources alone. Fails with NotAsked if a person is needed, also if others have one asked."""
         await self._engine.unlock_unattended(volume)
 
-    @exported(action=UNLOCK)
+    @exported(action=UNLOCK, purpose="unlock volume $(volume)")
     async def UnlockWithKey(self, volume: str, key: Handle) -> None:
         """The same with a key, read to its end from the descriptor."""
         await unlock_with_key.unlock(self._engine, volume, take_fd(key))
 
-    @exported(action=UNLOCK)
+    @exported(action=UNLOCK, purpose="unlock all volumes of the boot set")
     async def UnlockAll(self) -> None:
         """Open every volume of the boot set."""
         await self._engine.unlock_all()
 
-    @exported(action=UNLOCK)
+    @exported(action=UNLOCK, purpose="unlock all volumes that wait for a key")
     async def UnlockAllWithKey(self, key: Handle) -> None:
         """The same; the key is tried on all that wait."""
         await unlock_with_key.unlock_all(self._engine, take_fd(key))
 
-    @exported(action=LOCK)
+    @exported(action=LOCK, purpose="lock volume $(volume)")
     async def Lock(self, volume: str) -> None:
         """Close a volume. Refused with Busy and the names of its users while it is in use."""
         await self._engine.lock(volume)
 
-    @exported(action=LOCK)
+    @exported(action=LOCK, purpose="lock all volumes")
     async def LockAll(self) -> None:
         """Close every volume."""
         await self._engine.lock_all()
 
-    @exported(action=GUESTS)
+    @exported(action=GUESTS, purpose="start guest $(guest)")
     async def StartGuest(self, guest: str) -> None:
         """Open the guest's volumes, then start it."""
+        self._check_needs(guest)
         await self._engine.start_guest(guest)
 
-    @exported(action=GUESTS)
+    @exported(action=GUESTS, purpose="stop guest $(guest)")
     async def StopGuest(self, guest: str) -> None:
         """Stop the guest, then close the volumes whose `lock` says so."""
+        self._check_needs(guest)
         await self._engine.stop_guest(guest)
 
-    @exported(action=UNLOCK)
+    @exported(
+        action=(UNLOCK, GUESTS), purpose="unlock the volumes and start the guests of the boot set"
+    )
     async def Boot(self) -> ObjectPath:
         """Bring up the boot set. Answers at once with the job."""
         return ObjectPath(job_path(self._engine.boot()))
 
-    @exported(action=LOCK)
+    @exported(action=(LOCK, GUESTS), purpose="stop the guests and lock all volumes")
     async def Shutdown(self) -> None:
         """Stop the guests, close the volumes. Answers when that is done."""
         await self._engine.shutdown()
 
-    @exported(action=PANIC)
+    @exported(action=PANIC, purpose="kill the guests and lock all volumes at once")
     async def Panic(self) -> None:
         """Now: kill the guests, wipe the keys, close the volumes, past every error."""
         await self._engine.panic()
@@ -126,50 +132,56 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 
     @exported(action=None)
     async def ListKeys(self, volume: str) -> str:
-        """The key slots and tokens of a volume's header, as JSON."""
-        return json.dumps(await self._engine.key_slots.listed(volume))
+        """The key slots and tokens of a volume's header, as JSON. Arguments of key sources for root only."""
+        is_trusted = CALL.get().is_trusted
+        listed = await self._engine.key_slots.listed(volume)
+        if not is_trusted:
+            listed["sources"] = [kind(one) for one in listed["sources"]]
+            for slot in listed["slots"]:
+                slot["fitted_by"] = [kind(one) for one in slot["fitted_by"]]
+        return json.dumps(listed)
 
-    @exported(action=KEYS)
+    @exported(action=KEYS, purpose="test a key of volume $(volume)")
     async def TestKey(self, volume: str, key: Handle) -> int:
         """The key slot that a key opens. Fails with WrongKey if there is none. Opens nothing."""
         return await self._engine.key_slots.test(volume, take_fd(key))
 
-    @exported(action=KEYS)
+    @exported(action=KEYS, purpose="add a key to volume $(volume)")
     async def AddKey(self, volume: str, key: Handle, new_key: Handle) -> int:
         """Have a new key open a volume, too. Answers with its key slot once it was seen to work."""
         return await self._engine.key_slots.add(volume, take_fd(key), take_fd(new_key))
 
-    @exported(action=KEYS)
+    @exported(action=KEYS, purpose="add a key in keystore $(keystore) to volume $(volume)")
     async def AddKeystoreKey(self, volume: str, keystore: str, key: Handle) -> str:
         """Have a random key in an open keystore open a volume, too. Answers with the key source for its `keys`."""
         return await self._engine.key_slots.add_from_keystore(volume, keystore, take_fd(key))
 
-    @exported(action=KEYS)
+    @exported(action=KEYS, purpose="remove a key of volume $(volume)")
     async def RemoveKey(self, volume: str, slot: int, key: Handle) -> None:
         """Wipe a key slot. The key proves that the volume can be opened by another one."""
         await self._engine.key_slots.remove(volume, slot, take_fd(key))
 
-    @exported(action=KEYS)
+    @exported(action=KEYS, purpose="change a key of volume $(volume)")
     async def ChangeKey(self, volume: str, key: Handle, new_key: Handle) -> int:
         """Put a new key in the place of one. The old one goes when the new one was seen to work."""
         return await self._engine.key_slots.change(volume, take_fd(key), take_fd(new_key))
 
-    @exported(action=KEYS)
+    @exported(action=KEYS, purpose="encrypt volume $(volume) under a new volume key")
     async def RotateKey(self, volume: str, key: Handle, drop_others: bool) -> None:
         """Put an open volume under a new volume key, or go on with that. Only this key stays. Answers at the end."""
         await self._engine.rotations.rotate(volume, take_fd(key), drop_others=drop_others)
 
-    @exported(action=KEYS)
+    @exported(action=KEYS, purpose="pause the key rotation of volume $(volume)")
     async def StopRotation(self, volume: str) -> None:
         """Stop that where it can be gone on with. Answers when it has stopped."""
         await self._engine.rotations.stop(volume)
 
-    @exported(action=KEYS)
+    @exported(action=KEYS, purpose="back up the LUKS header of volume $(volume)")
     async def BackupHeader(self, volume: str, file: Handle) -> None:
         """Write a backup of a volume's header into a new file."""
         await self._engine.key_slots.back_up(volume, take_fd(file))
 
-    @exported(action=ENCRYPT)
+    @exported(action=ENCRYPT, purpose="create keystore $(name)")
     async def CreateKeystore(self, name: str, key: Handle, options: dict[str, Any]) -> ObjectPath:
         """Make a small volume for keys that this key opens. Answers with the job; "/" for a dry run."""
         fd = take_fd(key)
@@ -179,10 +191,19 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
             return ObjectPath("/")
         return ObjectPath(job_path(await self._engine.keystores.create(name, fd, options)))
 
-    @exported(action=RELOAD)
+    @exported(action=RELOAD, purpose="read the configuration of vmcryptd again")
     async def Reload(self) -> None:
         """Read the configuration again; a bad one is refused and the running one kept."""
         await self._reload()
+
+    def _check_needs(self, guest: str) -> None:
+        """Who may start and stop guests here may do so with those on encrypted volumes, not with every one."""
+        node = self._engine.graph.guests.get(guest)
+        if node is not None and not node.needs:
+            raise NoVolumeError(
+                f"guest {escaped(guest)}: it needs no configured volume, so vmcryptd leaves it alone; "
+                "use `virsh`, or name its volume in `needs`"
+            )
 
 
 class Volume(Interface, name="org.vmcryptd1.Volume"):
@@ -218,6 +239,11 @@ class RunningJob(Interface, name="org.vmcryptd1.Job"):
     Progress: float
     LastError: str
     ErrorName: str
+
+
+def kind(source: str) -> str:
+    """A key source without its argument: that may hold a token, and properties are for everybody."""
+    return source.partition(":")[0]
 
 
 def plan_json(plan: Plan) -> str:
@@ -263,7 +289,7 @@ def _held(key: Held) -> dict[str, str]:
         until = "infinity"
     elif key.until:
         until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(key.until))
-    return {"source": key.source, "volumes": " ".join(key.volumes), "until": until}
+    return {"source": kind(key.source), "volumes": " ".join(key.volumes), "until": until}
 
 
 class JobView(NamedTuple):
@@ -283,18 +309,6 @@ _INTERFACES: dict[type[View], type[Interface]] = {
     GuestView: Guest,
     JobView: RunningJob,
 }
-
-
-def _properties(view: View) -> dict[str, object]:
-    named: dict[str, object] = {
-        "".join(part.capitalize() for part in key.split("_")): value
-        for key, value in view._asdict().items()
-    }
-    named["LastError"] = named.pop("Error")
-    named["State"] = str(named["State"])
-    if isinstance(view, JobView):
-        del named["Name"]
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in named.items()}
 
 
 def _path(view: View) -> str:
@@ -325,7 +339,32 @@ class Service:
         self._manager = Manager(engine, reload)
         objects.export(ROOT, self._manager)
         objects.refresh = self.refresh
+        objects.redacted = self._redacted
         self.update()
+
+    def _properties(self, view: View) -> dict[str, object]:
+        named: dict[str, object] = {
+            "".join(part.capitalize() for part in key.split("_")): value
+            for key, value in view._asdict().items()
+        }
+        named["LastError"] = self._redacted(str(named.pop("Error")))
+        named["State"] = str(named["State"])
+        if isinstance(view, JobView):
+            del named["Name"]
+        if isinstance(view, VolumeView):
+            named["KeySource"] = kind(view.key_source)
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in named.items()
+        }
+
+    def _redacted(self, text: str) -> str:
+        """A text of an error, with key sources by their kind alone."""
+        if ":" in text:
+            for spec in self._engine.settings.volumes.values():
+                for source in spec.keys:
+                    if source.argument:
+                        text = text.replace(str(source), source.kind)
+        return text
 
     def changed(self) -> None:
         """Bring the objects up to date soon: at once, if nothing was told just now."""
@@ -352,15 +391,17 @@ class Service:
             shown = self._shown.pop(key)
             if isinstance(shown.view, JobView):
                 # How it ended is said before it is gone.
-                shown.interface.changed(**_properties(_job_view(self._jobs.pop(shown.view.name))))
+                shown.interface.changed(
+                    **self._properties(_job_view(self._jobs.pop(shown.view.name)))
+                )
             self._objects.unexport(shown.path)
         for key, view in wanted.items():
             known = self._shown.get(key)
             if known is None:
-                interface = _INTERFACES[type(view)](**_properties(view))
+                interface = _INTERFACES[type(view)](**self._properties(view))
                 self._shown[key] = _Shown(view, interface, _path(view))
                 self._objects.export(self._shown[key].path, interface)
             elif view != known.view:  # most are as they were
-                known.interface.changed(**_properties(view))
+                known.interface.changed(**self._properties(view))
                 self._shown[key] = known._replace(view=view)
         self._manager.changed(**manager_properties(engine), ConfigChanged=self.config_changed)

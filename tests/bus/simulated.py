@@ -61,6 +61,7 @@ class Host:
                 assert self.daemon is not None
                 assert self.daemon.poll() is None, self.journal.read_text()
                 await asyncio.sleep(0.02)
+            await client.ping()  # it owns its name before it reads its configuration
 
     def end(self, number: int = signal.SIGTERM) -> None:
         if self.daemon is not None:

@@ -208,6 +208,9 @@ def start(bus_address: str, tmp_path: Path) -> Iterator[Start]:
                 assert processes[-1].poll() is None, journal.read_text()
                 await asyncio.sleep(0.01)
         end()
+        # It owns its name before it reads its configuration; an answer comes after that.
+        peer = (NAME, ROOT, "org.freedesktop.DBus.Peer", "Ping")
+        await connection.call(*peer, timeout_s=120)
         try:
             yield Daemon(processes[-1], connection, sim)
         finally:
@@ -255,7 +258,7 @@ SURFACE = {
             "Shutdown": "→", "Panic": "→", "Plan": "s→s", "Reload": "→",
             "ListKeys": "s→s", "TestKey": "sh→x", "AddKey": "shh→x", "RemoveKey": "sxh→",
             "ChangeKey": "shh→x", "BackupHeader": "sh→", "AddKeystoreKey": "ssh→s",
-            "RotateKey": "shb→", "StopRotation": "s→",
+            "RotateKey": "shb→", "StopRotation": "s→", "CreateKeystore": "sha{sv}→o",
             "State": "s", "Waiting": "as", "Off": "as", "LastError": "s", "Version": "s",
             "ConsoleNeeded": "b", "ConsolePromptUSec": "x", "HeldKeys": "aa{ss}",
             "ConfigChanged": "b",
@@ -271,7 +274,7 @@ SURFACE = {
     object_path("guest", "imap"): {
         GUEST: {"Name": "s", "State": "s", "Needs": "as", "StartsAtBoot": "b", "LastError": "s"},
     },
-    f"{ROOT}/job/1": {JOB: {"Goal": "s", "State": "s", "Progress": "d", "LastError": "s"}},
+    f"{ROOT}/job/1": {JOB: {"Goal": "s", "State": "s", "Progress": "d", "LastError": "s", "ErrorName": "s"}},
 }  # fmt: skip
 
 
@@ -439,6 +442,34 @@ async def test_each_failure_has_its_name(daemon: Daemon) -> None:
         assert await daemon.refused("UnlockAllWithKey", "h", 0, fds=[fd]) == "WrongKey"
     with handed_in(b"wrong") as fd:
         assert await daemon.refused("UnlockWithKey", "sh", "x", 0, fds=[fd]) == "NoSuchVolume"
+
+
+@with_daemon(
+    HOST
+    + """
+[sim.guest.web]
+disks = ["/dev/vg/web"]
+[sim.guest.web2]
+disks = []
+"""
+)
+async def test_guests_without_a_volume_of_ours_are_left_alone(daemon: Daemon) -> None:
+    for member in ("StartGuest", "StopGuest"):
+        for guest in ("web", "web2"):
+            with pytest.raises(RemoteError) as caught:
+                await daemon.call(member, "s", guest)
+            assert caught.value.name == "org.vmcryptd1.Error.NoVolume"
+            assert caught.value.text.startswith(f"guest {guest}: it needs no configured volume")
+            assert (await daemon.guest(guest))["State"] == "off"
+
+
+@with_daemon(HOST)
+async def test_what_callers_send_forges_no_line(daemon: Daemon) -> None:
+    for text in ("x\nvmcryptd: all is well", "\x1b[2Jx", "\u202egnp"):
+        for member in ("Unlock", "StartGuest", "Plan", "ListKeys"):
+            with pytest.raises(RemoteError) as caught:
+                await daemon.call(member, "s", text)
+            assert caught.value.text.isprintable()
 
 
 @with_daemon(HOST + "[sim]\nlibvirt = false\n")
@@ -736,10 +767,12 @@ def test_who_is_not_authorised_may_look_but_not_touch(
 def test_polkit_decides_by_action(start: Start, run: Any, bus_address: str) -> None:
     async def test() -> None:
         asked: list[tuple[str, int]] = []
+        messages: list[tuple[str, str | None]] = []
         polkit = await transport.connect(bus_address)
 
         def decide(call: transport.Call) -> None:
             asked.append((call.body[1], call.body[3]))
+            messages.append((call.body[2]["polkit.message"], call.body[2].get("volume")))
             polkit.reply(call, "(bba{ss})", [[call.body[1] == f"{NAME}.lock", False, {}]])
 
         polkit.on_call = decide
@@ -748,12 +781,16 @@ def test_polkit_decides_by_action(start: Start, run: Any, bus_address: str) -> N
             found = await stranger(bus_address)
             allowed = {member for member, _, _ in CHANGING
                        if "NotAuthorized" not in str(found[member])}  # fmt: skip
-            assert allowed == {"Lock", "LockAll", "Shutdown"}
+            # Boot and Shutdown start and stop guests: the right to volumes is not enough for them.
+            assert allowed == {"Lock", "LockAll"}
             assert asked == [
                 (f"{NAME}.{action}", 0)
-                for action in ("unlock", "unlock", "unlock", "unlock", "lock", "lock", "guests",
-                               "guests", "unlock", "lock", "panic", "reload", *["keys"] * 8)
+                for action in (*["unlock"] * 5, "lock", "lock", "guests",
+                               "guests", "unlock", "lock", "guests", "panic", "reload", *["keys"] * 8)
             ]  # fmt: skip
+            texts = [text for text, _ in messages]
+            assert all(text.startswith("Authentication is required to ") for text in texts)
+            assert ("Authentication is required to unlock volume $(volume)", "quiet") in messages
             assert await daemon.get("State") == "locked"
         await polkit.disconnect()
 
@@ -787,16 +824,18 @@ def test_a_killed_daemon_comes_again(start: Start, run: Any) -> None:
     run(test())
 
 
-def test_two_daemons(start: Start, run: Any, bus_address: str) -> None:
+def test_a_second_daemon_touches_nothing(start: Start, run: Any, bus_address: str) -> None:
     async def test() -> None:
         async with start(HOST) as daemon:
-            second = await asyncio.to_thread(
-                subprocess.run,
-                [sys.executable, "-m", "vmcryptd", "--sim", str(daemon.sim), "--bus", bus_address],
-                cwd=PROJECT, stderr=subprocess.PIPE, timeout=10,
-            )  # fmt: skip
-            assert second.returncode == 1
-            assert b"the bus name org.vmcryptd1 is taken" in second.stderr
+            for sim in (daemon.sim, daemon.sim.with_name("not-there")):
+                # It does not even read its configuration, which the engine is built from.
+                second = await asyncio.to_thread(
+                    subprocess.run,
+                    [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
+                    cwd=PROJECT, stderr=subprocess.PIPE, timeout=60,
+                )  # fmt: skip
+                assert second.returncode == 1
+                assert b"the bus name org.vmcryptd1 is taken" in second.stderr
             assert await daemon.get("State") == "locked"
 
     run(test())

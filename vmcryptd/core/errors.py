@@ -88,6 +88,13 @@ class NoSuchGuestError(VmcryptdError):
     exit_code = EXIT_USAGE
 
 
+class NoVolumeError(VmcryptdError):
+    """The guest needs no configured volume, so it is none of ours."""
+
+    name = "NoVolume"
+    exit_code = EXIT_USAGE
+
+
 class WrongKeyError(VmcryptdError):
     """The key fits no key slot of the volume."""
 
