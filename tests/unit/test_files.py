@@ -75,7 +75,7 @@ def interfaces(trees: list[ast.AST]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def used_actions(trees: list[ast.AST]) -> set[str]:
-    """@exported(action="org.vmcryptd1.unlock"), or None, which asks nobody"""
+    """@exported(action="org.vmcryptd1.unlock"), a tuple of these, or None, which asks nobody"""
     actions = set()
     for tree in trees:
         constants = {
@@ -87,12 +87,13 @@ def used_actions(trees: list[ast.AST]) -> set[str]:
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "exported":
-                (value,) = (word.value for word in node.keywords if word.arg == "action")
-                if isinstance(value, ast.Name):
-                    actions.add(constants[value.id])
-                else:
-                    assert isinstance(value, ast.Constant)
-                    actions.add(value.value)
+                (action,) = (word.value for word in node.keywords if word.arg == "action")
+                for value in action.elts if isinstance(action, ast.Tuple) else [action]:
+                    if isinstance(value, ast.Name):
+                        actions.add(constants[value.id])
+                    else:
+                        assert isinstance(value, ast.Constant)
+                        actions.add(value.value)
     return actions - {None}
 
 
