@@ -14,6 +14,7 @@ from vmcryptd.core import wording
 from vmcryptd.core.errors import CancelledError, VmcryptdError
 from vmcryptd.core.model import Infinity, VolumeSpec
 from vmcryptd.core.ports import Key, Keys
+from vmcryptd.core.requester import REQUESTER
 from vmcryptd.core.slot_order import Tried
 from vmcryptd.posix.changes import Changes
 
@@ -28,7 +29,7 @@ AGAIN_S = (1.0, 30.0)
 
 
 class Answer:
-    """A key that somebody gave, and who has tried it."""
+    """A key that a person or caller gave, and the volumes that have tried it."""
 
     def __init__(
         self, key: Key, source: str, only: frozenset[str] | None = None, target: str = ""
@@ -40,7 +41,11 @@ class Answer:
         self.refused: dict[str, VmcryptdError] = {}
         self.accepted: set[str] = set()
         self.tried: Tried = set()
-        self.until = 0.0  # when it is let go, in seconds since 1970; 0: when nothing needs it
+        self.until = 0.0  # when it is wiped, in seconds since 1970; 0: when nothing needs it
+        # For the journal. A password agent does not say which user has typed.
+        self.origin = (
+            "given to a password agent" if source == "prompt" else f"handed in by {REQUESTER.get()}"
+        )
 
     def is_for(self, volume: str) -> bool:
         return volume not in self.refused and (self.only is None or volume in self.only)
@@ -201,11 +206,13 @@ class Prompt:
 
     def refuse(self, volume: str, answer: Answer, error: VmcryptdError) -> None:
         answer.refused[volume] = error
+        log.warning("volume %s: the key %s does not open it", volume, answer.origin)
         self.drop_unneeded()
         self._changed()
 
     def accept(self, volume: str, answer: Answer) -> None:
         answer.accepted.add(volume)
+        log.info("volume %s: the key %s opens it", volume, answer.origin)
         self.changes.notify()
         self._changed()
 

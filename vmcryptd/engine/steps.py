@@ -10,6 +10,7 @@ from vmcryptd.core.goals import Action, Step
 from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Content, GuestState, VolumeState
 from vmcryptd.core.ports import Ports
+from vmcryptd.core.requester import REQUESTER
 from vmcryptd.core.states import Activities, Activity
 from vmcryptd.engine.adoption import Adoption
 from vmcryptd.engine.guests import Guests
@@ -108,7 +109,8 @@ class Steps:
         """Note what has opened the volume."""
         activity = self._activities.volumes[name]
         activity.key_source, activity.error = source, None
-        log.info("volume %s is open (%s)", name, source or "opened by somebody else")
+        by = source or "opened from outside"
+        log.info("volume %s is open (%s), asked for by %s", name, by, REQUESTER.get())
 
     async def _close(self, name: str, mapping: str) -> None:
         try:
