@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Searches a process's memory, page by page where a page cannot be read; runs inside the test host, too.
 
-python3 scan_memory.py PID <NEEDLE
+python3 scan_memory.py PID <NEEDLES, one a line
 """
 
 import os
@@ -36,18 +36,18 @@ def _pieces(memory: int, place: int, end: int) -> Iterator[bytes]:
         place += len(piece) or PAGE
 
 
-def found_in(pid: int, needle: bytes) -> list[str]:
-    """The regions that hold it."""
+def found_in(pid: int, *needles: bytes) -> list[str]:
+    """The regions that hold one of them."""
     size = 0
     found = []
     for name, content in regions(pid):
         size += len(content)
-        if needle in content:
+        if any(needle in content for needle in needles):
             found.append(name)
     assert size > 1 << 20, f"only {size} bytes of memory were read"
     return found
 
 
 if __name__ == "__main__":
-    for region in found_in(int(sys.argv[1]), sys.stdin.buffer.read()):
+    for region in found_in(int(sys.argv[1]), *sys.stdin.buffer.read().split(b"\n")):
         print(region)

@@ -48,13 +48,15 @@ from typing import Any, Literal, Self
 from tests.vm import guest
 
 PROJECT = Path(__file__).resolve().parents[2]
-# As many disks as a test plugs into a machine that runs.
-HOTPLUG_SLOTS = 24
+# For disks that are plugged into a machine that runs. Each makes a boot longer: only what is booted once for all tests
+# has one for every disk that a test may have.
+SLOTS = 4
+SLOTS_OF_A_SNAPSHOT = 24
 
 # A machine without KVM on a busy host is slow. These bound a hang; no test measures with them.
-BOOT_TIMEOUT_S = 180.0
-RUN_TIMEOUT_S = 120.0
-OFF_TIMEOUT_S = 180.0
+BOOT_TIMEOUT_S = 600.0
+RUN_TIMEOUT_S = 300.0
+OFF_TIMEOUT_S = 300.0
 
 # Emulated, a second CPU's timer dies now and then while that comes up. The kernel cannot go on then.
 LOST_TIMER = "rcu_preempt kthread timer wakeup didn't happen"
@@ -63,10 +65,10 @@ Accel = Literal["kvm", "tcg"]
 Json = dict[str, Any]
 
 # Emulated, a CPU with all that QEMU knows is slower: libraries choose wide vectors, page tables have a fifth level.
-# What ciphers use stays.
+# What ciphers use stays. Nor are guests virtualised in an emulated machine: libvirt would ask QEMU about KVM, too.
 CPU: dict[Accel, str] = {
     "kvm": "max",
-    "tcg": "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+rdrand,+rdseed",
+    "tcg": "qemu64,-svm,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+rdrand,+rdseed",
 }
 
 
@@ -115,7 +117,9 @@ class Image:
         libraries = self.tools / "usr/lib/x86_64-linux-gnu"
         loader = libraries / "ld-linux-x86-64.so.2"
         path = ":".join(f"{libraries / place}" for place in ("", *private))
-        return [f"{loader}", "--library-path", path, f"{self.tools / 'usr/bin' / name}"]
+        places = [self.tools / place / name for place in ("usr/bin", "usr/sbin")]
+        program = next(place for place in places if place.exists())
+        return [f"{loader}", "--library-path", path, f"{program}"]
 
     def qemu(self) -> list[str]:
         data = [f"{self.tools / 'usr/share' / name}" for name in ("qemu", "seabios")]
@@ -427,6 +431,7 @@ class Vm:
             self._control = _Control(sockets.control)
         self.qmp = Qmp(sockets.qmp)
         self._process = process
+        self.slots = saved.slots if saved else host.slots
         # Index of a disk that is plugged in → the bus that it is on.
         self._buses = dict(disks)
 
@@ -578,9 +583,11 @@ class Vm:
         """
         directory = directory or self.host.directory / "kept"
         unfinished = directory.with_name(directory.name + ".new")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         unfinished.mkdir(parents=True)
         saved = _Saved(
             host=self.host.description(),
+            slots=self.slots,
             # As items: the keys of a JSON object are no numbers.
             disks=list(self._buses.items()),
             boot_id=self._control.boot_ids[0],
@@ -605,9 +612,10 @@ class Vm:
 
     def plug_disk(self, index: int) -> str:
         """Plugs in one of the host's disks; it appears as /dev/disk/by-id/virtio-diskINDEX."""
-        slot = next((name for name in _SLOTS if name not in self._buses.values()), None)
+        taken = self._buses.values()
+        slot = next((name for name in _slot_names(self.slots) if name not in taken), None)
         if slot is None:
-            raise VmError(f"all {HOTPLUG_SLOTS} slots are taken")
+            raise VmError(f"all {self.slots} slots are taken")
         self.qmp.execute("blockdev-add", **self.host.block_device(index))
         self.qmp.execute("device_add", **_disk_device(index, slot))
         self._buses[index] = slot
@@ -616,7 +624,7 @@ class Vm:
     def unplug_disk(self, index: int) -> None:
         """Pulls a plugged disk out as its tray's button does: the machine lets go of it first."""
         name = f"disk{index}"
-        if self._buses.get(index) not in _SLOTS:
+        if self._buses.get(index) in (None, _FIXED):
             raise VmError(f"{name} was not plugged in by plug_disk()")
         self.qmp.events.clear()
         self.qmp.execute("device_del", id=name)
@@ -626,7 +634,11 @@ class Vm:
 
 
 _MACHINE, _MEMORY = "machine.json", "memory"
-_SLOTS = [f"slot{number}" for number in range(HOTPLUG_SLOTS)]
+_FIXED = "pcie.0"  # where disks are that a machine has from the start
+
+
+def _slot_names(slots: int) -> list[str]:
+    return [f"slot{number}" for number in range(slots)]
 
 
 def _disk_device(index: int, slot: str) -> Json:
@@ -639,6 +651,7 @@ class _Saved:
     """What is to be known about a machine whose memory is in a file."""
 
     host: Json
+    slots: int
     disks: Sequence[tuple[int, str]]
     boot_id: str
     next_command: int
@@ -684,17 +697,19 @@ class Host:
     plugged: Sequence[int] | None = None
     memory_mib: int = 3072
     cpus: int = 2
+    slots: int = SLOTS
     kernel_options: Sequence[str] = ()
     extra_qemu: Sequence[str] = ()
-    # What resume() goes on from, with the disks that belong to it. None: the image, booted and settled.
+    # What resume() goes on from, with the disks that belong to it. None: the image, booted and settled. The devices in
+    # `extra_qemu` have to be the same; what they know comes with the memory.
     snapshot: Snapshot | None = None
     boots: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.snapshot:
-            if self.disks or self.extra_qemu:
-                raise ValueError("a snapshot has its own disks and devices")
+            if self.disks:
+                raise ValueError("a snapshot has its own disks")
             for name, value in self.snapshot.saved().host.items():
                 setattr(self, name, value)
         if not self.root_path.exists():
@@ -707,16 +722,21 @@ class Host:
 
     def _overlay(self, snapshot: Snapshot | None) -> None:
         """A root of this machine's own, over what it begins with."""
-        lower = (
-            ["qcow2", snapshot.file(self.root_path.name)] if snapshot else ["raw", self.image.disk]
-        )
-        subprocess.run(
-            [
-                *self.image.tool("qemu-img"),
-                "create", "-q", "-f", "qcow2", "-F", lower[0], "-b", lower[1], self.root_path,
-            ],
-            check=True,
-        )  # fmt: skip
+        kind, lower = "raw", self.image.disk
+        if snapshot:
+            kind, lower = "qcow2", snapshot.file(self.root_path.name)
+        command: list[str | Path] = [
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            kind,
+            "-b",
+            lower,
+            self.root_path,
+        ]
+        subprocess.run([*self.image.tool("qemu-img"), *command], check=True)
 
     def description(self) -> Json:
         """The fields that a machine must have to be resumed from a snapshot of this one."""
@@ -814,17 +834,12 @@ class Host:
         return self._start()
 
     def _start(self, saved: _Saved | None = None) -> Vm:
-        disks = saved.buses if saved else dict.fromkeys(self._plugged(), "pcie.0")
+        disks = saved.buses if saved else dict.fromkeys(self._plugged(), _FIXED)
         pairs = {name: socket.socketpair() for name in _Sockets.__dataclass_fields__}
         inner = {name: pair[1].fileno() for name, pair in pairs.items()}
         # QEMU must not outlive a test run that was killed.
-        command = [
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "--",
-            *self._qemu(inner, disks, incoming=bool(saved)),
-        ]
+        outlive_none = ["setpriv", "--pdeathsig", "KILL", "--"]
+        command = [*outlive_none, *self._qemu(inner, disks, saved)]
         with (self.directory / f"qemu-{self.boots}.log").open("wb") as log:
             process = subprocess.Popen(
                 command,
@@ -848,7 +863,7 @@ class Host:
     def _plugged(self) -> Sequence[int]:
         return range(len(self.disks)) if self.plugged is None else self.plugged
 
-    def _machine(self) -> list[str]:
+    def _machine(self, slots: int) -> list[str]:
         """The part of the command line that a machine and those that are resumed from it have in common."""
         accel = accelerator(self.image)
         options = [
@@ -870,7 +885,8 @@ class Host:
         ]
         return [
             "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
-            "-machine", "q35",
+            # Without what the machine has no use for.
+            "-machine", "q35,sata=off,smbus=off,i8042=off",
             "-accel", "kvm" if accel == "kvm" else "tcg,thread=multi",
             "-cpu", CPU[accel], "-smp", f"{self.cpus}", "-m", f"{self.memory_mib}",
             # A reboot ends QEMU too: it is the test that boots again.
@@ -882,7 +898,7 @@ class Host:
             # Eight to a device: the guest finds and drives them as if each were one of its own.
             *(
                 word
-                for number, slot in enumerate(_SLOTS)
+                for number, slot in enumerate(_slot_names(slots))
                 for word in (
                     "-device",
                     json.dumps({
@@ -900,7 +916,7 @@ class Host:
         ]  # fmt: skip
 
     def _qemu(
-        self, sockets: Mapping[str, int], disks: Mapping[int, str], *, incoming: bool
+        self, sockets: Mapping[str, int], disks: Mapping[int, str], saved: _Saved | None
     ) -> list[str]:
         return [
             *self.image.qemu(),
@@ -912,7 +928,7 @@ class Host:
             "-mon", "chardev=qmp,mode=control",
             "-blockdev",
             f"driver=qcow2,node-name=root,file.driver=file,file.filename={self.root_path}",
-            *self._machine(),
+            *self._machine(saved.slots if saved else self.slots),
             *(
                 word
                 for index, bus in disks.items()
@@ -921,7 +937,7 @@ class Host:
                     "-device", json.dumps(_disk_device(index, bus)),
                 )
             ),
-            *(("-incoming", "defer") if incoming else ()),
+            *(("-incoming", "defer") if saved else ()),
         ]  # fmt: skip
 
 
@@ -929,16 +945,20 @@ def booted(host: Host) -> Snapshot:
     """The snapshot of a host's image after its boot, without disks: made once and kept beside the image."""
     if host.extra_qemu:
         raise VmError("a machine with devices of its own has no snapshot of its boot: boot it")
-    key = hashlib.sha256("\0".join([*host._machine(), SETTLE]).encode()).hexdigest()[:12]
+    slots = SLOTS_OF_A_SNAPSHOT
+    key = hashlib.sha256("\0".join([*host._machine(slots), SETTLE]).encode()).hexdigest()[:12]
     directory = host.image.directory / f"booted-{key}"
     with (host.image.directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run side by side boot one
         if not directory.exists():
-            with tempfile.TemporaryDirectory(dir=host.image.directory, prefix="booting-") as name:
-                plain = dataclasses.replace(host, directory=Path(name), disks=(), plugged=None)
-                with plain.boot() as vm:
-                    vm.run(SETTLE)
-                    vm.save(directory)
+            with (
+                tempfile.TemporaryDirectory(dir=host.image.directory, prefix="booting-") as name,
+                dataclasses.replace(
+                    host, directory=Path(name), disks=(), plugged=None, slots=slots
+                ).boot() as vm,
+            ):
+                vm.run(SETTLE)
+                vm.save(directory)
     return Snapshot(directory)
 
 

@@ -5,6 +5,7 @@ import base64
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from tests import scan_memory
 from tests.vm import guest
-from tests.vm.host import Background, Vm
+from tests.vm.host import RUN_TIMEOUT_S, Background, Host, Vm
 from vmcryptd.cli import render
 
 # A canary: the tests look for it wherever it must never be.
@@ -27,6 +28,16 @@ MANAGER = "org.vmcryptd1 /org/vmcryptd1 org.vmcryptd1.Manager"
 
 def disk(index: int) -> str:
     return f"/dev/disk/by-id/virtio-disk{index}"
+
+
+def format_disk(host: Host, index: int, passphrase: str = PASSPHRASE, options: str = CHEAP) -> None:
+    """Make a LUKS2 header on one of a host's disks, before it is plugged in: from outside, which is not emulated."""
+    command = ["luksFormat", "--batch-mode", "--type", "luks2", *options.split(), "--key-file", "-"]
+    subprocess.run(
+        [*host.image.tool("cryptsetup"), *command, host.disk_path(index)],
+        input=passphrase.encode(),
+        check=True,
+    )
 
 
 @dataclass
@@ -158,13 +169,13 @@ def guest_states(vm: Vm) -> dict[str, str]:
     return {domain["name"]: domain["state"] for domain in status(vm)["guests"]}
 
 
-def wait_state(vm: Vm, *states: str, timeout_s: float = 120) -> None:
+def wait_state(vm: Vm, *states: str, timeout_s: float = RUN_TIMEOUT_S) -> None:
     """Until the daemon says so of the whole."""
     pattern = f's "({"|".join(states)})"'
     vm.wait_until(f"busctl get-property {MANAGER} State | grep -qxE '{pattern}'", timeout_s)
 
 
-def wait_object(vm: Vm, kind: str, name: str, state: str, timeout_s: float = 120) -> None:
+def wait_object(vm: Vm, kind: str, name: str, state: str, timeout_s: float = RUN_TIMEOUT_S) -> None:
     """Until the daemon says so of a volume or guest."""
     where = f"org.vmcryptd1 /org/vmcryptd1/{kind}/{escaped(name)} org.vmcryptd1.{kind.capitalize()}"
     vm.wait_until(f"busctl get-property {where} State | grep -qx 's \"{state}\"'", timeout_s)
@@ -187,14 +198,14 @@ def mappings(vm: Vm) -> list[str]:
 
 
 def in_memory(vm: Vm, pid: str, needle: str) -> list[str]:
-    """The regions of a process's memory that hold it."""
+    """The regions of a process's memory that hold it, or one of its lines."""
     vm.put("/root/scan-memory", Path(scan_memory.__file__).read_bytes())
     command = ["python3", "/root/scan-memory", pid]
     return vm.run(command, stdin=needle.encode()).out.splitlines()
 
 
 def in_files(vm: Vm, places: str, needle: str, *, without: str = "") -> list[str]:
-    """The files that hold it."""
+    """The files that hold it, or one of its lines."""
     command = f"grep -rlsaF -D skip {without} -f - {places}"
     return vm.run(command, stdin=needle.encode() + b"\n", check=False).out.splitlines()
 
@@ -231,7 +242,7 @@ class Caller:
             request["key"] = base64.b64encode(key.encode()).decode()
         return self._begin(request)
 
-    def ended(self, call: Background, timeout_s: float = 120) -> list[Any]:
+    def ended(self, call: Background, timeout_s: float = RUN_TIMEOUT_S) -> list[Any]:
         """What a call that was begun returned. Raises Refused."""
         answer = json.loads(call.wait(timeout_s).out)
         if "error" in answer:
@@ -252,7 +263,12 @@ class Caller:
         raise AssertionError(f"{member} {body} was to be refused, and returned {result}")
 
     def wait(
-        self, kind: str, name: str, *values: object, prop: str = "State", timeout_s: float = 120
+        self,
+        kind: str,
+        name: str,
+        *values: object,
+        prop: str = "State",
+        timeout_s: float = RUN_TIMEOUT_S,
     ) -> None:
         """Until a property of a volume or guest (or of the whole, as "manager") is one of these."""
         interface = f"org.vmcryptd1.{kind.capitalize()}"
@@ -264,7 +280,9 @@ class Caller:
             f"{kind} {name}: {prop} did not become {' or '.join(map(str, values))}: {answer}"
         )
 
-    def question(self, pattern: str, answer: str | None = None, timeout_s: float = 120) -> str:
+    def question(
+        self, pattern: str, answer: str | None = None, timeout_s: float = RUN_TIMEOUT_S
+    ) -> str:
         """Wait until systemd's agents are asked this; answer it, if there is an answer. Returns its text."""
         request: dict[str, Any] = {"question": pattern, "timeout_s": timeout_s}
         if answer is not None:

@@ -61,7 +61,7 @@ def domain_xml(disk: str) -> str:
 
 def test_a_guest_with_an_agent(host: HostFactory) -> None:
     # One CPU, emulated, is too little for a guest with a whole system in it: its agent would be taken for dead.
-    with host(disks=["64M", "64M"], cpus=2).boot() as vm:
+    with host(disks=["64M", "64M"], cpus=2).resume() as vm:
         setup = lab.Lab(vm)
         vm.put("/root/init", INIT, 0o755)
         vm.put("/root/shutdown", SHUTDOWN, 0o755)

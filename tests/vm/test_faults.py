@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What goes wrong on a host: one clear sentence, the right name and exit status, and nothing else is hindered.
 
-All tests share one machine. Its boot set has everything in it that can be broken, next to a volume and a guest that
-are not; what a person is asked for is opened by hand (`unlock = "manual"`).
+All tests begin with the same machine. Its boot set has everything in it that can be broken, next to a volume and a
+guest that are not; what a person is asked for is opened by hand (`unlock = "manual"`).
 """
 
 import json
@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from tests.vm import guest, lab
-from tests.vm.caller import BAD_CALLS
-from tests.vm.conftest import HostFactory, current_package
-from tests.vm.host import PROJECT, Background, Vm
+from tests.vm.conftest import HostFactory
+from tests.vm.host import PROJECT, Host, Snapshot, Vm
 from tests.vm.lab import PASSPHRASE, WRONG, Caller
 
 # One try takes some seconds, so that the daemon can be killed in the middle of it.
@@ -103,7 +102,6 @@ class Site:
     root: Caller
     nobody: Caller
     status: dict[str, Any]  # after that
-    slow: Background  # the answer to opening cr_slow
 
     def volume(self, name: str) -> dict[str, Any]:
         """What the bus tells of a volume now."""
@@ -121,25 +119,21 @@ class Site:
         [values] = json.loads(self.vm.run(command).out)["data"]
         return {key: value["data"] for key, value in values.items()}
 
-    def lock(self, *names: str) -> None:
-        """As it was before, whatever a test did."""
-        for name in names:
-            if self.volume(name)["State"] != "locked":
-                self.root.call("Lock", name)
-            self.root.wait("volume", name, "locked")
+
+@dataclass(frozen=True)
+class Prepared:
+    snapshot: Snapshot
+    status: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def site(module_host: HostFactory) -> Iterator[Site]:
+def prepared(module_host: HostFactory) -> Prepared:
     late = DISKS["cr_late"]
     host = module_host(
         disks=["32M"] * len(DISKS), plugged=[index for index in DISKS.values() if index != late]
     )
-    with host.boot() as vm:
-        vm.plug_disk(late)
-        vm.wait_until(f"test -b {lab.disk(late)}")
-        _format(vm)
-        vm.unplug_disk(late)
+    _format(host)
+    with host.resume() as vm:
         _break(vm)
         _give_keys(vm)
         setup = lab.Lab(vm)
@@ -158,22 +152,37 @@ def site(module_host: HostFactory) -> Iterator[Site]:
             "[Service]\nLoadCredential=loaded:/root/loaded\n",
         )
         vm.run("systemctl daemon-reload && systemctl restart vmcryptd && vmcryptctl boot")
-        root, nobody = Caller(vm), Caller(vm, "nobody")
+        root = Caller(vm)
+        Caller(vm, "nobody")
         root.wait("manager", "", "degraded")
+        vm.wait_counters("/dev/mapper/cr_good", guest.Counters(1, 0))
         status = lab.status(vm)
-        yield Site(vm, root, nobody, status, root.begin("Unlock", "cr_slow"))
+        return Prepared(vm.save(), status)
 
 
-def _format(vm: Vm) -> None:
-    jobs = []
+def resumed(new_host: HostFactory, prepared: Prepared) -> Iterator[Site]:
+    with new_host(snapshot=prepared.snapshot).resume() as vm:
+        yield Site(vm, Caller(vm), Caller(vm, "nobody"), prepared.status)
+
+
+@pytest.fixture
+def site(host: HostFactory, prepared: Prepared) -> Iterator[Site]:
+    """For a test that changes something."""
+    yield from resumed(host, prepared)
+
+
+@pytest.fixture(scope="module")
+def untouched(module_host: HostFactory, prepared: Prepared) -> Iterator[Site]:
+    """For all that change nothing."""
+    yield from resumed(module_host, prepared)
+
+
+def _format(host: Host) -> None:
     for name, index in DISKS.items():
         options = {"cr_kdf": SLOW_KDF, "cr_hungry": HUNGRY_KDF}.get(name, lab.CHEAP)
         key = OTHER if name in ("cr_other", "cr_kdf", "cr_hungry") else PASSPHRASE
-        command = f"cryptsetup luksFormat --batch-mode --type luks2 {options} --key-file - {lab.disk(index)}"
         if name != "cr_notluks":
-            jobs.append(vm.background(command, stdin=key.encode()))
-    for job in jobs:
-        job.wait(300)
+            lab.format_disk(host, index, key, options)
 
 
 def _break(vm: Vm) -> None:
@@ -235,25 +244,25 @@ def cli(vm: Vm, arguments: str, *, stdin: str = "") -> tuple[int, str]:
 # --- a boot with everything in it that can be broken ---
 
 
-def test_what_is_healthy_came_up_next_to_what_is_not(site: Site) -> None:
-    volumes = named(site.status["volumes"])
+def test_what_is_healthy_came_up_next_to_what_is_not(untouched: Site) -> None:
+    volumes = named(untouched.status["volumes"])
     for name, source in HEALTHY.items():
         assert (volumes[name]["state"], volumes[name]["key_source"]) == ("unlocked", source), name
         assert volumes[name]["error"] == "", name
-    guests = named(site.status["guests"])
+    guests = named(untouched.status["guests"])
     assert guests["good"]["state"] == "running"
-    site.vm.wait_counters("/dev/mapper/cr_good", guest.Counters(1, 0))
-    assert site.status["state"] == "degraded"
-    assert site.status["waiting"] == []
+    untouched.vm.wait_counters("/dev/mapper/cr_good", guest.Counters(1, 0))
+    assert untouched.status["state"] == "degraded"
+    assert untouched.status["waiting"] == []
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_volume_of_the_boot_set(site: Site, name: str) -> None:
+def test_a_broken_volume_of_the_boot_set(untouched: Site, name: str) -> None:
     state, error, sentence = BROKEN[name]
-    shown = named(site.status["volumes"])[name]
+    shown = named(untouched.status["volumes"])[name]
     assert shown["state"] == state
     assert_sentence(shown["error"], sentence)
-    refusal = site.root.refusal("Unlock", name)
+    refusal = untouched.root.refusal("Unlock", name)
     assert refusal.name == error
     assert_sentence(refusal.text, sentence)
 
@@ -265,9 +274,9 @@ def assert_sentence(text: str, pattern: str) -> None:
     assert "Traceback" not in text
 
 
-def test_exit_status_of_what_is_broken(site: Site) -> None:
+def test_exit_status_of_what_is_broken(untouched: Site) -> None:
     loop = 'for name in "$@"; do vmcryptctl unlock $name </dev/null; echo $? $name; done'
-    result = site.vm.run(["bash", "-c", loop, "bash", *BROKEN])
+    result = untouched.vm.run(["bash", "-c", loop, "bash", *BROKEN])
     assert result.out.splitlines() == [f"1 {name}" for name in BROKEN]
     said = result.err.splitlines()
     assert len(said) == len(BROKEN), result.err
@@ -275,15 +284,15 @@ def test_exit_status_of_what_is_broken(site: Site) -> None:
 
 
 @pytest.mark.parametrize("name", SICK_GUESTS)
-def test_a_guest_that_does_not_start(site: Site, name: str) -> None:
-    shown = named(site.status["guests"])[name]
+def test_a_guest_that_does_not_start(untouched: Site, name: str) -> None:
+    shown = named(untouched.status["guests"])[name]
     assert shown["state"] == "off"
     assert SICK_GUESTS[name] in shown["error"]
-    refusal = site.root.refusal("StartGuest", name)
+    refusal = untouched.root.refusal("StartGuest", name)
     assert refusal.name == "GuestFailed"
     assert SICK_GUESTS[name] in refusal.text
     assert f"virsh start {name}" in refusal.text
-    code, words = cli(site.vm, f"start {name}")
+    code, words = cli(untouched.vm, f"start {name}")
     assert code == 1
     assert SICK_GUESTS[name] in words
 
@@ -311,20 +320,11 @@ def test_a_name_that_is_free_again(site: Site) -> None:
     site.root.call("Unlock", "cr_taken")
 
 
-def test_names_that_do_not_exist(site: Site) -> None:
-    refusal = site.root.refusal("Unlock", "cr_god")
-    assert (refusal.name, refusal.text) == (
-        "NoSuchVolume",
-        'there is no volume "cr_god"; did you mean "cr_good"?',
-    )
-    assert site.root.refusal("StartGuest", "god").name == "NoSuchGuest"
-    assert cli(site.vm, "unlock cr_god")[0] == 2
-
-
 # --- keys ---
 
 
 def test_a_slow_fetcher_falls_through_to_the_question(site: Site) -> None:
+    opening = site.root.begin("Unlock", "cr_slow")
     site.root.question("cr_slow")
     site.vm.wait_until("grep -qx cr_slow /run/waited")
     site.root.wait("volume", "cr_slow", "waiting")
@@ -332,19 +332,8 @@ def test_a_slow_fetcher_falls_through_to_the_question(site: Site) -> None:
     # It was ended; it is tried again now and then, while somebody is asked.
     site.vm.wait_until("! pgrep -f '[b]in/hang'")
     site.root.question("cr_slow", PASSPHRASE)
-    site.root.ended(site.slow)
+    site.root.ended(opening)
     assert site.volume("cr_slow")["KeySource"] == "prompt"
-    site.lock("cr_slow")
-
-
-def test_a_wrong_key(site: Site) -> None:
-    code, words = cli(site.vm, "unlock --key-file - cr_ask", stdin=WRONG)
-    assert code == 3
-    assert words.startswith("vmcryptctl: volume cr_ask: the key fits no key slot")
-    assert words.count("\n") == 0
-    assert site.root.refusal("UnlockWithKey", "cr_ask", key=WRONG).name == "WrongKey"
-    assert "The key fits no key slot" in site.volume("cr_ask")["LastError"]
-    assert site.root.refusal("UnlockWithKey", "cr_ask", key="").name == "KeyUnusable"
 
 
 def test_a_key_through_busctl(site: Site) -> None:
@@ -358,19 +347,6 @@ def test_a_key_through_busctl(site: Site) -> None:
     site.vm.run(call, stdin=PASSPHRASE.encode())
     shown = site.volume("cr_ask")
     assert (shown["State"], shown["KeySource"], shown["LastError"]) == ("unlocked", "key", "")
-    site.lock("cr_ask")
-
-
-def test_three_wrong_answers_and_then_the_right_one(site: Site) -> None:
-    unlocking = site.root.begin("Unlock", "cr_ask")
-    question = site.root.question("^Passphrase for volume cr_ask", WRONG)
-    assert lab.disk(DISKS["cr_ask"]) in question
-    for _ in range(2):
-        site.root.question("^That did not fit. Passphrase for volume cr_ask", WRONG)
-    site.root.question("^That did not fit. Passphrase for volume cr_ask", PASSPHRASE)
-    site.root.ended(unlocking)
-    assert site.volume("cr_ask")["LastError"] == ""
-    site.lock("cr_ask")
 
 
 def test_one_answer_for_all_that_wait_and_a_question_for_the_rest(site: Site) -> None:
@@ -382,25 +358,6 @@ def test_one_answer_for_all_that_wait_and_a_question_for_the_rest(site: Site) ->
     site.root.question("^That did not fit. Passphrase for volume cr_other", OTHER)
     for call in calls:
         site.root.ended(call)
-    site.lock("cr_ask", "cr_hand", "cr_other")
-
-
-def test_an_answer_is_kept_for_late_comers_as_long_as_configured(site: Site) -> None:
-    config = site.vm.get(lab.CONFIG).decode()
-    held = "ls -l /proc/$(systemctl show -P MainPID vmcryptd)/fd | grep -q memfd:vmcryptd-key"
-    cached = config.replace("[daemon]", '[daemon]\nkey_cache = "infinity"')
-    site.vm.put(lab.CONFIG, cached)
-    site.root.call("Reload")
-    call = site.root.begin("Unlock", "cr_ask")
-    site.root.question("cr_ask", PASSPHRASE)
-    site.root.ended(call)
-    site.vm.run(held)
-    site.root.call("Unlock", "cr_hand")
-    assert site.volume("cr_hand")["KeySource"] == "prompt"
-    site.vm.put(lab.CONFIG, config)
-    site.root.call("Reload")
-    site.vm.wait_until(f"! {held}")
-    site.lock("cr_ask", "cr_hand")
 
 
 # --- what others do with our volumes ---
@@ -424,7 +381,6 @@ def test_a_volume_that_waits_is_opened_by_hand(site: Site) -> None:
     site.vm.run(f"cryptsetup open --key-file - {device} cr_hand", stdin=PASSPHRASE.encode())
     site.root.ended(call)
     site.vm.wait_until("! ls /run/systemd/ask-password/ask.*")
-    site.lock("cr_hand")
 
 
 USERS = {
@@ -461,10 +417,10 @@ def test_a_busy_volume_names_who_uses_it(site: Site, user: str) -> None:
     assert "cr_hand" not in lab.mappings(site.vm)
 
 
-def test_a_guest_that_runs_keeps_its_volume(site: Site) -> None:
-    refusal = site.root.refusal("Lock", "cr_good")
+def test_a_guest_that_runs_keeps_its_volume(untouched: Site) -> None:
+    refusal = untouched.root.refusal("Lock", "cr_good")
     assert (refusal.name, "guest good" in refusal.text) == ("Busy", True)
-    assert cli(site.vm, "lock cr_good")[0] == 1
+    assert cli(untouched.vm, "lock cr_good")[0] == 1
 
 
 # --- libvirt away ---
@@ -491,8 +447,8 @@ def test_without_libvirt_volumes_open_and_guests_follow(site: Site) -> None:
 # --- who may ---
 
 
-def test_an_unprivileged_user_reads_and_changes_nothing(site: Site) -> None:
-    vm = site.vm
+def test_an_unprivileged_user_reads_and_changes_nothing(untouched: Site) -> None:
+    vm = untouched.vm
     nobody = "runuser -u nobody --"
     status = json.loads(vm.run(f"{nobody} vmcryptctl status --json").out)
     assert named(status["volumes"])["cr_good"]["state"] == "unlocked"
@@ -503,17 +459,19 @@ def test_an_unprivileged_user_reads_and_changes_nothing(site: Site) -> None:
         "Unlock": ["cr_ask"], "Lock": ["cr_stored"], "UnlockAll": [], "LockAll": [], "Boot": [],
         "StartGuest": ["good"], "StopGuest": ["good"], "Shutdown": [], "Panic": [], "Reload": [],
     }.items():  # fmt: skip
-        refusal = site.nobody.refusal(member, *body)
+        refusal = untouched.nobody.refusal(member, *body)
         assert refusal.name == "NotAuthorized", member
         assert_sentence(refusal.text, "user 65534 may not do org.vmcryptd1.[a-z]+")
-    assert site.nobody.refusal("UnlockWithKey", "cr_ask", key=PASSPHRASE).name == "NotAuthorized"
-    assert site.nobody.refusal("UnlockAllWithKey", key=PASSPHRASE).name == "NotAuthorized"
+    assert (
+        untouched.nobody.refusal("UnlockWithKey", "cr_ask", key=PASSPHRASE).name == "NotAuthorized"
+    )
+    assert untouched.nobody.refusal("UnlockAllWithKey", key=PASSPHRASE).name == "NotAuthorized"
     result = vm.run(
         f"{nobody} vmcryptctl unlock --key-file - cr_ask", stdin=PASSPHRASE.encode(), check=False
     )
     assert result.code == 4
     assert "may not do org.vmcryptd1.unlock" in result.err
-    assert site.volume("cr_ask")["State"] == "locked"
+    assert untouched.volume("cr_ask")["State"] == "locked"
 
 
 def test_the_example_rule_lets_its_group_unlock(site: Site) -> None:
@@ -527,7 +485,6 @@ def test_the_example_rule_lets_its_group_unlock(site: Site) -> None:
     assert site.volume("cr_ask")["State"] == "unlocked"
     assert keyholder.refusal("Lock", "cr_ask").name == "NotAuthorized"
     assert site.nobody.refusal("UnlockWithKey", "cr_ask", key=PASSPHRASE).name == "NotAuthorized"
-    site.lock("cr_ask")
 
 
 def test_without_polkit_root_may_and_nobody_else(site: Site) -> None:
@@ -538,7 +495,6 @@ def test_without_polkit_root_may_and_nobody_else(site: Site) -> None:
         refusal = site.nobody.refusal("Lock", "cr_ask")
         assert refusal.name == "NotAuthorized"
         assert_sentence(refusal.text, "polkit cannot be asked")
-        site.lock("cr_ask")
     finally:
         vm.run("systemctl unmask --runtime polkit.service")
 
@@ -546,20 +502,20 @@ def test_without_polkit_root_may_and_nobody_else(site: Site) -> None:
 # --- the daemon itself ---
 
 
-def test_a_bad_configuration_is_refused_and_the_running_one_stays(site: Site) -> None:
+def test_a_bad_configuration_is_refused_and_the_running_one_stays(untouched: Site) -> None:
     path = "/etc/vmcryptd/conf.d/bad.toml"
-    site.vm.put(path, '[volume.cr_new]\ndevice = "/dev/null"\nunlok = "boot"\n')
-    refusal = site.root.refusal("Reload")
+    untouched.vm.put(path, '[volume.cr_new]\ndevice = "/dev/null"\nunlok = "boot"\n')
+    refusal = untouched.root.refusal("Reload")
     assert refusal.name == "Config"
     assert_sentence(refusal.text, r"bad\.toml.*volume\.cr_new.*unlok.*did you mean")
-    code, words = cli(site.vm, "reload")
+    code, words = cli(untouched.vm, "reload")
     assert code == 2
     assert "bad.toml" in words
-    assert site.vm.run("systemctl reload vmcryptd", check=False).code != 0
-    assert site.vm.run("systemctl is-active vmcryptd").out == "active\n"
-    assert site.volume("cr_good")["State"] == "unlocked"
-    site.vm.run(f"rm {path}")
-    site.vm.run("systemctl reload vmcryptd")
+    assert untouched.vm.run("systemctl reload vmcryptd", check=False).code != 0
+    assert untouched.vm.run("systemctl is-active vmcryptd").out == "active\n"
+    assert untouched.volume("cr_good")["State"] == "unlocked"
+    untouched.vm.run(f"rm {path}")
+    untouched.vm.run("systemctl reload vmcryptd")
 
 
 def test_a_key_derivation_without_memory_dies_alone(site: Site) -> None:
@@ -576,7 +532,6 @@ def test_a_key_derivation_without_memory_dies_alone(site: Site) -> None:
     finally:
         vm.run(f"systemctl set-property --runtime {unit} MemoryMax=infinity")
     site.root.call("UnlockWithKey", "cr_hungry", key=OTHER)
-    site.lock("cr_ask", "cr_hungry")
 
 
 def test_a_volume_whose_table_is_gone_stays_ours_until_it_is_closed(site: Site) -> None:
@@ -607,7 +562,6 @@ def test_a_volume_whose_table_is_gone_stays_ours_until_it_is_closed(site: Site) 
 RESTARTS = {
     "killed": "systemctl kill -s KILL vmcryptd",
     "restarted": "systemctl restart vmcryptd",
-    "installed again": "dpkg -i /root/vmcryptd.deb",
 }
 
 
@@ -615,9 +569,6 @@ RESTARTS = {
 def test_the_daemon_is_gone_for_a_moment(site: Site, how: str) -> None:
     """In the middle of waiting, of opening, and with a guest that runs."""
     vm, root = site.vm, site.root
-    package = current_package()
-    assert package is not None
-    vm.put("/root/vmcryptd.deb", package.read_bytes())
     root.begin("Unlock", "cr_ask")
     root.wait("volume", "cr_ask", "waiting")
     root.begin("Unlock", "cr_kdf")
@@ -629,7 +580,7 @@ def test_the_daemon_is_gone_for_a_moment(site: Site, how: str) -> None:
     before = running(vm)
     reasons = {name: site.volume(name)["LastError"] for name in BROKEN}
     pid = vm.run("systemctl show -P MainPID vmcryptd").out.strip()
-    vm.run(RESTARTS[how], timeout_s=300)
+    vm.run(RESTARTS[how])
     vm.wait_until(f'[ "$(systemctl show -P MainPID vmcryptd)" -ne {pid} ]')
     vm.wait_unit("vmcryptd.service")
     root.wait("volume", "cr_ask", "waiting")
@@ -644,7 +595,6 @@ def test_the_daemon_is_gone_for_a_moment(site: Site, how: str) -> None:
     root.question("^Passphrase for volume", PASSPHRASE)
     root.wait("volume", "cr_ask", "unlocked")
     root.question("volume cr_kdf")
-    site.lock("cr_ask", "cr_kdf")
     vm.wait_until("! ls /run/systemd/ask-password/ask.*")
 
 
@@ -654,30 +604,3 @@ def running(vm: Vm) -> str:
         "dmsetup info -c --noheadings -o name,uuid,major,minor; virsh list --all --id --name;"
         " cat /run/libvirt/qemu/*.pid"
     ).out
-
-
-def test_ten_thousand_refused_calls_leave_nothing_behind(site: Site) -> None:
-    vm = site.vm
-    pid = vm.run("systemctl show -P MainPID vmcryptd").out.strip()
-    count = f"ls /proc/{pid}/fd | wc -l"
-    site.nobody.flood(len(BAD_CALLS), BAD_CALLS)  # to have seen all of it
-    before = vm.run(count).out
-    memory, children = memory_and_children(vm, pid)
-    answers = site.nobody.flood(10_000, BAD_CALLS)
-    assert sum(answers.values()) == 10_000
-    assert "allowed" not in answers, answers
-    assert answers["org.vmcryptd1.Error.NotAuthorized"] >= 80, answers
-    vm.wait_until(f"[ $({count}) -le {before.strip()} ]")
-    after, children_after = memory_and_children(vm, pid)
-    assert children_after == children, "a refused call started a program"
-    assert after - memory < 4096, f"from {memory} to {after} KiB"
-    assert vm.run("systemctl show -P MainPID vmcryptd").out.strip() == pid
-    assert cli(vm, "status")[0] == 0
-    assert site.volume("cr_ask")["State"] == "locked"
-
-
-def memory_and_children(vm: Vm, pid: str) -> tuple[int, int]:
-    """Resident KiB, and the page faults of all children that have ended (proc_pid_stat(5))."""
-    rss = vm.run(f"awk '/^VmRSS/ {{ print $2 }}' /proc/{pid}/status").out
-    fields = vm.run(f"cat /proc/{pid}/stat").out.rpartition(")")[2].split()
-    return int(rss), int(fields[8])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Keystores and the verbs that change keys, as an administrator uses them: typed, rebooted, lost, killed in the middle.
 
-All tests share one machine and go on from each other, in this order: keystores are made, the host boots by one of
-them, loses it, and boots without it after its power was cut while a key was being changed.
+Keystores are made at a terminal, and the host boots by one of them. From there each test goes its own way.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import pytest
 
 from tests.vm import guest, lab
 from tests.vm.conftest import HostFactory
-from tests.vm.host import Host, Vm
+from tests.vm.host import Host, Snapshot, Vm
 from tests.vm.lab import PASSPHRASE, WRONG, Caller
 
 CANARY = "canary-Zw7pQ4"
@@ -72,11 +72,6 @@ class Site:
         for name, key in keys.items():
             self.vm.put(f"/run/keys/{name}", key, 0o600)
 
-    def boot(self) -> None:
-        """From powered-off; nobody has answered anything."""
-        self.vm = self.host.boot(wait=False)
-        self.vm.console.expect(r"Passphrase for volumes? [^\n]*:")
-
     def log_in(self) -> None:
         self.vm.console.expect("login: ", SLOW_S)
         self.vm.console.type("root\n")
@@ -115,46 +110,84 @@ class Site:
         self.vm.wait_until("! ls /run/systemd/ask-password/ask.*")
         assert lab.status(self.vm)["waiting"] == []
 
-    def lose_keystore(self) -> None:
-        self.vm.run(f"mv {FILE} {FILE}.lost")
 
-    def find_keystore(self) -> None:
-        self.vm.run(f"mv {FILE}.lost {FILE}")
+@contextlib.contextmanager
+def resumed(new_host: HostFactory, snapshot: Snapshot) -> Iterator[Site]:
+    host = new_host(snapshot=snapshot)
+    vm = host.resume()
+    site = Site(host, vm, Caller(vm))
+    try:
+        yield site
+    finally:
+        site.vm.power_cut()
 
 
 @pytest.fixture(scope="module")
-def site(module_host: HostFactory) -> Iterator[Site]:
+def without(module_host: HostFactory) -> Snapshot:
     """Volumes and guests as they are without a keystore, and nothing is open."""
-    host: Host = module_host(
+    host = module_host(
         disks=["64M", "64M", "64M", "64M", "300M", "128M"],
         plugged=[*BEHIND.values(), GROUP, SWAP],
     )
-    site = prepared(host)
-    yield site
-    site.vm.power_cut()
+    lab.format_disk(host, BEHIND["cr_data"])
+    lab.format_disk(host, LATE, STORE)
+    with host.resume() as vm:
+        setup = lab.Lab(vm)
+        for name, index in BEHIND.items():
+            if name == "cr_data":
+                setup.volume(name, lab.disk(index))
+            else:
+                setup.encrypted_guest(name.removeprefix("cr_"), lab.disk(index))
+        vm.run(
+            f"vgcreate -q vg0 {lab.disk(GROUP)}"
+            " && for lv in vault spare; do lvcreate -q -y -L 64M -n $lv vg0; done"
+        )
+        setup.luks("/dev/vg0/spare")
+        setup.volume("cr_spare", "/dev/vg0/spare", unlock="manual")
+        setup.write_config(reload=True)
+        vm.run("systemctl disable --now libvirt-guests.service")
+        return vm.save()
 
 
-def prepared(host: Host) -> Site:
-    vm = host.boot()
-    setup = lab.Lab(vm)
-    for name, index in BEHIND.items():
-        if name == "cr_data":
-            setup.luks(lab.disk(index))
-            setup.volume(name, lab.disk(index))
-        else:
-            setup.encrypted_guest(name.removeprefix("cr_"), lab.disk(index))
-    vm.run(
-        f"vgcreate -q vg0 {lab.disk(GROUP)}"
-        " && for lv in vault spare; do lvcreate -q -y -L 64M -n $lv vg0; done"
-    )
-    setup.luks("/dev/vg0/spare")
-    setup.volume("cr_spare", "/dev/vg0/spare", unlock="manual")
-    setup.write_config(reload=True)
-    vm.run("systemctl disable --now libvirt-guests.service")
-    return Site(host, vm, Caller(vm))
+@pytest.fixture(scope="module")
+def made(module_host: HostFactory, without: Snapshot) -> Snapshot:
+    """Keystores are made at a terminal: one in a file, and one on a logical volume."""
+    with resumed(module_host, without) as site:
+        make_keystores(site)
+        site.vm.run("sync")
+        return site.vm.save()
 
 
-def test_keystores_are_made_at_a_terminal(site: Site) -> None:
+@pytest.fixture(scope="module")
+def booted(module_host: HostFactory, made: Snapshot) -> Snapshot:
+    """One passphrase at boot, which is a keystore's; root is logged in."""
+    vm = module_host(snapshot=made).boot(wait=False)
+    try:
+        vm.console.expect(rf"Passphrase for volume keys \({FILE}\):")
+        lab.type_secret(vm, STORE)
+        site = Site(vm.host, vm, Caller(vm))
+        site.log_in()
+        site.assert_up(starts=1, clean_stops=0)
+        return vm.save()
+    finally:
+        vm.power_cut()
+
+
+@pytest.fixture
+def site(host: HostFactory, booted: Snapshot) -> Iterator[Site]:
+    """Up by the keystore."""
+    with resumed(host, booted) as site:
+        yield site
+
+
+@pytest.fixture
+def closed(host: HostFactory, made: Snapshot) -> Iterator[Site]:
+    """With keystores, and nothing is open."""
+    with resumed(host, made) as site:
+        yield site
+
+
+def make_keystores(site: Site) -> None:
     vm = site.vm
     site.log_in()
     shown = site.typed(
@@ -192,33 +225,27 @@ def test_keystores_are_made_at_a_terminal(site: Site) -> None:
     lab.paste_keys(vm, shown, "cr_spare")
     site.typed("vmcryptctl reload && vmcryptctl lock keys vault")
     site.assert_keystore_is_closed()
-    assert vm.run("vmcryptctl check --json").out
-    found = json.loads(vm.run("vmcryptctl check --json").out)
+
+
+def test_keystores_that_are_made_are_configured_well(closed: Site) -> None:
+    found = json.loads(closed.vm.run("vmcryptctl check --json").out)
     assert found == {"ok": True, "findings": []}
 
 
-def test_a_volume_by_the_keystore_on_a_logical_volume(site: Site) -> None:
+def test_a_volume_by_the_keystore_on_a_logical_volume(closed: Site) -> None:
     """Who opens it is asked for the keystore, and that is closed again."""
-    shown = site.typed("vmcryptctl unlock cr_spare", (r"Passphrase for vault \(.*\):", STORE))
+    shown = closed.typed("vmcryptctl unlock cr_spare", (r"Passphrase for vault \(.*\):", STORE))
     assert "open now: cr_spare" in shown
-    assert site.sources()["cr_spare"] == f"file:{MOUNT}/vault/cr_spare.key"
-    lab.wait_object(site.vm, "volume", "vault", "locked")
+    assert closed.sources()["cr_spare"] == f"file:{MOUNT}/vault/cr_spare.key"
+    lab.wait_object(closed.vm, "volume", "vault", "locked")
     # Its disk is gone: nobody waits for it who has another key.
-    site.vm.run("vmcryptctl lock cr_spare && lvchange -q -an vg0/vault")
-    lab.unlock(site.vm, "cr_spare")
-    assert site.sources() == {"cr_spare": "key"}
-    assert "cr_spare" in lab.mappings(site.vm)
-    site.vm.run("vmcryptctl lock cr_spare && lvchange -q -ay vg0/vault")
+    closed.vm.run("vmcryptctl lock cr_spare && lvchange -q -an vg0/vault")
+    lab.unlock(closed.vm, "cr_spare")
+    assert closed.sources() == {"cr_spare": "key"}
+    assert "cr_spare" in lab.mappings(closed.vm)
 
 
 def test_one_passphrase_at_boot(site: Site) -> None:
-    site.vm.poweroff()
-    site.vm = site.host.boot(wait=False)
-    site.vm.console.expect(rf"Passphrase for volume keys \({FILE}\):")
-    lab.type_secret(site.vm, STORE)
-    site.log_in()
-    site.person = Caller(site.vm)
-    site.assert_up(starts=1, clean_stops=0)
     assert site.sources() == SOURCES
     site.assert_keystore_is_closed()
     site.assert_nobody_is_asked()
@@ -289,6 +316,7 @@ def test_keys_of_an_open_volume(site: Site) -> None:
     assert [site.opens("cr_data", key) for key in (PASSPHRASE, OTHER, LAST)] == [True, False, False]
     # All the while it was open, and the mapping is the same.
     assert vm.run("dmsetup table --showkeys cr_data").out == before
+    assert_no_secret_is_left(site)
 
 
 def hold(site: Site, when: str, action: str) -> None:
@@ -319,6 +347,7 @@ def test_the_daemon_is_killed_while_it_changes_a_key(
     site: Site, when: str, action: str, *, old_opens: bool, new_opens: bool
 ) -> None:
     vm = site.vm
+    site.put_keys(old=PASSPHRASE, other=OTHER)
     vm.put("/usr/local/lib/holding", HOLDING, 0o755)
     hold(site, when, action)
     change_key(site, "old", "other")
@@ -341,12 +370,13 @@ def test_the_daemon_is_killed_while_it_changes_a_key(
         slot = json.loads(tested)["slot"]
         vm.run(f"vmcryptctl key remove cr_data {slot} --key-file /run/keys/old")
     assert [site.opens("cr_data", key) for key in (PASSPHRASE, OTHER)] == [True, False]
-    assert len(site.slots("cr_data")) == 1
+    assert len(site.slots("cr_data")) == 2
 
 
 def test_a_keystore_takes_the_place_of_a_key_that_was_removed(site: Site) -> None:
     """Its file has outlived the key slot, and nothing is overwritten."""
     vm = site.vm
+    vm.run("vmcryptctl key remove cr_data 1 --key-file /dev/stdin", stdin=PASSPHRASE.encode())
     lab.unlock(vm, "keys", passphrase=STORE)
     add = ["vmcryptctl", "key", "add", "cr_data", "--keystore", "keys", "--key-file", "-"]
     refused = vm.run(add, stdin=PASSPHRASE.encode(), check=False)
@@ -365,14 +395,10 @@ def test_a_keystore_takes_the_place_of_a_key_that_was_removed(site: Site) -> Non
 
 def test_an_answer_is_held_for_a_disk_that_comes_late(site: Site) -> None:
     vm = site.vm
-    device = vm.plug_disk(LATE)
-    vm.wait_until(f"test -b {device}")
-    setup = lab.Lab(vm)
-    setup.luks(device, passphrase=STORE)
-    vm.unplug_disk(LATE)
+    begin_to_swap(site)
     vm.put(
         "/etc/vmcryptd/conf.d/late.toml",
-        f'[daemon]\nkey_cache = "infinity"\n[volume.cr_late]\ndevice = "{device}"\ntimeout = "1s"\n',
+        f'[daemon]\nkey_cache = "infinity"\n[volume.cr_late]\ndevice = "{lab.disk(LATE)}"\ntimeout = "1s"\n',
     )
     vm.run("vmcryptctl reload && vmcryptctl shutdown && vmcryptctl boot")
     site.person.question("Passphrase for volume.* keys", STORE, SLOW_S)
@@ -384,6 +410,17 @@ def test_an_answer_is_held_for_a_disk_that_comes_late(site: Site) -> None:
     assert site.sources()["cr_late"] == "prompt"
     site.assert_nobody_is_asked()
     site.assert_keystore_is_closed()
+
+    # What is held is not swapped, and is wiped in time.
+    pid = vm.run("systemctl show --value -p MainPID vmcryptd").out.strip()
+    held = f"cat $(find /proc/{pid}/fd -lname '/memfd:vmcryptd-key*')"
+    assert vm.run(held).out == STORE
+    press(site, pid)
+    assert not in_swap(site, CANARY)
+    vm.run("sed -i s/infinity/2s/ /etc/vmcryptd/conf.d/late.toml && vmcryptctl reload")
+    vm.wait_until("vmcryptctl status --json | grep -q '\"held_keys\": \\[\\]'")
+    assert vm.run(f"find /proc/{pid}/fd -lname '/memfd:*'").out == ""
+    assert_no_secret_is_left(site)
 
 
 def in_swap(site: Site, needle: str) -> bool:
@@ -399,9 +436,10 @@ def press(site: Site, pid: str) -> None:
     site.vm.run(command, check=False)
 
 
-def plant_in_swap(site: Site) -> None:
-    """A process that holds a text in memory, and is swapped: the search finds what is there."""
+def begin_to_swap(site: Site) -> None:
+    """And a process that holds a text in memory is swapped: the search finds what is there."""
     vm = site.vm
+    vm.run(f"mkswap -q {lab.disk(SWAP)} && swapon {lab.disk(SWAP)}")
     program = "import signal, sys; text = sys.stdin.read() * 100; signal.pause()"
     vm.run(f"echo {CONTROL} >/run/control")
     vm.run(
@@ -418,8 +456,7 @@ def plant_in_swap(site: Site) -> None:
 def test_what_is_typed_is_not_swapped(site: Site) -> None:
     """The command line holds a first key while it asks for a second one."""
     vm = site.vm
-    vm.run(f"rm -r /run/keys; mkswap -q {lab.disk(SWAP)} && swapon {lab.disk(SWAP)}")
-    plant_in_swap(site)
+    begin_to_swap(site)
     vm.console.type("vmcryptctl key add cr_data\n")
     vm.console.expect("Passphrase that opens cr_data now:", SLOW_S)
     lab.type_secret(vm, PASSPHRASE)
@@ -436,40 +473,31 @@ def test_what_is_typed_is_not_swapped(site: Site) -> None:
     assert len(site.slots("cr_data")) == 2
 
 
-def test_what_is_held_is_not_swapped_and_is_wiped_in_time(site: Site) -> None:
-    vm = site.vm
-    pid = vm.run("systemctl show --value -p MainPID vmcryptd").out.strip()
-    held = f"cat $(find /proc/{pid}/fd -lname '/memfd:vmcryptd-key*')"
-    assert vm.run(held).out == STORE
-    press(site, pid)
-    assert not in_swap(site, CANARY)
-
-    vm.run("sed -i s/infinity/2s/ /etc/vmcryptd/conf.d/late.toml && vmcryptctl reload")
-    vm.wait_until("vmcryptctl status --json | grep -q '\"held_keys\": \\[\\]'")
-    assert vm.run(f"find /proc/{pid}/fd -lname '/memfd:*'").out == ""
-    assert lab.in_memory(vm, pid, CANARY) == []
-    assert lab.in_memory(vm, pid, "org.vmcryptd1") != []
-    vm.run("rm /etc/vmcryptd/conf.d/late.toml && vmcryptctl lock cr_late && vmcryptctl reload")
-
-
 def test_somebody_answers_with_the_volumes_own_passphrase(site: Site) -> None:
     """While the keystore is asked for. It is not needed then, and not asked for any more."""
     vm = site.vm
     vm.run("vmcryptctl shutdown && vmcryptctl boot")
     site.person.question("^Passphrase for volume keys", WRONG, SLOW_S)
     site.person.question("^That did not fit. Passphrase for volume keys", PASSPHRASE, SLOW_S)
-    site.assert_up(starts=3, clean_stops=2)
+    site.assert_up(starts=2, clean_stops=1)
     assert site.sources() == dict.fromkeys(BEHIND, "prompt")
     site.assert_nobody_is_asked()
     site.assert_keystore_is_closed()
     assert site.volume("keys")["error"] == ""
 
 
+def lose_keystore(site: Site) -> None:
+    """It is not waited for long."""
+    site.vm.run(
+        f"sed -i '$a timeout = \"1s\"' /etc/vmcryptd/conf.d/keys.toml; mv {FILE} {FILE}.lost"
+    )
+    site.vm.run("vmcryptctl reload")
+
+
 def test_a_lost_keystore(site: Site) -> None:
     vm = site.vm
     vm.run("vmcryptctl shutdown")
-    vm.run("sed -i '$a timeout = \"1s\"' /etc/vmcryptd/conf.d/keys.toml && vmcryptctl reload")
-    site.lose_keystore()
+    lose_keystore(site)
     vm.run("vmcryptctl boot")
     names = ", ".join(sorted(BEHIND))
     site.person.question(f"^Passphrase for volumes {names}:", timeout_s=SLOW_S)
@@ -482,13 +510,14 @@ def test_a_lost_keystore(site: Site) -> None:
     assert told["state"] == "waiting"
     assert f"{MOUNT}/keys/cr_mail.key" in told["error"]
     site.person.question(f"^Passphrase for volumes {names}:", PASSPHRASE)
-    site.assert_up(starts=4, clean_stops=3)
+    site.assert_up(starts=2, clean_stops=1)
     assert site.sources() == dict.fromkeys(BEHIND, "prompt")
     site.assert_nobody_is_asked()
 
 
 def test_the_power_is_cut_while_a_key_is_changed(site: Site) -> None:
     """And the keystore is lost: the volume is opened by what is left."""
+    lose_keystore(site)
     site.put_keys(old=PASSPHRASE, other=OTHER)
     site.vm.put("/usr/local/lib/holding", HOLDING, 0o755)
     hold(site, "after", "luksAddKey")
@@ -499,15 +528,16 @@ def test_the_power_is_cut_while_a_key_is_changed(site: Site) -> None:
     site.vm.console.expect(f"Passphrase for volumes {', '.join(sorted(BEHIND))}:")
     lab.type_secret(site.vm, PASSPHRASE)
     site.log_in()
-    site.assert_up(starts=5, clean_stops=3)
+    site.assert_up(starts=2, clean_stops=0)
     assert site.sources() == dict.fromkeys(BEHIND, "prompt")
     assert [site.opens("cr_data", key) for key in (PASSPHRASE, OTHER)] == [True, True]
     assert site.volume("cr_data")["header_backup_due"]
-    site.find_keystore()
+    assert_no_secret_is_left(site)
 
 
-def test_no_secret_is_left(site: Site) -> None:
+def assert_no_secret_is_left(site: Site) -> None:
     vm = site.vm
+    vm.run("rm -rf /run/keys")
     places = "/run /tmp /var/log /var/lib/vmcryptd /etc"
     pid = vm.run("systemctl show --value -p MainPID vmcryptd").out.strip()
     vm.run("systemd-cat", stdin=CONTROL.encode())
@@ -524,10 +554,8 @@ def test_no_secret_is_left(site: Site) -> None:
     assert not is_in_output(journal, CANARY)
     assert not is_in_output(processes, CANARY)
     assert CANARY not in vm.console.transcript
-    assert not in_swap(site, CANARY)
     # The same searches find what is there.
     assert lab.in_memory(vm, pid, "org.vmcryptd1") != []
     assert lab.in_files(vm, places, "cr_data") != []
     assert is_in_output(journal, CONTROL)
     assert is_in_output(processes, "/usr/sbin/vmcryptd")
-    assert in_swap(site, CONTROL)

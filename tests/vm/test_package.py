@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The Debian package on a host that has it: installed, upgraded, removed and purged, while a guest runs.
 
-All tests share one machine, in this order: it is configured after the first, and the last purges the package.
+All tests but the first begin with the same machine, on which a guest runs.
 """
 
 import re
@@ -12,7 +12,7 @@ import pytest
 
 from tests.vm import guest, lab
 from tests.vm.conftest import HostFactory, current_package
-from tests.vm.host import Vm
+from tests.vm.host import Snapshot, Vm
 from tests.vm.lab import PASSPHRASE
 
 GUEST, VOLUME = "imap", "cr_imap"
@@ -21,13 +21,6 @@ KEY = "/etc/vmcryptd/keys/imap"
 NEWER = "/root/newer.deb"
 ENABLED = "vmcryptd.service vmcryptd-guests.service vmcryptd-console.service"
 STATIC = "vmcryptd-ready.service vmcryptd.target"
-
-
-@pytest.fixture(scope="module")
-def vm(module_host: HostFactory) -> Iterator[Vm]:
-    """As installing has left it: nothing is configured."""
-    with module_host(disks=["64M"]).boot() as vm:
-        yield vm
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +40,24 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def site(vm: Vm, newer: bytes) -> Vm:
-    """A guest on a volume whose key is a file, so that nobody has to answer."""
-    setup = lab.Lab(vm)
-    setup.encrypted_guest(GUEST, lab.disk(0), keys=[f"file:{KEY}"])
-    vm.put(KEY, PASSPHRASE, 0o600)
-    vm.put(NEWER, newer)
-    setup.write_config("# What the administrator has written.\n", reload=True)
-    # When the host booted there was nothing to open.
-    vm.run("vmcryptctl boot")
-    return vm
+def prepared(module_host: HostFactory, newer: bytes) -> Snapshot:
+    """A guest runs on a volume whose key is a file, so that nobody has to answer."""
+    with module_host(disks=["64M"]).resume() as vm:
+        setup = lab.Lab(vm)
+        setup.encrypted_guest(GUEST, lab.disk(0), keys=[f"file:{KEY}"])
+        vm.put(KEY, PASSPHRASE, 0o600)
+        vm.put(NEWER, newer)
+        setup.write_config("# What the administrator has written.\n", reload=True)
+        # When the host booted there was nothing to open.
+        vm.run("vmcryptctl boot")
+        assert_up(vm)
+        return vm.save()
 
 
 @pytest.fixture
-def up(site: Vm) -> Vm:
-    """The guest runs, whatever the test before left."""
-    site.run("systemctl start vmcryptd-guests.service")
-    assert_up(site)
-    return site
+def up(host: HostFactory, prepared: Snapshot) -> Iterator[Vm]:
+    with host(snapshot=prepared).resume() as vm:
+        yield vm
 
 
 def assert_up(vm: Vm) -> None:
@@ -135,7 +128,13 @@ def completions(vm: Vm, *lines: str) -> list[list[str]]:
     return [line.split() for line in vm.run(["bash", "-c", script, "", *lines]).out.splitlines()]
 
 
-def test_installed_and_nothing_configured(vm: Vm) -> None:
+def test_installed_and_nothing_configured(host: HostFactory) -> None:
+    """As installing has left it, and a boot."""
+    with host().resume() as vm:
+        assert_nothing_configured(vm)
+
+
+def assert_nothing_configured(vm: Vm) -> None:
     # No job of the boot is left that waits for anything, and no unit has failed.
     assert vm.wait_booted() == "running"
     assert "Passphrase" not in vm.console.transcript

@@ -9,7 +9,7 @@ import pytest
 
 from tests.vm import guest, lab
 from tests.vm.conftest import HostFactory
-from tests.vm.host import Background, Host, Vm
+from tests.vm.host import Background, Snapshot, Vm
 from tests.vm.lab import PASSPHRASE, Caller
 
 SECOND = "canary-Zw7pQ4-second"
@@ -97,15 +97,17 @@ def prepare(vm: Vm) -> str:
     return vm.run(CONTENT).out
 
 
-@pytest.fixture
-def prepared(host: HostFactory) -> Host:
-    return host(disks=["128M"])
+@dataclass(frozen=True)
+class Prepared:
+    snapshot: Snapshot
+    content: str
 
 
-@pytest.fixture
-def larger(host: HostFactory) -> Host:
-    """It is gone on with more than once, and each time some pieces of 16 MiB are done."""
-    return host(disks=["192M"])
+@pytest.fixture(scope="module")
+def prepared(module_host: HostFactory) -> Prepared:
+    with module_host(disks=["128M"]).resume() as vm:
+        content = prepare(vm)
+        return Prepared(vm.save(), content)
 
 
 def came_up(vm: Vm, content: str, rotation: str) -> Site:
@@ -120,9 +122,9 @@ def came_up(vm: Vm, content: str, rotation: str) -> Site:
     return site
 
 
-def test_a_guest_and_daemons_come_and_go_meanwhile(prepared: Host) -> None:
-    with prepared.boot() as vm:
-        site = Site(vm, prepare(vm))
+def test_a_guest_and_daemons_come_and_go_meanwhile(host: HostFactory, prepared: Prepared) -> None:
+    with host(snapshot=prepared.snapshot).resume() as vm:
+        site = Site(vm, prepared.content)
         vm.run("vmcryptctl header backup cr_mail /root/old")
         before = header(vm)
         vm.run("vmcryptctl start mail")
@@ -186,8 +188,9 @@ def test_a_guest_and_daemons_come_and_go_meanwhile(prepared: Host) -> None:
         assert vm.run(f"journalctl -b -o export | grep -c '{PASSPHRASE}'", check=False).out == "0\n"
 
 
-def test_it_is_stopped_locked_killed_and_goes_on(larger: Host) -> None:
-    with larger.boot() as vm:
+def test_it_is_stopped_locked_killed_and_goes_on(host: HostFactory) -> None:
+    # It is gone on with more than once, and each time some pieces of 16 MiB are done.
+    with host(disks=["192M"]).resume() as vm:
         site = Site(vm, prepare(vm))
         device = lab.disk(0)
         vm.run(f"umask 77; printf {SECOND} >/run/second")
@@ -260,25 +263,26 @@ def test_it_is_stopped_locked_killed_and_goes_on(larger: Host) -> None:
         assert (len(found["keyslots"]), list(found["tokens"])) == (1, ["4"])
 
 
-def test_the_host_goes_down_meanwhile(prepared: Host) -> None:
-    with prepared.boot() as vm:
-        content = prepare(vm)
+def test_the_host_goes_down_meanwhile(host: HostFactory, prepared: Prepared) -> None:
+    content = prepared.content
+    machine = host(snapshot=prepared.snapshot)
+    with machine.resume() as vm:
         vm.run("vmcryptctl start mail")
         vm.wait_counters("/dev/mapper/cr_mail", guest.Counters(1, 0))
         Site(vm, content).rotate()
         assert vm.poweroff(LONG_S) == "guest-shutdown"
         assert "still open" not in vm.console.transcript
-    with prepared.boot(wait=False) as vm:
+    with machine.boot(wait=False) as vm:
         site = came_up(vm, content, "unfinished")
         vm.wait_counters("/dev/mapper/cr_mail", guest.Counters(2, 1))
         site.rotate()
         vm.power_cut()
-    with prepared.boot(wait=False) as vm:
+    with machine.boot(wait=False) as vm:
         site = came_up(vm, content, "unfinished")
         site.rotate()
         site.moves_the_rest()
         vm.power_cut()
-    with prepared.boot(wait=False) as vm:
+    with machine.boot(wait=False) as vm:
         came_up(vm, content, "")
         assert lab.guest_states(vm) == {"mail": "running"}
         [number] = header(vm)["keyslots"]

@@ -12,7 +12,7 @@ import pytest
 
 from tests.vm import guest, lab, watch
 from tests.vm.conftest import HostFactory
-from tests.vm.host import Vm
+from tests.vm.host import Snapshot, Vm
 from tests.vm.lab import PASSPHRASE, WRONG, Caller
 
 CANARY = "canary-Zw7pQ4"
@@ -84,11 +84,15 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(module_host: HostFactory) -> Iterator[Site]:
+def prepared(module_host: HostFactory) -> Snapshot:
+    """After every key came in."""
     host = module_host(disks=["32M"] * len(VOLUMES))
-    with host.boot() as vm:
+    for index, (key, _) in enumerate(VOLUMES.values()):
+        lab.format_disk(host, index, key)
+    with host.resume() as vm:
         _prepare(vm)
-        vm.poweroff()
+        vm.run("sync")
+        vm.power_cut()
     with host.boot(wait=False) as vm:
         # At the console, first a wrong answer.
         vm.console.expect("Passphrase for volume cr_imap")
@@ -102,17 +106,28 @@ def site(module_host: HostFactory) -> Iterator[Site]:
         assert site.root.refusal("UnlockWithKey", "cr_handed", key=WRONG).name == "WrongKey"
         assert lab.unlock(vm, "cr_handed", passphrase=WRONG, check=False) == 3
         lab.unlock(vm, "cr_handed", passphrase=HANDED)
-        yield site
+        # On a terminal.
+        typing = vm.background(f"mkfifo /root/typed; {TYPIST}")
+        _type(site, WRONG)
+        vm.wait_until("grep -q 'did not fit' /root/terminal")
+        _type(site, TYPED)
+        typing.wait()
+        volumes = {one["name"]: one for one in lab.status(vm)["volumes"]}
+        assert {name: one["key_source"] for name, one in volumes.items()} == SOURCES
+        assert {one["state"] for one in volumes.values()} == {"unlocked"}
+        vm.wait_counters("/dev/mapper/cr_imap", guest.Counters(1, 0))
+        vm.run("systemctl stop sample")  # it keeps the machine busy
+        return vm.save()
+
+
+@pytest.fixture
+def site(host: HostFactory, prepared: Snapshot) -> Iterator[Site]:
+    with host(snapshot=prepared).resume() as vm:
+        yield Site(vm, Caller(vm))
 
 
 def _prepare(vm: Vm) -> None:
     setup = lab.Lab(vm)
-    jobs = []
-    for index, (key, _) in enumerate(VOLUMES.values()):
-        command = f"cryptsetup luksFormat --batch-mode {lab.CHEAP} --key-file - {lab.disk(index)}"
-        jobs.append(vm.background(command, stdin=key.encode()))
-    for job in jobs:
-        job.wait()
     for index, (name, (_, keys)) in enumerate(VOLUMES.items()):
         setup.volume(name, lab.disk(index), **keys)
     mapping = setup.open(lab.disk(0), "cr_imap")
@@ -133,19 +148,6 @@ def _prepare(vm: Vm) -> None:
     watch.install(vm, [CANARY, CONTROL])
     vm.put("/usr/local/bin/keep-core", KEEP_CORE, 0o755)
     vm.run("systemctl mask libvirt-guests")
-
-
-def test_every_key_source_was_used(site: Site) -> None:
-    """What follows searches for keys that were there."""
-    typing = site.vm.background(f"rm -f /root/typed; mkfifo /root/typed; {TYPIST}")
-    _type(site, WRONG)
-    site.vm.wait_until("grep -q 'did not fit' /root/terminal")
-    _type(site, TYPED)
-    typing.wait()
-    volumes = {one["name"]: one for one in lab.status(site.vm)["volumes"]}
-    assert {name: one["key_source"] for name, one in volumes.items()} == SOURCES
-    assert {one["state"] for one in volumes.values()} == {"unlocked"}
-    site.vm.wait_counters("/dev/mapper/cr_imap", guest.Counters(1, 0))
 
 
 def _type(site: Site, text: str) -> None:
@@ -183,6 +185,7 @@ def test_memory_of_vmcryptctl_after_an_answer(site: Site) -> None:
 
 
 def test_arguments_and_environment_of_every_process(site: Site) -> None:
+    site.vm.run("systemctl start sample")
     assert watch.sampled(site.vm, CONTROL) == []
 
 

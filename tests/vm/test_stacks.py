@@ -11,7 +11,7 @@ import pytest
 
 from tests.vm import guest, lab
 from tests.vm.conftest import HostFactory
-from tests.vm.host import PROJECT, Host, Vm
+from tests.vm.host import PROJECT, Snapshot, Vm
 
 RAID = range(4)
 VG0, OUTER, GUEST_PV, DETACHED, FOREIGN = range(4, 9)
@@ -179,22 +179,41 @@ def prepare(vm: Vm) -> None:
 
 
 @pytest.fixture(scope="module")
-def host(module_host: HostFactory) -> Host:
-    """Off, everything locked, guests shut off."""
+def locked(module_host: HostFactory) -> Snapshot:
+    """Booted from powered-off: everything is locked, guests are shut off, and the daemon waits for a key."""
     sizes = ["200M", "200M", "200M", "200M", "300M", "200M", "60M", "60M", "60M"]
     host = module_host(disks=sizes)
     for index in RAID:
         partition(host.disk_path(index))
-    with host.boot() as vm:
+    with host.resume() as vm:
         prepare(vm)
-        vm.poweroff()
-    return host
+        vm.run("sync")
+        vm.power_cut()
+    with host.boot(wait=False) as vm:
+        wait_waiting(vm)
+        return vm.save()
 
 
 @pytest.fixture(scope="module")
-def vm(host: Host) -> Iterator[Vm]:
-    """The first boot, which the tests that follow take through a day."""
-    with host.boot(wait=False) as vm:
+def opened(module_host: HostFactory, locked: Snapshot) -> Snapshot:
+    """One passphrase at the console has opened all of it."""
+    with module_host(snapshot=locked).resume() as vm:
+        vm.console.expect("login: ", SLOW_S)
+        vm.console.type("root\n")
+        vm.console.expect(r"root@.*# ")
+        vm.console.type("vmcryptctl unlock; echo exit=$?\n")
+        vm.console.expect("Passphrase for .*:")
+        lab.type_secret(vm, lab.PASSPHRASE)
+        vm.console.expect("exit=0", SLOW_S)
+        let_dns_answer(vm)
+        assert_up(vm, starts=1, clean_stops=0)
+        return vm.save()
+
+
+@pytest.fixture
+def vm(host: HostFactory, opened: Snapshot) -> Iterator[Vm]:
+    """Everything is open and runs."""
+    with host(snapshot=opened).resume() as vm:
         yield vm
 
 
@@ -265,27 +284,18 @@ def assert_nothing_failed(vm: Vm) -> None:
     assert vm.run("systemctl list-units --failed --plain --no-legend").out == ""
 
 
-def test_boot_is_planned_while_everything_is_locked(vm: Vm) -> None:
-    wait_waiting(vm)
-    assert lab.mappings(vm) == []
-    steps = assert_boot_is_planned_well(vm)
-    assert {s.partition(":")[2] for s in steps if s.startswith("unlock:")} == BOOT_SET | {
-        "keystore"
-    }
-    # What is opened only when told to starts no guest; what runs already is not started.
-    assert not {"start:manual", "start:dns", "start:customer"} & set(steps)
+def test_boot_is_planned_while_everything_is_locked(host: HostFactory, locked: Snapshot) -> None:
+    with host(snapshot=locked).resume() as vm:
+        assert lab.mappings(vm) == []
+        steps = assert_boot_is_planned_well(vm)
+        assert {s.partition(":")[2] for s in steps if s.startswith("unlock:")} == BOOT_SET | {
+            "keystore"
+        }
+        # What is opened only when told to starts no guest; what runs already is not started.
+        assert not {"start:manual", "start:dns", "start:customer"} & set(steps)
 
 
 def test_one_passphrase_opens_all_of_it(vm: Vm) -> None:
-    vm.console.expect("login: ", SLOW_S)
-    vm.console.type("root\n")
-    vm.console.expect(r"root@.*# ")
-    vm.console.type("vmcryptctl unlock; echo exit=$?\n")
-    vm.console.expect("Passphrase for .*:")
-    lab.type_secret(vm, lab.PASSPHRASE)
-    vm.console.expect("exit=0", SLOW_S)
-    let_dns_answer(vm)
-    assert_up(vm, starts=1, clean_stops=0)
     # The guest after dns was not started before that was ready.
     journal = vm.run("journalctl -b -o cat -u vmcryptd -u dns-port").out
     assert 0 < journal.index("Connection received") < journal.index("guest imap is started")
@@ -357,12 +367,14 @@ def test_a_volume_that_is_opened_only_when_told_to(vm: Vm) -> None:
     assert lab.volume_states(vm)["cr_manual"] == "locked"
 
 
-def test_everything_is_closed_at_poweroff(host: Host, vm: Vm) -> None:
+def test_the_way_down_and_the_next_boot(vm: Vm) -> None:
+    """Everything is closed at power-off; the next boot remembers what it cannot see."""
     # The next boot has to remember what lies on cr_outer.
     vm.run("sed -i '/^vg *=/d' /etc/vmcryptd/conf.d/two-layers.toml")
     vm.run("sed -i '/^content = \"lvm\"$/d' /etc/vmcryptd/conf.d/more.toml")
     assert_nothing_failed(vm)
     assert vm.poweroff() == "guest-shutdown"
+    host = vm.host
     journal = host.journal_path(host.boots).read_text()
     down = journal[journal.rindex("Stopping vmcryptd-guests.service") :]
     for name in BOOT_SET - {"cr_guestpv"} | {"cr_base"}:
@@ -372,8 +384,6 @@ def test_everything_is_closed_at_poweroff(host: Host, vm: Vm) -> None:
     assert not re.search(r"systemd\[1\]: (?!.*run-lock\.mount).*(Failed|failed)", down)
     assert not re.search(r"systemd\[1\]: Stopping qemu|machine-qemu.*: Killing", down)
 
-
-def test_the_next_boot_remembers_what_it_cannot_see(host: Host) -> None:
     with host.boot(wait=False) as vm:
         wait_waiting(vm)
         assert_boot_is_planned_well(vm)

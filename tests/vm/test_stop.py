@@ -7,15 +7,15 @@ import pytest
 
 from tests.vm import guest, lab
 from tests.vm.conftest import HostFactory
-from tests.vm.host import Vm
+from tests.vm.host import Snapshot, Vm
 
 NAMES = ("polite", "deaf", "left")
 
 
 @pytest.fixture(scope="module")
-def vm(module_host: HostFactory) -> Iterator[Vm]:
-    """One guest that stops, one that is killed for not stopping, one that is left; and a file system."""
-    with module_host(disks=["64M"] * 4).boot() as vm:
+def prepared(module_host: HostFactory) -> Snapshot:
+    """Up, with one guest that stops, one that is killed for not stopping, one that is left; and a file system."""
+    with module_host(disks=["64M"] * 4).resume() as vm:
         setup = lab.Lab(vm)
         for index, name in enumerate(NAMES):
             variant = guest.Variant.POLITE if name == "polite" else guest.Variant.DEAF
@@ -27,31 +27,24 @@ def vm(module_host: HostFactory) -> Iterator[Vm]:
         setup.close("cr_fs")
         setup.volume("cr_fs", lab.disk(3), content="filesystem", mount="/srv/fs")
         setup.write_config(reload=True)
-        yield vm
+        vm.run("vmcryptctl boot")
+        lab.wait_state(vm, "waiting")
+        assert lab.unlock(vm) == 0
+        lab.wait_state(vm, "ready")
+        assert set(lab.guest_states(vm).values()) == {"running"}
+        vm.run("mountpoint -q /srv/fs")
+        vm.wait_counters("/dev/mapper/cr_polite", guest.Counters(1, 0))
+        return vm.save()
 
 
 @pytest.fixture
-def up(vm: Vm) -> Vm:
+def up(host: HostFactory, prepared: Snapshot) -> Iterator[Vm]:
     """Everything is open and runs."""
-    vm.run("vmcryptctl boot")
-    if lab.status(vm)["state"] != "ready":
-        lab.wait_state(vm, "waiting", "ready")
-        assert lab.unlock(vm) == 0
-    lab.wait_state(vm, "ready")
-    assert set(lab.guest_states(vm).values()) == {"running"}
-    vm.run("mountpoint -q /srv/fs")
-    return vm
-
-
-def destroy_left(vm: Vm) -> None:
-    """What `on_stop_timeout = "leave"` left is the administrator's to end."""
-    vm.run("virsh -q destroy left")
-    vm.wait_until("vmcryptctl lock cr_left")
-    assert lab.mappings(vm) == []
+    with host(snapshot=prepared).resume() as vm:
+        yield vm
 
 
 def test_deaf_guests_and_the_others(up: Vm) -> None:
-    before = lab.counters(up, "cr_polite")
     done = up.run("vmcryptctl shutdown", check=False)
     assert done.code == 1
     assert "left" in done.err
@@ -62,15 +55,16 @@ def test_deaf_guests_and_the_others(up: Vm) -> None:
     up.run("! mountpoint -q /srv/fs")
     journal = up.run("journalctl -b -u vmcryptd.service").out
     assert "guest deaf did not stop within 2 s: it is killed now" in journal
-    destroy_left(up)
+    # What `on_stop_timeout = "leave"` left is the administrator's to end.
+    up.run("virsh -q destroy left")
+    up.wait_until("vmcryptctl lock cr_left")
+    assert lab.mappings(up) == []
 
     up.run("vmcryptctl boot")
     lab.wait_state(up, "waiting")
     assert lab.unlock(up) == 0
     lab.wait_state(up, "ready")
-    up.wait_counters(
-        "/dev/mapper/cr_polite", guest.Counters(before.starts + 1, before.clean_stops + 1)
-    )
+    up.wait_counters("/dev/mapper/cr_polite", guest.Counters(2, 1))
 
 
 def test_one_guest_and_one_volume_at_a_time(up: Vm) -> None:
@@ -130,7 +124,6 @@ def test_without_daemon_or_bus(up: Vm, kill: str, revive: str, state: str) -> No
     assert done.code == 1
     assert "left running" in done.err
     lab.wait_state(up, state)
-    destroy_left(up)
 
 
 def test_the_daemon_is_killed_while_it_stops_guests(up: Vm) -> None:
@@ -143,7 +136,6 @@ def test_the_daemon_is_killed_while_it_stops_guests(up: Vm) -> None:
     assert done.code == 1
     assert "left running" in done.err
     lab.wait_state(up, "locked")
-    destroy_left(up)
 
 
 def test_without_udev(up: Vm) -> None:
@@ -155,7 +147,6 @@ def test_without_udev(up: Vm) -> None:
     assert left == ["cr_left"], done
     assert "left running" in done.err
     lab.wait_state(up, "locked")
-    destroy_left(up)
 
 
 def key_in_kernel(vm: Vm) -> str:

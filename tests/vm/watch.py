@@ -61,6 +61,6 @@ def sampled(vm: Vm, control: str) -> list[str]:
 
 
 def in_output(vm: Vm, command: str, needle: str) -> list[str]:
-    """The lines of a command's output that hold it."""
+    """The lines of a command's output that hold it, or one of its lines."""
     script = f"exec 3<&0; {command} </dev/null | grep -aFf /dev/fd/3"
     return vm.run(script, stdin=needle.encode(), check=False).out.splitlines()
