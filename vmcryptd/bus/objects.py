@@ -36,6 +36,7 @@ from vmcryptd.bus import transport
 from vmcryptd.bus.admission import Admission
 from vmcryptd.bus.transport import Call, Connection, Signal, Typed
 from vmcryptd.core.errors import InternalError, ShuttingDownError, VmcryptdError
+from vmcryptd.core.requester import REQUESTER, Requester
 from vmcryptd.core.text import escaped
 
 log = logging.getLogger(__name__)
@@ -374,6 +375,7 @@ class Objects:
     async def _run(self, pending: _Pending) -> Any:
         call, method = pending.call, pending.method
         CALL.set(call)
+        REQUESTER.set(Requester(call.uid))
         if method.actions:
             details = {
                 name: escaped(value)
