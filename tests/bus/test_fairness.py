@@ -144,7 +144,7 @@ def test_answers_that_are_not_read_do_not_fill_the_bus(
                 size: int = stats["IncomingBytes"]
                 return size
 
-            while await unread() < MAX_UNREAD:
+            while await unread() < MAX_UNREAD // 2:  # its sockets hold some, too
                 await attack.answers()  # it calls on, and reads none
             for _ in range(20):
                 await attack.answers()
