@@ -91,7 +91,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         """Close a volume. Refused with Busy and the names of its users while it is in use."""
         await self._engine.lock(volume)
 
-    @exported(action=LOCK, purpose="lock all volumes")
+    @exported(action=LOCK, purpose="lock all volumes", overtakes=True)
     async def LockAll(self) -> None:
         """Close every volume."""
         await self._engine.lock_all()
@@ -115,12 +115,12 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         """Bring up the boot set. Answers at once with the job."""
         return ObjectPath(job_path(self._engine.boot()))
 
-    @exported(action=(LOCK, GUESTS), purpose="stop the guests and lock all volumes")
+    @exported(action=(LOCK, GUESTS), purpose="stop the guests and lock all volumes", overtakes=True)
     async def Shutdown(self) -> None:
         """Stop the guests, close the volumes. Answers when that is done."""
         await self._engine.shutdown()
 
-    @exported(action=PANIC, purpose="kill the guests and lock all volumes at once")
+    @exported(action=PANIC, purpose="kill the guests and lock all volumes at once", overtakes=True)
     async def Panic(self) -> None:
         """Now: kill the guests, wipe the keys, close the volumes, past every error."""
         await self._engine.panic()

@@ -108,6 +108,10 @@ class Manager(Interface, name=MANAGER):
     async def Lock(self, volume: str) -> None:
         raise NoSuchVolumeError(f"no volume is named {volume!r}")
 
+    @exported(action="org.vmcryptd1.lock", overtakes=True)
+    async def LockAll(self) -> None:
+        """What was begun before this takes no effect after it."""
+
     @exported(action="org.vmcryptd1.lock")
     async def Bug(self) -> None:
         raise RuntimeError("secret detail in /some/path.py")
@@ -168,6 +172,27 @@ async def serving(gate: Gate | None = None) -> AsyncIterator[Fixture]:
         await objects.stop()
         await client.disconnect()
         await service.disconnect()
+
+
+def test_a_call_that_waits_for_polkit_is_overtaken(run: Any) -> None:
+    """Authorised at last, it takes no effect after everything was locked."""
+
+    async def test() -> None:
+        async with serving() as it:
+            it.manager.go.set()
+            it.gate.hangs = True
+            early = asyncio.create_task(it.refused("Unlock", "s", "a"))
+            while not it.gate.asked:
+                await asyncio.sleep(0.001)
+            it.gate.hangs = False
+            await it.ask("LockAll")
+            it.gate.open.set()
+            assert await early == "Cancelled"
+            assert it.manager.finished == []
+            await it.ask("Unlock", "s", "b")
+            assert it.manager.finished == ["b"]
+
+    run(test())
 
 
 def descriptors() -> int:
@@ -649,6 +674,7 @@ org.vmcryptd1.Manager Boot()→o
 org.vmcryptd1.Manager Bug()→
 org.vmcryptd1.Manager Forget(key h)→
 org.vmcryptd1.Manager Lock(volume s)→
+org.vmcryptd1.Manager LockAll()→
 org.vmcryptd1.Manager Plan(goal s)→s
 org.vmcryptd1.Manager State s read true
 org.vmcryptd1.Manager Unlock(volume s)→s

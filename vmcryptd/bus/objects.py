@@ -35,7 +35,7 @@ from typing import (
 from vmcryptd.bus import transport
 from vmcryptd.bus.admission import Admission
 from vmcryptd.bus.transport import Call, Connection, Signal, Typed
-from vmcryptd.core.errors import InternalError, ShuttingDownError, VmcryptdError
+from vmcryptd.core.errors import CancelledError, InternalError, ShuttingDownError, VmcryptdError
 from vmcryptd.core.requester import REQUESTER, Requester
 from vmcryptd.core.text import escaped
 
@@ -95,6 +95,7 @@ class _Method(NamedTuple):
     purpose: str
     arguments: Mapping[str, str]  # name → signature
     returns: str
+    overtakes: bool = False
 
     @property
     def signature(self) -> str:
@@ -102,19 +103,20 @@ class _Method(NamedTuple):
 
 
 def exported(
-    *, action: str | tuple[str, ...] | None, purpose: str = ""
+    *, action: str | tuple[str, ...] | None, purpose: str = "", overtakes: bool = False
 ) -> Callable[[Function], Function]:
     """Mark a method of an Interface as a D-Bus method that needs a polkit action, or each of several.
 
     `None` is open to everybody: for reading only. `purpose`: as in `Authority.check`, with the
-    method's arguments as details.
+    method's arguments as details. `overtakes`: a call that waits for its authorisation when this
+    one is answered takes no effect any more.
     """
     actions = (action,) if isinstance(action, str) else action or ()
 
     def mark(function: Function) -> Function:
         if actions and not inspect.iscoroutinefunction(function):
             raise TypeError(f"{function.__qualname__} needs an authorisation, so it must be async")
-        function._exported = actions, purpose  # type: ignore[attr-defined]
+        function._exported = actions, purpose, overtakes  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -128,8 +130,8 @@ def take_fd(handle: Handle) -> int:
 def _method(function: Callable[..., Any]) -> _Method:
     hints = {name: _signature(hint) for name, hint in get_type_hints(function).items()}
     returns = hints.pop("return")
-    actions, purpose = function._exported  # type: ignore[attr-defined]
-    return _Method(function, actions, purpose, hints, returns)
+    actions, purpose, overtakes = function._exported  # type: ignore[attr-defined]
+    return _Method(function, actions, purpose, hints, returns, overtakes)
 
 
 def _signature(hint: Any) -> str:
@@ -231,6 +233,7 @@ class Objects:
         self._pending: dict[asyncio.Task[Any], _Pending] = {}
         self._counts: Counter[tuple[int, bool]] = Counter()  # pending: user, needs authorisation
         self._serving = self._stopping = False
+        self._overtaken = 0  # how often calls that overtake others have been carried out
         self._peer, self._introspectable = _Peer(), _Introspectable(self)
         self._standard = (self._peer, self._introspectable, _Properties(self))
         self._manager = _ObjectManager(self)
@@ -376,6 +379,7 @@ class Objects:
         call, method = pending.call, pending.method
         CALL.set(call)
         REQUESTER.set(Requester(call.uid))
+        overtaken = self._overtaken
         if method.actions:
             details = {
                 name: escaped(value)
@@ -383,8 +387,13 @@ class Objects:
                 if kind == "s"
             }
             await self._authority.check(call, method.actions, method.purpose, details)
+        if overtaken != self._overtaken and not method.overtakes:
+            raise CancelledError("another request (lock, shutdown or panic) overtook this one")
         pending.authorised = True
-        return await method.function(pending.interface, *call.body)
+        try:
+            return await method.function(pending.interface, *call.body)
+        finally:
+            self._overtaken += method.overtakes
 
     def _on_done(self, task: asyncio.Task[Any]) -> None:
         pending = self._pending.get(task)
