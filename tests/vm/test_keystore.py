@@ -201,7 +201,7 @@ def make_keystores(site: Site) -> None:
     site.assert_keystore_is_closed()
 
     # As it says what comes next.
-    site.typed("vmcryptctl unlock keys", (r"Passphrase for keys \(.*\):", STORE))
+    site.typed("vmcryptctl unlock keys", (r"Passphrase for volume keys \(.*\):", STORE))
     site.put_keys(old=PASSPHRASE)
     for name in BEHIND:
         add = f"vmcryptctl key add {name} --keystore keys --key-file /run/keys/old"
@@ -215,7 +215,7 @@ def make_keystores(site: Site) -> None:
     init = "vmcryptctl keystore init vault --key-file /run/keys/store --device"
     assert "busy" in site.typed(f"{init} {lab.disk(GROUP)}", code=1)
     site.typed(f"{init} /dev/vg0/vault")
-    site.typed("vmcryptctl unlock vault", (r"Passphrase for vault \(.*\):", STORE))
+    site.typed("vmcryptctl unlock vault", (r"Passphrase for volume vault \(.*\):", STORE))
     shown = site.typed(
         "vmcryptctl key add cr_spare --keystore vault",
         ("Passphrase that opens cr_spare now:", WRONG),
@@ -234,7 +234,9 @@ def test_keystores_that_are_made_are_configured_well(closed: Site) -> None:
 
 def test_a_volume_by_the_keystore_on_a_logical_volume(closed: Site) -> None:
     """Who opens it is asked for the keystore, and that is closed again."""
-    shown = closed.typed("vmcryptctl unlock cr_spare", (r"Passphrase for vault \(.*\):", STORE))
+    shown = closed.typed(
+        "vmcryptctl unlock cr_spare", (r"Passphrase for volume vault \(.*\):", STORE)
+    )
     assert "open now: cr_spare" in shown
     assert closed.sources()["cr_spare"] == f"file:{MOUNT}/vault/cr_spare.key"
     lab.wait_object(closed.vm, "volume", "vault", "locked")
