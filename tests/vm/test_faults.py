@@ -76,12 +76,12 @@ BROKEN = {
     "cr_notluks": ("failed", "NotLuks", "volume cr_notluks: .*virtio-disk18 is no LUKS device"),
 }
 HEALTHY = {
-    "cr_good": f"file:{KEY}",
-    "cr_primary": f"file:{KEY}",
-    "cr_loaded": "credential:loaded",
-    "cr_stored": "credential:stored",
-    "cr_sealed": "credential:sealed",
-    "cr_exec": "exec:/usr/local/bin/fetch 'the key' of",
+    "cr_good": "file",
+    "cr_primary": "file",
+    "cr_loaded": "credential",
+    "cr_stored": "credential",
+    "cr_sealed": "credential",
+    "cr_exec": "exec",
 }
 SICK_GUESTS = {
     "badnet": "'gone'",
@@ -312,7 +312,7 @@ def test_a_device_that_appears_later_is_opened_by_itself(site: Site) -> None:
 def test_a_key_file_is_taken_once_it_is_private(site: Site) -> None:
     site.vm.run("chmod 600 /etc/vmcryptd/keys/loose")
     site.root.call("Unlock", "cr_loose")
-    assert site.volume("cr_loose")["KeySource"] == "file:/etc/vmcryptd/keys/loose"
+    assert site.volume("cr_loose")["KeySource"] == "file"
 
 
 def test_a_name_that_is_free_again(site: Site) -> None:
@@ -526,7 +526,7 @@ def test_a_key_derivation_without_memory_dies_alone(site: Site) -> None:
     try:
         refusal = site.root.refusal("UnlockWithKey", "cr_hungry", key=OTHER)
         assert refusal.name == "OutOfMemory", refusal
-        assert_sentence(refusal.text, "not enough memory to derive a key of cr_hungry")
+        assert_sentence(refusal.text, "volume cr_hungry: there was not enough memory to derive")
         site.root.call("UnlockWithKey", "cr_ask", key=PASSPHRASE)
         assert vm.run(f"systemctl show -P MainPID {unit}").out == pid
     finally:

@@ -227,10 +227,10 @@ def site(
 
 def test_nobody_is_there(site: Site) -> None:
     assert site.source("cr_mail") == "tpm2"
-    assert site.source("cr_imap") == FROM_VAULT
+    assert site.source("cr_imap") == "exec"
     assert site.source("cr_luks1") == "clevis"
     # A keystore that fetches its key by itself is open for as long as it takes.
-    assert site.source("cr_data").startswith("file:")
+    assert site.source("cr_data") == "file"
     assert "volume keys is open (tpm2)" in site.vm.run("journalctl -b -o cat -u vmcryptd").out
 
 
@@ -292,7 +292,7 @@ def test_a_vault_that_takes_the_token_no_more(site: Site) -> None:
     assert site.source("cr_imap") == "prompt"
     journal = vm.run("journalctl -b -o cat -u vmcryptd").out
     assert "vault: the token in /etc/vmcryptd/vault-token is not valid (any more)" in journal
-    assert f"volume cr_imap: {FROM_VAULT}: The key command" in journal
+    assert f"volume cr_imap: {FROM_VAULT}: the key command" in journal
 
 
 def test_a_pin_has_its_own_question(site: Site) -> None:

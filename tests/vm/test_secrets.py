@@ -34,9 +34,9 @@ VOLUMES: dict[str, tuple[str, dict[str, object]]] = {
 }
 SOURCES = {
     "cr_imap": "prompt",
-    "cr_file": "file:/etc/vmcryptd/keys/file",
-    "cr_credential": "credential:sealed",
-    "cr_fetched": "exec:/usr/local/bin/fetch",
+    "cr_file": "file",
+    "cr_credential": "credential",
+    "cr_fetched": "exec",
     "cr_handed": "key",
     "cr_typed": "key",
 }
