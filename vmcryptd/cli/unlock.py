@@ -374,7 +374,13 @@ class Unlocking:
         return self._state(name) in ("", "locked", "failed", "missing")
 
     def _is_settled(self) -> bool:
-        return not any(self._state(name) == "unlocking" for name in self._client.volumes)
+        """Whether no volume is about to wait, and every volume that waits is known to.
+
+        The daemon announces each volume by itself and the manager's `Waiting` last: between these, some may be missing.
+        """
+        if any(self._state(name) == "unlocking" for name in self._client.volumes):
+            return False
+        return set(self._waiting()) == set(self._client.host.get("Waiting", ()))
 
     def _waiting(self) -> list[str]:
         # Not the manager's `Waiting`: that is told after the volumes, so for a moment it is older.
