@@ -231,7 +231,9 @@ def test_nobody_is_there(site: Site) -> None:
     assert site.source("cr_luks1") == "clevis"
     # A keystore that fetches its key by itself is open for as long as it takes.
     assert site.source("cr_data") == "file"
-    assert "volume keys is open (tpm2)" in site.vm.run("journalctl -b -o cat -u vmcryptd").out
+    journal = site.vm.run("journalctl -b -o cat -u vmcryptd").out
+    assert "volume keys is open (tpm2), asked for by" in journal
+    assert f"volume cr_imap is open ({FROM_VAULT}), asked for by" in journal
 
 
 def test_one_after_the_other_is_taken_away(site: Site) -> None:

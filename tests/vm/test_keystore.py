@@ -229,7 +229,7 @@ def make_keystores(site: Site) -> None:
 
 def test_keystores_that_are_made_are_configured_well(closed: Site) -> None:
     found = json.loads(closed.vm.run("vmcryptctl check --json").out)
-    assert found == {"ok": True, "findings": []}
+    assert found == {"ok": True, "findings": [], "config_changed": False}
 
 
 def test_a_volume_by_the_keystore_on_a_logical_volume(closed: Site) -> None:
@@ -239,6 +239,8 @@ def test_a_volume_by_the_keystore_on_a_logical_volume(closed: Site) -> None:
     )
     assert "open now: cr_spare" in shown
     assert closed.sources()["cr_spare"] == "file"
+    journal = closed.vm.run("journalctl --sync; journalctl -b -o cat -u vmcryptd").out
+    assert f"volume cr_spare is open (file:{MOUNT}/vault/cr_spare.key), asked for by" in journal
     lab.wait_object(closed.vm, "volume", "vault", "locked")
     # Its disk is gone: nobody waits for it who has another key.
     closed.vm.run("vmcryptctl lock cr_spare && lvchange -q -an vg0/vault")
@@ -253,7 +255,8 @@ def test_one_passphrase_at_boot(site: Site) -> None:
     site.assert_nobody_is_asked()
     assert "did not fit" not in site.vm.console.transcript
     journal = site.vm.run("journalctl -b -o cat -u vmcryptd").out
-    assert journal.index("volume cr_data is open") < journal.index("volume keys is closed")
+    told = f"volume cr_data is open ({CR_DATA_SOURCE}), asked for by"
+    assert journal.index(told) < journal.index("volume keys is closed")
 
 
 def test_which_key_fits_which_slot(site: Site) -> None:
