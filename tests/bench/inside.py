@@ -39,8 +39,8 @@ DISK = "/dev/disk/by-id/virtio-disk0"
 COUNTS = {"slow": (1, 8, 32), "kept": (1, 8, 32), "tpm": (8,), "fast": (1, 8, 64)}
 LARGEST = max(max(counts) for counts in COUNTS.values())
 FEW = 8  # what more than so many cost is measured in fewer rounds
-# The four libraries that the daemon stands on.
-LIBRARIES = "import dbus_next.aio, libvirt, systemd.daemon, pydantic"
+# The libraries that the daemon depends on.
+LIBRARIES = "import dbus_next.aio, libvirt, libvirtaio, pydantic"
 
 
 # --- starting ---

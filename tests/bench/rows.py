@@ -61,7 +61,7 @@ def rows(measured: dict[str, Medians], plans: dict[int, list[float]]) -> list[Ro
         if kind in KINDS:
             found += _opening(measured, kind, int(part.removeprefix(kind)), m)
     if start := measured.get("start"):
-        libraries, library = "Python importing its four libraries", "Python importing dbus_next.aio"
+        libraries, library = "Python importing its libraries", "Python importing dbus_next.aio"
         ready, status = "daemon, exec to READY", "`vmcryptctl status`"
         found.append(Row(ready, libraries, start["ready"], start["libraries"], *_at_most(1.3)))
         found.append(Row(status, library, start["status"], start["dbus_next"], *_at_most(1.3)))

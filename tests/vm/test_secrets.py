@@ -32,6 +32,7 @@ VOLUMES: dict[str, tuple[str, dict[str, object]]] = {
     "cr_handed": (HANDED, {"unlock": "manual"}),
     "cr_typed": (TYPED, {"unlock": "manual"}),
 }
+# As everybody may see them: without their arguments.
 SOURCES = {
     "cr_imap": "prompt",
     "cr_file": "file",
