@@ -99,7 +99,7 @@ def test_holders_are_named(up: Vm) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kill", "revive", "state"),
+    ("kill", "revive"),
     [
         (
             (
@@ -107,23 +107,22 @@ def test_holders_are_named(up: Vm) -> None:
                 " systemctl stop vmcryptd"
             ),
             "systemctl unmask --runtime vmcryptd; systemctl start vmcryptd",
-            "locked",
         ),
-        # As hard as it gets: the bus accepts connections, and never answers.
-        # The daemon lives, and was told nothing: it sees that what it brought up is down.
-        ("pkill -STOP -x dbus-daemon", "pkill -CONT -x dbus-daemon", "degraded"),
+        # As hard as it gets: the bus accepts connections, and never answers. The daemon lives, and cannot be reached:
+        # it is killed, because two at a time would open what the other closes.
+        ("pkill -STOP -x dbus-daemon", "pkill -CONT -x dbus-daemon"),
     ],
     ids=["daemon", "bus"],
 )
-def test_without_daemon_or_bus(up: Vm, kill: str, revive: str, state: str) -> None:
+def test_without_daemon_or_bus(up: Vm, kill: str, revive: str) -> None:
     up.run(kill)
-    done = up.run("vmcryptctl shutdown", check=False, timeout_s=300)
+    done = up.run("vmcryptctl shutdown", check=False, timeout_s=600)
     left = lab.mappings(up)
     up.run(revive)
     assert left == ["cr_left"], done
     assert done.code == 1
     assert "left running" in done.err
-    lab.wait_state(up, state)
+    lab.wait_state(up, "locked")
 
 
 def test_the_daemon_is_killed_while_it_stops_guests(up: Vm) -> None:
