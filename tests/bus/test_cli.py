@@ -527,6 +527,36 @@ def test_shutdown_waits_for_a_daemon_that_is_silent(
     assert f"vmcryptd (pid {process.pid}) runs, but does not answer" in capsys.readouterr().err
 
 
+def test_shutdown_ends_a_daemon_that_nobody_can_reach(
+    lock: HostLock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bus is dead, the daemon lives: systemd's watchdog finds nothing wrong with it."""
+    done: list[str] = []
+    monkeypatch.setattr(daemon_module, "down_here", done.append)
+    monkeypatch.setattr(without_daemon, "DAEMON_END_S", 0.0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent/bus")
+    with another_holds(lock, "vmcryptd") as process:
+        assert main.main(["shutdown"]) == 0
+        assert process.wait(10) == -signal.SIGKILL
+        assert done == ["shutdown"]
+    assert f"vmcryptd (pid {process.pid}) cannot be reached" in capsys.readouterr().err
+
+
+def test_shutdown_leaves_a_panic_alone(
+    lock: HostLock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(daemon_module, "down_here", lambda verb: pytest.fail("beside a panic"))
+    monkeypatch.setattr(without_daemon, "DAEMON_END_S", 0.0)
+    monkeypatch.setattr(without_daemon, "KILLED_S", 0.0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent/bus")
+    with another_holds(lock, "vmcryptctl panic") as process:
+        assert main.main(["shutdown"]) == 1
+        assert process.poll() is None
+        assert f"vmcryptctl panic (pid {process.pid}) holds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("role", ["vmcryptd", "vmcryptctl shutdown"])
 def test_panic_ends_whatever_is_in_its_way(
     role: str, lock: HostLock, monkeypatch: pytest.MonkeyPatch

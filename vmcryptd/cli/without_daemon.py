@@ -2,7 +2,8 @@
 """`shutdown` and `panic` when the daemon or the bus is dead: the same engine in this process.
 
 Never beside a living daemon. One that is silent, or is being restarted, holds the host's lock: then whichever comes
-first counts, its answer or the lock.
+first counts, its answer or the lock. One that lives while the bus is dead cannot answer: in the end it is killed, which
+closes nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from vmcryptd.cli.output import say
-from vmcryptd.core.errors import EXIT_OK, UnreachableError
-from vmcryptd.posix.host_lock import HostLock
+from vmcryptd.core.errors import EXIT_OK, BusyError, UnreachableError
+from vmcryptd.core.model import Infinity
+from vmcryptd.posix.host_lock import DAEMON, HostLock
 
 # systemd kills a silent daemon after 30 s (WatchdogSec=); a start takes seconds.
 DAEMON_END_S = 120.0
+# What the kernel may take to end a process that was killed.
+KILLED_S = 60.0
 
 
 def go_down(verb: str, reason: str, again: Callable[[], Coroutine[Any, Any, int]]) -> int:
@@ -47,8 +51,8 @@ async def _answer(
         return None
     say(f"{lock.holder() or 'vmcryptd'} runs, but does not answer; waiting until it does, or ends")
     if verb == "panic":
-        lock.kill_holder(role)
-    holding = asyncio.create_task(lock.hold(role, DAEMON_END_S))
+        _kill_holder(role)
+    holding = asyncio.create_task(lock.hold(role, Infinity))
     answering = asyncio.create_task(again())
     try:
         await asyncio.wait({holding, answering}, return_when=asyncio.FIRST_COMPLETED)
@@ -57,9 +61,34 @@ async def _answer(
                 return answering.result()
             except UnreachableError:
                 pass
+            await _until_free(holding, role)
         await holding
         return None
     finally:
         holding.cancel()
         answering.cancel()
         await asyncio.wait({holding, answering})
+
+
+async def _until_free(holding: asyncio.Task[None], role: str) -> None:
+    """Wait until the lock is ours; a daemon that nobody can reach has its time. Raises BusyError."""
+    await asyncio.wait({holding}, timeout=DAEMON_END_S)
+    if holding.done():
+        return
+    holder = HostLock().holder()
+    if holder is not None and holder.role == DAEMON:
+        say(f"{holder} cannot be reached, it is killed now")
+        _kill_holder(role)
+    await asyncio.wait({holding}, timeout=KILLED_S)
+    if not holding.done():
+        raise BusyError(f"{HostLock().holder() or 'another process'} holds the lock of this host")
+
+
+def _kill_holder(role: str) -> None:
+    lock = (
+        HostLock()
+    )  # should it get the lock at this moment, that is not to keep the caller's from it
+    try:
+        lock.kill_holder(role)
+    finally:
+        lock.release()
