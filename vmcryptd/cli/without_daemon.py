@@ -81,13 +81,16 @@ async def _until_free(holding: asyncio.Task[None], role: str) -> None:
         _kill_holder(role)
     await asyncio.wait({holding}, timeout=KILLED_S)
     if not holding.done():
-        raise BusyError(f"{HostLock().holder() or 'another process'} holds the lock of this host")
+        holder = HostLock().holder()
+        raise BusyError(
+            f"{holder or 'another process'} holds the lock of this host; "
+            f"wait for its end, then run `{role}` again"
+        )
 
 
 def _kill_holder(role: str) -> None:
-    lock = (
-        HostLock()
-    )  # should it get the lock at this moment, that is not to keep the caller's from it
+    # Of its own: if it gets the lock at this moment, it must not keep that from its caller.
+    lock = HostLock()
     try:
         lock.kill_holder(role)
     finally:
