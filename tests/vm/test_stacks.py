@@ -357,7 +357,7 @@ def test_a_volume_that_comes_and_goes_with_its_guest(vm: Vm) -> None:
     vm.wait_counters("/dev/mapper/cr_customer", guest.Counters(1, 0))
     vm.run("virsh -q shutdown customer")
     vm.wait_until("! test -e /dev/mapper/cr_customer")
-    assert lab.volume_states(vm)["cr_customer"] == "locked"
+    lab.wait_object(vm, "volume", "cr_customer", "locked")
 
 
 def test_a_volume_that_is_opened_only_when_told_to(vm: Vm) -> None:
