@@ -218,10 +218,14 @@ class Connection:
 
     async def disconnect(self) -> None:
         """Close after what was sent before has arrived."""
-        with contextlib.suppress(VmcryptdError, RemoteError):
-            await self._driver("GetId", timeout_s=5)
-        self._transport.disconnect()
-        await self.closed()
+        try:
+            with contextlib.suppress(VmcryptdError, RemoteError):
+                await self._driver("GetId", timeout_s=5)
+            self._transport.disconnect()
+            await self.closed()
+        except asyncio.CancelledError:
+            _abandon(self._transport)
+            raise
 
     async def call(
         self, destination: str, path: str, interface: str, member: str,
@@ -473,10 +477,7 @@ async def connect(address: str | None = None, *, timeout_s: float = 25) -> Conne
         async with asyncio.timeout(timeout_s):
             await transport.connect()
     except asyncio.CancelledError:
-        # Its reader would find the socket closed, and leave that error to nobody.
-        if transport is not None:
-            asyncio.get_running_loop().remove_reader(transport._fd)
-        _close_socket(transport)
+        _abandon(transport)
         raise
     except Exception as error:
         _close_socket(transport)
@@ -528,6 +529,16 @@ def _incoming(value: Any) -> Any:
     if isinstance(value, (list, tuple)):  # a struct is a list in dbus_next, a tuple in dbus_fast
         return [_incoming(one) for one in value]
     return value
+
+
+def _abandon(transport: Any) -> None:
+    """Close the socket now, without another turn of the loop."""
+    if transport is not None:
+        # They would find the socket closed, and raise that where nothing catches it.
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(transport._fd)
+        loop.remove_writer(transport._fd)
+    _close_socket(transport)
 
 
 def _close_socket(transport: Any) -> None:
