@@ -90,7 +90,8 @@ class Inventory:
         self._look: asyncio.TimerHandle | None = None
         self._shared: asyncio.Future[None] | None = None
         self._reading: set[asyncio.Task[None]] = set()
-        self._looking: set[asyncio.Task[None]] = set()
+        self._looker: asyncio.Task[None] | None = None
+        self._wanted: list[asyncio.Future[None] | None] = []  # looks that have not begun
 
     def start(self) -> None:
         """Look for the first time, and from then on whenever a device or mount changes."""
@@ -182,17 +183,26 @@ class Inventory:
     def _look_for_all(self) -> None:
         self._no_look_soon()
         shared, self._shared = self._shared, None
-        task = asyncio.create_task(self._look_at_all(shared))
-        self._looking.add(task)
-        task.add_done_callback(self._looking.discard)
+        self._wanted.append(shared)
+        if self._looker is None or self._looker.done():
+            self._looker = asyncio.create_task(self._look_while_wanted())
 
-    async def _look_at_all(self, shared: asyncio.Future[None] | None) -> None:
-        try:
-            await self._blocks.look(self._paths(self.settings))
-            self.observe()
-        finally:
-            if shared is not None:
-                shared.set_result(None)
+    async def _look_while_wanted(self) -> None:
+        """One look at a time: what is wanted meanwhile is served together by the next, which sees all of it.
+
+        Side by side, a look that began earlier could end later, and looks would wait for each other's file systems.
+        """
+        while self._wanted:
+            wanted, self._wanted = self._wanted, []
+            try:
+                await self._blocks.look(self._paths(self.settings))
+                self.observe()
+            except Exception:
+                log.exception("looking at the host failed")
+            finally:
+                for shared in wanted:
+                    if shared is not None and not shared.done():
+                        shared.set_result(None)
 
     def _no_look_soon(self) -> None:
         if self._look is not None:

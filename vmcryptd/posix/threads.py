@@ -70,7 +70,9 @@ class PlaceThreads:
             async with asyncio.timeout_at(None if math.isinf(timeout_s) else deadline):
                 await turn.acquire()
         except TimeoutError:
-            self._silent.add(place)
+            # A turn that came free just now leaves nobody behind whose return would end the silence.
+            if turn.locked():
+                self._silent.add(place)
             self._leave(place)
             raise DeadlineError(f"no answer within {timeout_s:g} s") from None
         except BaseException:
