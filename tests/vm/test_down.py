@@ -92,10 +92,13 @@ def test_a_daemon_that_starts_waits_for_a_shutdown_without_it(vm: Vm) -> None:
     # Without a bus: a call on it would start the daemon, which would do the shutdown itself.
     stopping = vm.background("DBUS_SYSTEM_BUS_ADDRESS=unix:path=/run/no-bus vmcryptctl shutdown")
     vm.wait_until("grep -q 'vmcryptctl shutdown' /run/vmcryptd/lock")
+    holder = vm.run("awk '{ print $3 }' /run/vmcryptd/lock").out.strip()
+    vm.run(f"kill -STOP {holder}")  # until the daemon has come to the lock
     starting = vm.background("systemctl start vmcryptd.service")
     vm.wait_until(
         "systemctl show --value -p StatusText vmcryptd | grep -q 'Waiting for vmcryptctl shutdown'"
     )
+    vm.run(f"kill -CONT {holder}")
     assert stopping.wait(300).code == 0
     assert starting.wait(300).code == 0
     assert set(lab.volume_states(vm).values()) == {"locked"}
