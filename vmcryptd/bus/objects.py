@@ -35,7 +35,13 @@ from typing import (
 from vmcryptd.bus import transport
 from vmcryptd.bus.admission import Admission
 from vmcryptd.bus.transport import Call, Connection, Signal, Typed
-from vmcryptd.core.errors import CancelledError, InternalError, ShuttingDownError, VmcryptdError
+from vmcryptd.core.errors import (
+    OVERTAKEN,
+    CancelledError,
+    InternalError,
+    ShuttingDownError,
+    VmcryptdError,
+)
 from vmcryptd.core.requester import REQUESTER, Requester
 from vmcryptd.core.text import escaped
 
@@ -388,7 +394,7 @@ class Objects:
             }
             await self._authority.check(call, method.actions, method.purpose, details)
         if overtaken != self._overtaken and not method.overtakes:
-            raise CancelledError("another request (lock, shutdown or panic) overtook this one")
+            raise CancelledError(OVERTAKEN)
         pending.authorised = True
         try:
             return await method.function(pending.interface, *call.body)

@@ -260,6 +260,9 @@ class ShuttingDownError(VmcryptdError):
     exit_code = EXIT_UNREACHABLE
 
 
+OVERTAKEN = "another request (lock, shutdown or panic) overtook this one"
+
+
 class CancelledError(VmcryptdError):
     """Another request (lock, shutdown, panic) overtook this one."""
 

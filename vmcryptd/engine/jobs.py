@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from vmcryptd.core.errors import (
+    OVERTAKEN,
     BusyError,
     CancelledError,
     DependencyError,
@@ -27,8 +28,6 @@ from vmcryptd.core.ports import Memory
 from vmcryptd.posix.changes import Changes
 
 log = logging.getLogger(__name__)
-
-OVERTAKEN = "another request (lock, shutdown or panic) overtook this one"
 
 
 class JobState(StrEnum):

@@ -8,9 +8,9 @@ import contextlib
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
-from vmcryptd.core.errors import CancelledError
+from vmcryptd.core.errors import OVERTAKEN, CancelledError
 from vmcryptd.core.model import Infinity
-from vmcryptd.engine.jobs import OVERTAKEN, Jobs
+from vmcryptd.engine.jobs import Jobs
 
 
 class Operation:
