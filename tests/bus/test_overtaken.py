@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
 
 
 def keys(daemon: Daemon) -> int:
-    links = Path(f"/proc/{daemon.process.pid}/fd").iterdir()
-    return sum("memfd:" in os.readlink(link) for link in links)
+    count = 0
+    for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since the folder was read
+            count += "memfd:" in os.readlink(link)
+    return count
 
 
 async def begin(daemon: Daemon, member: str, signature: str, *body: Any) -> tuple[Any, int]:
