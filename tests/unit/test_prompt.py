@@ -212,6 +212,19 @@ async def test_a_slow_source_does_not_hold_up_the_second_question_either(
 
 
 @play
+async def test_volumes_that_wait_do_not_wake_each_other(asked: Prompt, person: Person) -> None:
+    """Each wake-up woke all others again: two waiting volumes took a whole core for as long as they waited."""
+    woken: list[None] = []
+    wait(asked, "a", "b", "c")
+    await turns()
+    asked.changes.watch(lambda: woken.append(None))
+    asked.changes.notify()
+    await turns()
+    assert len(woken) == 1
+    assert asked.waiting == ["a", "b", "c"]
+
+
+@play
 async def test_an_answer_that_fits_nothing_is_dropped(asked: Prompt, person: Person) -> None:
     [task] = wait(asked, "a")
     token = Token()

@@ -105,6 +105,13 @@ async def test_a_guest_fails_after_its_start_was_overtaken_twice(run: Running) -
     assert run.guests() == {"g": "off"}
 
 
+@play(volume("a") + volume("b") + volume("c"))
+async def test_an_engine_whose_volumes_wait_is_at_rest(run: Running) -> None:
+    """The harness fails if it is not."""
+    run.engine.boot()
+    await run.until(lambda: run.engine.waiting == ["a", "b", "c"] and run.host.open_questions)
+
+
 ORDERED = (
     volume("a", "open = true")
     + guest("g", "a", sim="running = true")

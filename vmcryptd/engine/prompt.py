@@ -134,10 +134,21 @@ class Prompt:
         self._passed_on.discard(volume)
         self.changes.notify()
 
-    def _tries(self, volume: str, is_trying: bool) -> None:
-        self._fetching.discard(volume)
-        (self._trying.add if is_trying else self._trying.discard)(volume)
+    def _waits(self, spec: VolumeSpec) -> None:
+        if spec.name in self._waiting and spec.name not in self._fetching | self._trying:
+            return  # volumes that wait would wake each other for ever
+        self._waiting[spec.name] = spec
+        self._fetching.discard(spec.name)
+        self._trying.discard(spec.name)
         self.changes.notify()
+        self._changed()
+
+    def _tries(self, volume: str) -> None:
+        self._waiting.pop(volume, None)
+        self._fetching.discard(volume)
+        self._trying.add(volume)
+        self.changes.notify()
+        self._changed()
 
     def untried(self, volume: str) -> Answer | None:
         is_expected = volume in self._expected
@@ -151,16 +162,12 @@ class Prompt:
     async def next(self, spec: VolumeSpec, is_wanted: Callable[[], bool]) -> Answer | None:
         """The next answer to try; the volume waits until there is one, or None is wanted any more."""
         while (answer := self.untried(spec.name)) is None and is_wanted():
-            self._waiting[spec.name] = spec
-            self._tries(spec.name, False)
+            self._waits(spec)
             if self._asking is None and not self._is_closed:
                 self._asking = asyncio.create_task(self._ask())
                 self._asking.add_done_callback(self._asked)
-            self._changed()
             await self.changes.wait()
-        self._waiting.pop(spec.name, None)
-        self._tries(spec.name, True)
-        self._changed()
+        self._tries(spec.name)
         return answer
 
     @contextlib.contextmanager
