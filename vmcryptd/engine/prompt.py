@@ -187,6 +187,7 @@ class Prompt:
         """The next answer that is left to a volume behind a keystore; it tries this from now on."""
         self._passed_on.discard(volume)
         self.changes.notify()
+        self._changed()  # a caller may wait until the volume has tried its key
         while (answer := self._left(volume)) is None:
             await self.changes.wait()
         self._passed_on.add(volume)
