@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What vmcryptd offers on the bus: every method is one line, every property a copy of what the engine shows.
+"""vmcryptd's bus interface: every method is one line, every property a copy of the engine's state.
 
 The docstrings here are the reference of the interface; org.vmcryptd1(5) explains it at length.
 """
@@ -37,7 +37,7 @@ KEYS = "org.vmcryptd1.keys"
 ENCRYPT = "org.vmcryptd1.encrypt"
 RELOAD = "org.vmcryptd1.reload"
 
-# Changes within this time of the last ones are told together. Who calls a method finds them told before that.
+# Changes within this time of the last ones are announced together, and always before a method is answered.
 TELL_S = 0.1
 
 _USEC_INFINITY = 2**63 - 1  # `x` is signed; systemd's own USEC_INFINITY does not fit
@@ -63,17 +63,17 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 
     @exported(action=UNLOCK, purpose="unlock volume $(volume)")
     async def Unlock(self, volume: str) -> None:
-        """Open a volume and what it needs: sources first, then a person is asked. Answers when it is open."""
+        """Open a volume and all it needs: key sources first, then a person is asked. Answers when it is open."""
         await self._engine.unlock(volume)
 
     @exported(action=UNLOCK, purpose="unlock volume $(volume)")
     async def UnlockUnattended(self, volume: str) -> None:
-        """The same by sources alone. Fails with NotAsked if a person is needed, also if others have one asked."""
+        """The same by key sources alone. Fails with NotAsked if a person is needed, also if another call asks one."""
         await self._engine.unlock_unattended(volume)
 
     @exported(action=UNLOCK, purpose="unlock volume $(volume)")
     async def UnlockWithKey(self, volume: str, key: Handle) -> None:
-        """The same with a key, read to its end from the descriptor."""
+        """The same with a key, which is read from the descriptor to its end."""
         await unlock_with_key.unlock(self._engine, volume, take_fd(key))
 
     @exported(action=UNLOCK, purpose="unlock all volumes of the boot set")
@@ -83,7 +83,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 
     @exported(action=UNLOCK, purpose="unlock all volumes that wait for a key")
     async def UnlockAllWithKey(self, key: Handle) -> None:
-        """The same; the key is tried on all that wait."""
+        """The same; the key is tried on all volumes that wait."""
         await unlock_with_key.unlock_all(self._engine, take_fd(key))
 
     @exported(action=LOCK, purpose="lock volume $(volume)")
@@ -122,7 +122,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 
     @exported(action=PANIC, purpose="kill the guests and lock all volumes at once", overtakes=True)
     async def Panic(self) -> None:
-        """Now: kill the guests, wipe the keys, close the volumes, past every error."""
+        """Kill the guests, wipe the keys and close the volumes at once, past every error."""
         await self._engine.panic()
 
     @exported(action=None)
@@ -148,12 +148,12 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 
     @exported(action=KEYS, purpose="add a key to volume $(volume)")
     async def AddKey(self, volume: str, key: Handle, new_key: Handle) -> int:
-        """Have a new key open a volume, too. Answers with its key slot once it was seen to work."""
+        """Add a key to a volume. Answers with its key slot once the key was tested."""
         return await self._engine.key_slots.add(volume, take_fd(key), take_fd(new_key))
 
     @exported(action=KEYS, purpose="add a key in keystore $(keystore) to volume $(volume)")
     async def AddKeystoreKey(self, volume: str, keystore: str, key: Handle) -> str:
-        """Have a random key in an open keystore open a volume, too. Answers with the key source for its `keys`."""
+        """Add a random key, stored in an open keystore, to a volume. Answers with the key source for its `keys`."""
         return await self._engine.key_slots.add_from_keystore(volume, keystore, take_fd(key))
 
     @exported(action=KEYS, purpose="remove a key of volume $(volume)")
@@ -163,17 +163,17 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 
     @exported(action=KEYS, purpose="change a key of volume $(volume)")
     async def ChangeKey(self, volume: str, key: Handle, new_key: Handle) -> int:
-        """Put a new key in the place of one. The old one goes when the new one was seen to work."""
+        """Replace a key. The old one is removed after the new one was tested."""
         return await self._engine.key_slots.change(volume, take_fd(key), take_fd(new_key))
 
     @exported(action=KEYS, purpose="encrypt volume $(volume) under a new volume key")
     async def RotateKey(self, volume: str, key: Handle, drop_others: bool) -> None:
-        """Put an open volume under a new volume key, or go on with that. Only this key stays. Answers at the end."""
+        """Re-encrypt an open volume under a new volume key, or resume that. Only this key stays. Answers at the end."""
         await self._engine.rotations.rotate(volume, take_fd(key), drop_others=drop_others)
 
     @exported(action=KEYS, purpose="pause the key rotation of volume $(volume)")
     async def StopRotation(self, volume: str) -> None:
-        """Stop that where it can be gone on with. Answers when it has stopped."""
+        """Pause the key rotation; RotateKey resumes it. Answers when it has stopped."""
         await self._engine.rotations.stop(volume)
 
     @exported(action=KEYS, purpose="back up the LUKS header of volume $(volume)")
@@ -183,7 +183,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 
     @exported(action=ENCRYPT, purpose="create keystore $(name)")
     async def CreateKeystore(self, name: str, key: Handle, options: dict[str, Any]) -> ObjectPath:
-        """Make a small volume for keys that this key opens. Answers with the job; "/" for a dry run."""
+        """Make a small volume for keys; this key opens it. Answers with the job; "/" for a dry run."""
         fd = take_fd(key)
         if options.get("dry-run") is True:
             os.close(fd)
@@ -197,7 +197,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         await self._reload()
 
     def _check_needs(self, guest: str) -> None:
-        """Who may start and stop guests here may do so with those on encrypted volumes, not with every one."""
+        """The right to start and stop guests covers those on encrypted volumes, not all guests of the host."""
         node = self._engine.graph.guests.get(guest)
         if node is not None and not node.needs:
             raise NoVolumeError(
@@ -242,7 +242,7 @@ class RunningJob(Interface, name="org.vmcryptd1.Job"):
 
 
 def kind(source: str) -> str:
-    """A key source without its argument: that may hold a token, and properties are for everybody."""
+    """A key source without its argument: that may hold a token, and every user can read properties."""
     return source.partition(":")[0]
 
 
@@ -335,7 +335,7 @@ class Service:
         self._jobs: dict[str, Job] = {}  # those that are shown
         self._due: asyncio.Handle | None = None
         self._told_at = -TELL_S
-        self.config_changed = False  # the files differ from what runs
+        self.config_changed = False  # the files differ from the running configuration
         self._manager = Manager(engine, reload)
         objects.export(ROOT, self._manager)
         objects.refresh = self.refresh
@@ -358,7 +358,7 @@ class Service:
         }
 
     def _redacted(self, text: str) -> str:
-        """A text of an error, with key sources by their kind alone."""
+        """An error's text, with the kinds of key sources but without their arguments."""
         if ":" in text:
             for spec in self._engine.settings.volumes.values():
                 for source in spec.keys:
@@ -367,7 +367,7 @@ class Service:
         return text
 
     def changed(self) -> None:
-        """Bring the objects up to date soon: at once, if nothing was told just now."""
+        """Bring the objects up to date soon: at once, if nothing was announced just now."""
         if self._due is None:
             loop = asyncio.get_running_loop()
             self._due = loop.call_at(self._told_at + TELL_S, self.update)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which call is served next: every user has a fair share, and trusted ones need not wait for others.
+"""Orders the calls that arrive: every user has a fair share, and trusted ones need not wait for others.
 
 The share is per user, not per connection: dbus-daemon allows 256 connections a user, with 128 calls
 that are not answered yet on each. All of them arrive on the one socket of the daemon, so what is
-there is read at once, and sorted before anything of it is parsed.
+there is read at once, and sorted before any of it is parsed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MAX_QUEUED = 128  # calls of one user that wait for their turn
 MAX_QUEUED_BYTES = 128 * 1024
 MAX_QUEUED_FDS = 64  # as many as dbus-daemon keeps for one receiver
 MAX_FDS = 4  # descriptors of one call; no method takes more than two
-MAX_OWED = 4096  # calls of one user whose refusal waits; what is beyond gets no answer
+MAX_OWED = 4096  # calls of one user whose refusal waits; the rest get no answer
 MAX_UNREAD = 4 * 1024 * 1024  # bytes of answers that one user has not fetched from the bus
 MAX_UNSENT = 1024 * 1024  # bytes that the bus has not taken from us
-# After a call a user rests so many times as long as it took.
+# After a call a user waits this many times as long as the call took.
 REST = 3
 TURN_S = 0.01  # then the loop does something else first
 REFUSAL_S = 0.002  # between two refusals to one user: a flood is no faster for being refused
 LOOK_AGAIN_S = 1.0
-MAX_LANES = 64  # users that are remembered when they have left: their rest goes on
+MAX_LANES = 64  # users that are remembered after they have left, so that their wait goes on
 
 _Refusal = tuple[str, str]  # name, text
 _FULL = transport.STANDARD_ERROR + "LimitsExceeded"
@@ -107,7 +107,7 @@ class Admission:
         self._is_open = False
         self._uids: dict[str, int] = {}  # connection → user
         self._unknown: dict[str, _Lane] = {}  # by connection, while the bus is asked for its user
-        self._lanes: dict[int, _Lane] = {}  # by user; who was served last is the last one
+        self._lanes: dict[int, _Lane] = {}  # by user, the one served last at the end
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn_due: asyncio.Handle | None = None
         connection.on_frame = self._arrived
@@ -211,7 +211,7 @@ class Admission:
         now = loop.time()
         end = now + TURN_S
         while now < end and (lane := self._next(now)) is not None:
-            began = time.thread_time()  # what others on the machine take is not the user's doing
+            began = time.thread_time()  # CPU time: others' load does not count
             self._serve_one(lane)
             cost_s, now = time.thread_time() - began, loop.time()
             if not lane.is_trusted:

@@ -40,7 +40,7 @@ READ_S = 30.0
 AWAY = "vmcryptd is not running; `systemctl status vmcryptd` tells why"
 SILENT = "vmcryptd does not answer; `systemctl status vmcryptd` tells more"
 
-# What the bus says when nobody is there to answer, or nobody could be started.
+# The bus's errors when no daemon answers, or none could be started.
 _AWAY = {
     "ServiceUnknown",
     "NameHasNoOwner",
@@ -63,7 +63,7 @@ Properties = dict[str, Any]
 
 
 class Change(NamedTuple):
-    """What has become different: of one object, or of the daemon itself (`kind` "daemon")."""
+    """A change of one object, or of the daemon itself (`kind` "daemon")."""
 
     kind: str  # host, volume, guest, job, daemon
     name: str
@@ -96,7 +96,7 @@ class Client:
     def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
         self.connection = connection
         self.interactive = interactive
-        self.present = False  # the daemon runs, and what follows is what it tells
+        self.present = False  # the daemon runs, and the mirror below is current
         self.host: Properties = {}
         self.volumes: dict[str, Properties] = {}
         self.guests: dict[str, Properties] = {}
@@ -111,7 +111,7 @@ class Client:
         self, member: str, signature: str = "", *body: Any, fds: Sequence[int] = (),
         timeout_s: float | None = None,
     ) -> list[Any]:  # fmt: skip
-        """Call a method of the manager; it may take for ever. Raises VmcryptdError."""
+        """Call a method of the manager, without a time limit. Raises VmcryptdError."""
         try:
             return await self.connection.call(
                 NAME, ROOT, MANAGER, member, signature, body,
@@ -123,7 +123,7 @@ class Client:
             raise VmcryptdError(str(error)) from None
 
     async def ping(self, timeout_s: float = READ_S) -> None:
-        """Raises UnreachableError unless the daemon answers, or could be started and does."""
+        """Raises UnreachableError unless the daemon answers; the bus starts it if necessary."""
         await self._read(ROOT, "org.freedesktop.DBus.Peer", "Ping", timeout_s=timeout_s)
 
     async def is_running(self) -> bool:
@@ -148,7 +148,7 @@ class Client:
             self._table(kind).clear()
         for path, interfaces in objects.items():
             self._add(path, interfaces)
-        # Some are older than the answers, some newer; applied in order they end at what is so now.
+        # Some are older than the answers, some newer; applied in order they give the present state.
         for signal in self._early:
             self._apply(signal)
         self._early.clear()
@@ -156,7 +156,7 @@ class Client:
         self._changes.notify()
 
     async def follow(self, changed: Callable[[Change], None] | None = None) -> None:
-        """Load, and from then on keep up with what changes, also across restarts of the daemon."""
+        """Load, and then follow all changes, also across restarts of the daemon."""
         if changed is not None:
             self._changed = changed
         await self.connection.match(self._on_signal, sender=NAME, path_namespace=ROOT)
@@ -170,9 +170,9 @@ class Client:
         await self.load()
 
     async def until(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait until what the daemon shows is so; False when that took too long.
+        """Wait until the condition holds for the mirror; False when that took too long.
 
-        Raises UnreachableError when the bus hangs up. While the daemon is away nothing is so.
+        Raises UnreachableError when the bus hangs up. While the daemon is away no condition holds.
         """
         lost = asyncio.ensure_future(self.connection.closed())
         lost.add_done_callback(lambda _: self._changes.notify())
@@ -192,7 +192,7 @@ class Client:
     async def job_ended(self, path: str) -> None:
         """Wait for the end of a job that a method returned; `follow` first.
 
-        Raises what it failed by, and UnreachableError if the daemon ends before it.
+        Raises the job's error, and UnreachableError if the daemon ends before the job.
         """
         number = path.rpartition("/")[2]
         job = self.jobs.get(number, {})
@@ -287,7 +287,7 @@ async def connect(*, interactive: bool = False) -> AsyncIterator[Client]:
     try:
         yield client
     finally:
-        # Whoever is interrupted does not wait for a bus that hangs.
+        # An interrupted caller does not wait for a bus that hangs.
         await client.close()
 
 

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 # Calls of one user that are not answered yet. Each may be a polkit check, and dbus-daemon allows this
 # connection 128 of them (max_replies_per_connection).
 MAX_PENDING = 16
-MAX_READING = 4  # of these that nobody has to authorise: each is a child or a thread
+MAX_READING = 4  # of these, calls that need no authorisation: each is a child or a thread
 # What a call costs beyond its own time, in seconds of the caller's share.
 ASKING_S = 0.003  # polkit
 READING_S = 0.01  # a child
@@ -68,7 +68,7 @@ _SIGNATURES: dict[Any, str] = {
 
 
 class Authority(Protocol):
-    """Says which caller may do what."""
+    """Decides which caller may do what."""
 
     @property
     def trusted(self) -> frozenset[int]:
@@ -79,7 +79,7 @@ class Authority(Protocol):
     ) -> None:
         """Raises NotAuthorizedError unless the caller may do all of the actions.
 
-        `purpose` goes on after "Authentication is required to", with $(NAME) for the details.
+        `purpose` completes "Authentication is required to …", with $(NAME) for the details.
         """
 
 
@@ -113,7 +113,7 @@ def exported(
 ) -> Callable[[Function], Function]:
     """Mark a method of an Interface as a D-Bus method that needs a polkit action, or each of several.
 
-    `None` is open to everybody: for reading only. `purpose`: as in `Authority.check`, with the
+    `None` is open to every user: for reading only. `purpose`: as in `Authority.check`, with the
     method's arguments as details. `overtakes`: a call that waits for its authorisation when this
     one is answered takes no effect any more.
     """
@@ -187,7 +187,7 @@ class Interface:
         return self._values
 
     def changed(self, **values: object) -> None:
-        """Set properties, and tell the bus about those that are different now."""
+        """Set properties, and announce those that differ on the bus."""
         for name, value in values.items():
             if name not in self.properties:
                 raise TypeError(f"{self.interface_name} has no property {name!r}")
@@ -231,9 +231,9 @@ class Objects:
         self._connection = connection
         self._authority = authority
         self._root = root
-        # Brings the properties up to date; called before anything of them is answered.
+        # Brings the properties up to date; called before a property is read.
         self.refresh: Callable[[], None] = lambda: None
-        # What of an error's text a caller that is not trusted gets to see.
+        # The part of an error's text that an untrusted caller may see.
         self.redacted: Callable[[str], str] = lambda text: text
         self._objects: dict[str, dict[str, Interface]] = {}
         self._pending: dict[asyncio.Task[Any], _Pending] = {}
@@ -246,7 +246,7 @@ class Objects:
         self._admission = Admission(connection, self._on_call, authority.trusted)
 
     def export(self, path: str, *interfaces: Interface) -> None:
-        """Offer an object. What it is made of does not change until `unexport`."""
+        """Offer an object. Its interfaces stay the same until `unexport`."""
         if path in self._objects:
             raise ValueError(f"{path} is exported already")
         self._objects[path] = {one.interface_name: one for one in interfaces}
@@ -273,12 +273,12 @@ class Objects:
         await self._connection.request_name(name)
 
     def serve(self) -> None:
-        """Answer calls, and tell what changes."""
+        """Answer calls, and announce changes."""
         self._serving = True
         self._admission.open()
 
     async def stop(self, grace_s: float = 5) -> None:
-        """Cancel what runs, and answer it and all that still comes with ShuttingDown."""
+        """Cancel all running calls, and answer these and all later ones with ShuttingDown."""
         self._stopping = True
         for task in self._pending:
             task.cancel()
@@ -348,7 +348,7 @@ class Objects:
         elif sorted(handles) != list(range(len(call.fds))):
             raise _StandardError("InvalidArgs", "each descriptor must be named by one argument")
         if not inspect.iscoroutinefunction(method.function):
-            # Read and answered in one go, so that no change can be told before the older answer.
+            # Read and answered in one step, so that no change is announced before the older answer.
             token = CALL.set(call)
             try:
                 self._reply(call, method, method.function(interface, *call.body))
@@ -364,7 +364,7 @@ class Objects:
         task = asyncio.create_task(self._run(pending))
         self._pending[task] = pending
         self._counts[pending.kind] += 1
-        # A callback, because a task that is cancelled before its first step runs no line at all.
+        # A callback, because a task that is cancelled before its first step never runs.
         task.add_done_callback(self._on_done)
         return True
 
@@ -446,7 +446,7 @@ class Objects:
 
     def _on_vanished(self, signal: Signal) -> None:
         self._admission.vanished(signal.body[0])
-        # Nobody is left to be asked for a password. What was authorised goes on.
+        # No caller is left to be asked for a password. An authorised call goes on.
         for task, pending in self._pending.items():
             if pending.call.sender == signal.body[0] and not pending.authorised:
                 task.cancel()
@@ -531,7 +531,7 @@ class _ObjectManager(Interface, name="org.freedesktop.DBus.ObjectManager"):
 
 def _quoted(text: str) -> str:
     # xml.sax.saxutils would import urllib and with it a fifth of what a start takes.
-    from html import escape  # who is not introspected needs no list of all entities
+    from html import escape  # imported late: only introspection needs it
 
     return f'"{escape(text)}"'
 

@@ -37,7 +37,7 @@ STANDARD_ERROR = "org.freedesktop.DBus.Error."
 _LIBRARY = "dbus_fast" if sys.version_info >= (3, 15) else "dbus_next"
 _LIBRARY = os.environ.get("VMCRYPTD_BUS_LIBRARY") or _LIBRARY
 
-if TYPE_CHECKING:  # neither is a mypy dependency, and the types of one are not those of the other
+if TYPE_CHECKING:  # neither is a dependency of mypy, and their types differ
     Message: Any
     MessageFlag: Any
     MessageType: Any
@@ -74,7 +74,7 @@ else:
     from dbus_next.signature import SignatureTree
 
     class _Signatures(dict):
-        """0.2.3 remembers each signature it ever saw: 2000 calls of a stranger cost 92 MB."""
+        """dbus_next 0.2.3 remembers each signature it ever saw: 2000 calls of any user cost 92 MB."""
 
         def __setitem__(self, signature, tree):
             if len(self) >= MAX_SIGNATURES:
@@ -159,7 +159,7 @@ class Call(NamedTuple):
     wants_reply: bool
     interactive: bool
     fds: list[int]
-    uid: int = -1  # of the sender; -1 if nobody asked
+    uid: int = -1  # of the sender; -1 if not known
     is_trusted: bool = False  # the sender may do and see everything
 
     def take_fd(self, index: int) -> int:
@@ -202,7 +202,7 @@ class Connection:
 
     def __init__(self, transport: Any) -> None:
         self.on_call: Callable[[Call], None] | None = None
-        # A method call as it arrives; who takes it over calls `call_of` when its turn has come.
+        # Called with each method call as it arrives; the receiver calls `call_of` when its turn has come.
         self.on_frame: Callable[[Frame], None] = self._serve
         self._transport = transport
         self._replies: dict[int, tuple[asyncio.Future[tuple[Any, list[int]]], bool]] = {}
@@ -271,7 +271,7 @@ class Connection:
         )  # fmt: skip
 
     async def match(self, callback: Callable[[Signal], None], **rule: str) -> Callable[[], None]:
-        """Call back for each signal that fits; returns what ends it.
+        """Call back for each signal that fits. Returns a function that ends the match.
 
         The rule is any of sender, path, path_namespace, interface, member, arg0, arg1…
         """
@@ -360,7 +360,7 @@ class Connection:
         return not self._closed.is_set() and bool(self._transport.connected)
 
     def _post(self, **header: Any) -> int:
-        with contextlib.suppress(UnreachableError):  # nobody is left to read it
+        with contextlib.suppress(UnreachableError):  # the connection is gone
             return self._send(**header)
         return 0
 
@@ -505,7 +505,7 @@ def _rule(**parts: str) -> str:
 
 
 def _text(text: str) -> str:
-    # The bus hangs up on who sends NUL or what is not UTF-8, and file names may hold the latter.
+    # The bus disconnects a sender of NUL or of invalid UTF-8, and file names may hold the latter.
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
@@ -534,7 +534,7 @@ def _incoming(value: Any) -> Any:
 def _abandon(transport: Any) -> None:
     """Close the socket now, without another turn of the loop."""
     if transport is not None:
-        # They would find the socket closed, and raise that where nothing catches it.
+        # They would raise an error about the closed socket where nothing catches it.
         loop = asyncio.get_running_loop()
         loop.remove_reader(transport._fd)
         loop.remove_writer(transport._fd)

@@ -2,7 +2,7 @@
 """Messages as bytes on the socket: cut apart by their headers, before anything of them is parsed.
 
 A library's parser takes a fifth of a millisecond for each message and reads on as long as there
-is one. The header alone says who sent how much, at a twentieth of that:
+is one. The header alone names sender and size, at a twentieth of that:
 https://dbus.freedesktop.org/doc/dbus-specification.html#message-protocol-messages
 """
 
