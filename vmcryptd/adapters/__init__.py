@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The outside world, one module for each part of it."""
+"""The ports' implementations on a real host, one package for each outside service."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Keys that Clevis has bound to a Tang server, a TPM, or several of these.
 
-Of LUKS2 only `clevis decrypt` is used: `clevis luks pass` first tries the key that it got on every slot in turn, with
-all the memory that these want.
+LUKS2 uses only `clevis decrypt`: `clevis luks pass` also tries the key on every slot in turn, with all the memory
+that the slots ask for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARTS = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
 
 
 async def bindings(volume: VolumeSpec, header: Header) -> tuple[int, ...]:
-    """The key slots that are bound. Raises KeyUnavailableError."""
+    """The key slots that Clevis has bound. Raises KeyUnavailableError."""
     place = volume.header_path
     if header.version == 1:
         try:
@@ -48,7 +48,7 @@ async def fetch(volume: VolumeSpec, header: Header, slot: int, timeout_s: float)
     if header.version == 1:
         return await _output(["clevis", "luks", "pass", "-d", place, "-s", str(slot)], timeout_s)
     number = next(t.number for t in header.tokens if t.kind == "clevis" and slot in t.slots)
-    jwe = MemfdKey()  # no secret, but a file that a child can read and that need not be removed
+    jwe = MemfdKey()  # not secret: a memfd is a file that a child can read and that removes itself
     try:
         os.write(jwe.fileno(), (await _binding(place, number)).encode())
         reader = jwe.reader()

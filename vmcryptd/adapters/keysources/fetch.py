@@ -17,9 +17,9 @@ from vmcryptd.posix.run import CommandError, Completed, run
 def filled(
     what: str, refusal: type[VmcryptdError], late: type[VmcryptdError] | None = None
 ) -> Iterator[MemfdKey]:
-    """A key, sealed at the end of the block; whatever is wrong with it is said as `refusal`.
+    """A key, sealed at the end of the block; every failure is raised as `refusal`.
 
-    `late`: what it is said as that a program took too long.
+    `late`: the error to raise when the program took too long.
     """
     key = MemfdKey()
     error = refusal
@@ -69,7 +69,7 @@ async def run_into(
         )
         moving = asyncio.ensure_future(pump.run())
         try:
-            # The pipe cannot end while our side is open: `moving` ends first only by an error.
+            # The pipe cannot end while our side is open: `moving` can end first only by an error.
             await asyncio.wait({child, moving}, return_when=asyncio.FIRST_COMPLETED)
             if not child.done():
                 moving.result()
@@ -78,7 +78,7 @@ async def run_into(
             for task in (child, moving):
                 task.cancel()
             await asyncio.gather(child, moving, return_exceptions=True)
-        pump.step()  # what is left; a grandchild that keeps the pipe is not waited for
+        pump.step()  # the rest; a grandchild that keeps the pipe open is not waited for
         return done
     finally:
         os.close(reader)

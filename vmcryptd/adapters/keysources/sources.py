@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keys from files, credentials, programs, people and callers: into sealed memory, not Python."""
+"""Reads keys from files, credentials, programs, people and callers into sealed memory, never into Python."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CREDENTIAL_STORES = (
     "/usr/lib/credstore",
 )
 ENCRYPTED_STORES = tuple(f"{store}.encrypted" for store in CREDENTIAL_STORES)
-ASKER_TRIES = 5  # askers in a row that may end early for no reason of a person's
+ASKER_TRIES = 5  # askers in a row that may end early though no person declined
 
 
 class SystemKeys:
@@ -86,7 +86,7 @@ class SystemKeys:
                 key.seal()
                 return key
             key.close()
-            # systemd exits with 1 for whatever happened (src/ask-password/ask-password.c); only the
+            # systemd exits with 1 for every failure (src/ask-password/ask-password.c); only the
             # text tells ECANCELED, which is an agent's word for a person who declined. The locale
             # is ours.
             if done.code == 1 and "Operation canceled" in done.err:
@@ -95,7 +95,7 @@ class SystemKeys:
             # but not for ever when asking ends at once each time.
             tries = tries + 1 if loop.time() - asked_at < 1.0 else 1
             if tries >= ASKER_TRIES:
-                raise KeyUnavailableError(f"nobody can be asked for a passphrase: {_why(done)}")
+                raise KeyUnavailableError(f"no person can be asked for a passphrase: {_why(done)}")
             log.info(
                 "the question for a passphrase ended without an answer (%s); it is asked again",
                 _why(done),
@@ -132,7 +132,7 @@ class SystemKeys:
         if not name or "/" in name or name in (".", "..") or not name.isprintable():
             raise KeyUnavailableError(f'"{name}" is not the name of a credential')
         if path := _find(self._stores, name):
-            return await self._file(path, private=False)  # systemd keeps the directory closed
+            return await self._file(path, private=False)  # systemd protects the directory
         path = _find(self._encrypted_stores, name)
         if not path:
             raise KeyUnavailableError(
@@ -200,7 +200,7 @@ def _find(stores: Sequence[str], name: str) -> str:
 
 
 def _read_file(path: str, *, private: bool) -> MemfdKey:
-    """A copy: the file may lie on a volume that is locked again while the key is still wanted."""
+    """A copy: the file may lie on a volume that is locked again while the key is still needed."""
     try:
         # O_NONBLOCK: a FIFO must not hang; it is refused below.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)

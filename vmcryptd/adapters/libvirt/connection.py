@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keeps a connection to libvirt, and what is known about its domains and pools up to date.
+"""Keeps a connection to libvirt, and follows its domains and pools.
 
 Everything that blocks runs in daemon threads: a call may hang for as long as the service behind
 libvirt's socket cannot start, and must hold up neither the event loop nor the end of the process.
@@ -28,8 +28,8 @@ T = TypeVar("T")
 OPEN_S = 30.0  # systemd may have to start the service behind the socket first
 READ_S = 60.0  # a thousand domains take some seconds
 CLOSE_S = 2.0
-# No event reports a change of autostart. An event can also be lost: after a restart of libvirtd none
-# came at all, once. So everything is read again after this time.
+# No event reports a change of autostart, and events can be lost: after one restart of libvirtd none
+# came at all. So everything is read again after this time.
 LOOK_S = 30.0
 STARTING_S = 1.0  # between two looks at guests that libvirt itself is starting
 BACK_OFF_S = (1.0, 30.0)
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Link:
-    """From the first use on, one task connects, reads the subject of each event, and reconnects.
+    """From its first use on, one task connects, reads the domain or pool of each event, and reconnects.
 
     `load` imports libvirt, in a thread; `attach` makes its events run in the loop, before it
     connects.
@@ -54,7 +54,7 @@ class Link:
         self.known = Virtualisation()
         self.formats: dict[str, Mapping[DiskSource, str]] = {}  # by domain
         self.agents: set[str] = set()  # domains whose guest agent is connected
-        self.learnt = Changes()  # of all that is known, different or not
+        self.learnt = Changes()  # of each reading, also if nothing differs
         self._different = Changes()
         self._is_announced = True  # no call of the watchers is queued
         self._keeper: asyncio.Task[None] | None = None
@@ -177,7 +177,7 @@ class Link:
             pools, self._stale_pools = self._stale_pools, set()
             if domains or pools:
                 await self._read(session, domains, pools)
-            # No event tells of a start that failed.
+            # No event reports a start that failed.
             starting = [
                 name
                 for name, domain in self.known.domains.items()
@@ -248,8 +248,8 @@ class Link:
                 self.mark(Event.CLOSED, "", session)
                 if lost is not None:
                     raise
-                # libvirt's service was restarted. Every method may be repeated: each looks first
-                # what there is to do.
+                # libvirt's service was restarted. Every method may be repeated: each first looks what
+                # is left to do.
                 lost = session
 
     async def _read(

@@ -16,17 +16,17 @@ from vmcryptd.core.model import DiskSource, SourceType
 
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
-# Whatever else names a host path counts as well, so that nothing that libvirt adds is missed. These
+# Every other element that names a host path counts, so that nothing that libvirt adds is missed. These
 # elements do not: they hold no path, or one inside the guest. <loader> is left out because firmware
 # comes with the host's packages; <mirror> because a guest does not need a copy in progress.
 NO_PATHS = {
     *("name", "title", "description", "metadata", "seclabel", "resource", "cpu", "genid", "uuid"),
     *("cmdline", "init", "initarg", "initdir", "initenv", "loader", "mirror", "alias"),
 }
-# They are made by the kernel, or name what it is asked for; nothing is stored there.
+# The kernel makes these files; nothing is stored there.
 KERNEL = ("/dev/pts/", "/proc/", "/sys/")
 ARGUMENTS = ("arg", "env")  # of <qemu:commandline> and its relatives
-# Where the state of an emulated TPM lies unless its <source> says otherwise.
+# The default place of an emulated TPM's state.
 TPM_STATE = "/var/lib/libvirt/swtpm"
 
 
@@ -54,7 +54,7 @@ class PoolPlace(NamedTuple):
 def domain(*texts: str) -> Contents:
     """The inactive and the live description of a domain, merged: first mention first.
 
-    A source that is no disk is shareable: a log or a socket may well serve several guests.
+    A source other than a disk is shareable: a log or a socket may serve several guests.
     """
     merged: dict[tuple[str, ...], tuple[DiskSource, str]] = {}
     agent = False
@@ -141,7 +141,7 @@ def _named_paths(root: ElementTree.Element) -> Iterator[str]:
         if tag in NO_PATHS or (tag == "target" and within != "lease"):
             continue
         texts = list(element.attrib.values())
-        if tag != "entry":  # that is content: of an SMBIOS table, or of a file that the guest sees
+        if tag != "entry":  # its text may be content: of an SMBIOS table, say
             texts.append((element.text or "").strip())
         in_text = names.paths_in_option if tag in ARGUMENTS else names.paths
         for path in (path for text in texts for path in in_text(text)):
@@ -160,7 +160,7 @@ def _disk(disk: ElementTree.Element) -> Iterator[tuple[DiskSource, str]]:
     for source in _located(top, writable=writable, shareable=shareable):
         yield source, "" if driver is None else driver.get("type", "")
     yield from _data_store(top, writable)
-    # <mirror> is left out on purpose: a copy in progress is nothing the guest needs.
+    # <mirror> is left out on purpose: the guest does not need a copy in progress.
     layer = disk.find("backingStore")
     while layer is not None:
         below = layer.find("source")
@@ -185,7 +185,7 @@ def _data_store(
 def _located(
     source: ElementTree.Element | None, writable: bool = True, shareable: bool = False
 ) -> Iterator[DiskSource]:
-    """The attribute decides, not the type around it: each type has attributes of its own."""
+    """The attribute decides, not the surrounding type: each type has its own attributes."""
     if source is None:  # an empty drive
         return
     place: DiskSource | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""libvirt's domains and storage pools. The only module that imports libvirt, and only when used."""
+"""The port `Domains` by libvirt. The only module that imports libvirt, and only when used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RETRY_S = 1.0  # between two attempts
 
 
 class Libvirt:
-    """libvirt at one URI, as `ports.Domains` wants it. To be used from one event loop."""
+    """The port `Domains` for one libvirt URI. To be used from one event loop."""
 
     def __init__(self, uri: str) -> None:
         self._link = Link(uri, _import, _attach)
@@ -69,8 +69,8 @@ class Libvirt:
             await self._link.look_again(domains=[name])
             if state is not GuestState.STARTING:
                 return
-            # libvirt's own autostart, or another client, is at it. If that fails the guest is off,
-            # without an event, and it is our turn.
+            # libvirt's own autostart, or another client, is starting it. If that fails, the guest
+            # is off without an event, and we start it.
             self._link.mark(Event.DOMAIN, name)
             left = deadline - _now()
             if left <= 0 or not await self._link.learnt.until(
@@ -138,11 +138,9 @@ class Libvirt:
                     text = f"guest {name} could not be asked to stop: {error}; {advice}"
                     raise GuestError(text) from None
             except LibvirtError as error:
-                # A connection that broke meanwhile: what happened to the guest shows when there is
-                # a new one.
+                # The connection broke meanwhile: the next one shows the guest's state.
                 refusal, cut_off = f" ({error})", True
-            # An agent that answers no more, or lies, does not keep the power button from being
-            # pressed.
+            # The power button is pressed even if the guest agent does not answer, or answers wrongly.
             acpi = not acpi
             if self._is_off(name):  # an event is on its way: another client has just started it
                 await self._link.look_again(domains=[name])
@@ -159,7 +157,7 @@ class Libvirt:
         advice = f"`{self._virsh} destroy {name}` shows the same"
         with self._explained(f"guest {name} could not be ended", advice):
             await self._link.ask(CALL_S, Session.kill, name)
-        # Known at once, without another question: panic does not wait for it.
+        # Noted without asking libvirt again: panic does not wait for the answer.
         domains = dict(self._link.known.domains)
         if domain := domains.pop(name, None):
             if domain.persistent:
@@ -229,7 +227,7 @@ def _now() -> float:
 
 
 def _import() -> Any:
-    """Slow, which is why it is not done before the daemon is ready."""
+    """Slow, so it is not done before the daemon is ready."""
     try:
         import libvirt
         import libvirtaio  # noqa: F401 (for _attach)
@@ -253,10 +251,10 @@ def _attach(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
-    """libvirtaio, made fit for calls that are not made in the loop's thread.
+    """libvirtaio, changed to allow calls from any thread.
 
     libvirt sets timers, and changes its watches, at each of its calls, in any thread.
-    libvirtaio does right there what asyncio allows in the loop's thread only: the loop does
+    libvirtaio then does at once what asyncio allows in the loop's thread only: the loop does
     not wake up for a timer, and of two threads that change a selector one fails, after which a
     connection is watched no more. So all of it is done in the loop.
     """
@@ -264,7 +262,7 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
     from libvirt import VIR_EVENT_HANDLE_READABLE, VIR_EVENT_HANDLE_WRITABLE
 
     class Callback(libvirtaio.Callback):  # type: ignore[misc]  # libvirtaio has no types
-        """libvirt sets `wanted` in any thread, and it counts at once; the loop's thread acts on it."""
+        """libvirt sets `wanted` in any thread; the loop's thread acts on it."""
 
         NOTHING = 0
 
@@ -277,7 +275,7 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
             super().close()
 
     class Watch(Callback):
-        """Has a descriptor of its own: libvirt closes that which it wants watched before the loop gets to know."""
+        """Has a descriptor of its own: libvirt closes the watched one before the loop learns of that."""
 
         def __init__(self, fd: int, *arguments: Any) -> None:
             super().__init__(*arguments)
@@ -321,7 +319,7 @@ def _implementation(loop: asyncio.AbstractEventLoop) -> Any:
 
         def _fire(self) -> None:
             if self.wanted >= 0:
-                self.update()  # until libvirt says otherwise, which it often does in the call
+                self.update()  # until libvirt changes it, which it often does within the call
                 self.cb(self.iden, self.opaque)
 
     class AnyThread(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]  # as above

@@ -3,8 +3,7 @@
 
 Each image is opened in the format that the layer above names, and never probed: the content of a
 raw image belongs to the guest, which could write a header there that names any file or host
-(CVE-2024-32498). That is why this does not use `--backing-chain`, which probes where a layer names
-no format.
+(CVE-2024-32498). `--backing-chain` is not used because it probes where a layer names no format.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from vmcryptd.core.model import DiskSource, SourceType
 from vmcryptd.posix.run import run
 
 INFO_S = 20.0
-# It lists all snapshots, each in about 350 bytes: there is room for ten thousand.
+# The output lists all snapshots, each in about 350 bytes: room for ten thousand.
 INFO_LIMIT = 4 * 1024 * 1024
 # libvirt starts no guest with a longer one (src/qemu/qemu_domain.c,
 # QEMU_DOMAIN_STORAGE_SOURCE_CHAIN_MAX_DEPTH).
@@ -42,8 +41,7 @@ async def chain(path: str, image_format: str) -> tuple[DiskSource, ...]:
         directory = os.path.dirname(layer)
         for data, _ in names.images(_data_file(info), "raw", directory):
             found.setdefault(data, _source(data, writable=layer == path))
-        # A layer that cannot be read, because what holds it is locked, is still named by the one
-        # above.
+        # A layer on a locked volume cannot be read, but the layer above still names it.
         below = _text(info, "full-backing-filename") or _text(info, "backing-filename")
         below_format = _text(info, "backing-filename-format")
         for name, its_format in names.images(below, below_format, directory):
@@ -63,7 +61,7 @@ async def _info(path: str, image_format: str) -> Mapping[str, Any]:
     try:
         done = await run(argv, timeout_s=INFO_S, output_limit=INFO_LIMIT)
     except DeadlineError:
-        raise  # a disk that has just been switched on, say: later it may
+        raise  # for example a disk that was just switched on: a later try may succeed
     except VmcryptdError:
         return {}
     if done.is_cut:

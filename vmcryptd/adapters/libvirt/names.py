@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU's names of images, and its options, → the host's paths in them. Pure: no I/O.
+"""Finds the host's paths in QEMU's image names and options. Pure: no I/O.
 
 A name is a path, `PROTOCOL:…` with the colon before the first slash, or `json:{…}` with a tree of
 block devices (QEMU, block.c: path_has_protocol, parse_json_protocol; block/vvfat.c for `fat:`).
@@ -13,14 +13,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Drivers of blocks that are the file itself, not a format in it (QEMU, qapi/block-core.json).
+# Block drivers for the file itself, not for a format in it (QEMU, qapi/block-core.json).
 _FILE_DRIVERS = ("file", "host_device", "host_cdrom")
 
 
 def images(name: str, image_format: str = "", directory: str = "/") -> Iterator[tuple[str, str]]:
-    """The files and devices that an image's name stands for, each with its format, if that is named.
+    """The files and devices in an image's name, each with its format, if that is named.
 
-    A relative path counts from `directory`, which is the overlay's.
+    A relative path starts at `directory`, the overlay's.
     """
     protocol, colon, rest = name.partition(":")
     if not colon or "/" in protocol:

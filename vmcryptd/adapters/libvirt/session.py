@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls to libvirt over one connection. Everything here blocks.
+"""Makes calls to libvirt over one connection. Everything here blocks.
 
-libvirt itself is handed in by `domains.py`, the only module that imports it.
+`domains.py`, the only module that imports libvirt, passes it in.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ class Event(Enum):
 
 
 class Refused(Exception):
-    """libvirt said no: an error of libvirt as values, free of libvirt's objects."""
+    """libvirt refused a call: its error as plain values, without libvirt's objects."""
 
     def __init__(
         self, text: str, *, lost: bool = False, forever: bool = False, silent: bool = False
     ) -> None:
         super().__init__(text)
-        self.silent = silent  # it did not even say no
-        self.lost = lost  # the connection is of no more use
-        self.forever = forever  # the same question will get the same answer
+        self.silent = silent  # it gave no answer
+        self.lost = lost  # the connection is broken
+        self.forever = forever  # a repeated call would be refused, too
 
 
 class Seen(NamedTuple):
     domain: Domain
     contents: definitions.Contents
-    has_forgotten: bool = False  # it is off, and libvirt, restarted since, does not know why
+    has_forgotten: bool = False  # it is off, and libvirt was restarted since and does not know why
 
 
 @dataclass
 class Reading:
-    """The result of a look at libvirt; None stands for "libvirt knows no such thing"."""
+    """The result of one reading of libvirt; None: libvirt knows no such domain or pool."""
 
     complete: bool = False
     domains: dict[str, Seen | None] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Reading:
 
 
 class Session:
-    """One connection to libvirt. Every method blocks and belongs into a thread."""
+    """One connection to libvirt. Every method blocks: call it in a thread."""
 
     def __init__(self, api: Any, uri: str, events: Callable[[Event, str], None]) -> None:
         self.api = api
@@ -94,7 +94,7 @@ class Session:
             self._leave()
 
     def close(self) -> None:
-        """Now, or when the last call has returned: a call that hangs still uses the connection.
+        """Close now, or when the last call has returned: a call that hangs still uses the connection.
 
         virConnectClose frees it without regard to that
         (https://libvirt.org/html/libvirt-libvirt-host.html#virConnectClose).
@@ -120,7 +120,7 @@ class Session:
     def open(self) -> None:
         api = self.api
         self.connection = connection = api.open(self._uri)
-        events = self._events  # called in whatever thread libvirt pleases
+        events = self._events  # libvirt calls these in any thread
 
         def about_domain(_connection: Any, domain: Any, *_rest: Any) -> None:
             events(Event.DOMAIN, domain.name())
@@ -195,7 +195,7 @@ class Session:
                     found = self._pool(name)
                     reading.pools[name] = None if found is None else self._see_pool(found)
         except self.api.libvirtError as error:
-            # With the modular daemons, pools are another daemon's, which may be away, or not
+            # With the modular daemons, another daemon has the pools; it may be away, or not
             # installed.
             if not self.alive():
                 raise
@@ -264,7 +264,7 @@ class Session:
             )
             if gone:
                 raise
-            # One odd domain must not hide all the others.
+            # One domain with an unexpected description must not hide the others.
             log.warning("the description of guest %s cannot be read: %s", domain.name(), error)
             return definitions.Contents()
 
@@ -284,7 +284,7 @@ class Session:
         )
         trouble = {
             (api.VIR_DOMAIN_SHUTOFF, api.VIR_DOMAIN_SHUTOFF_CRASHED): died,
-            # libvirtd could not connect to it any more, and killed it.
+            # libvirtd could no longer connect to its QEMU, and killed it.
             (api.VIR_DOMAIN_SHUTOFF, api.VIR_DOMAIN_SHUTOFF_DAEMON): died,
             (api.VIR_DOMAIN_PAUSED, api.VIR_DOMAIN_PAUSED_IOERROR): (
                 f"is paused by an error of a disk; `virsh domblkerror {name}` names it; when that is "
@@ -335,7 +335,7 @@ class Session:
     # --- acting ---
 
     def start(self, name: str) -> GuestState:
-        """The state afterwards; STARTING when libvirt itself is at it, which may yet fail."""
+        """The state afterwards; STARTING while libvirt itself starts it, which may still fail."""
         domain = self.connection.lookupByName(name)
         if not domain.isActive():
             try:
@@ -346,7 +346,7 @@ class Session:
         return self._state(domain)
 
     def press(self, name: str, acpi: bool) -> GuestState:
-        """Press the guest's power button once; OFF when there is nothing left to press."""
+        """Press the guest's power button once; OFF if the guest is off."""
         api = self.api
         domain = self._domain(name)
         if domain is None or not domain.isActive():
@@ -355,7 +355,7 @@ class Session:
         if state is GuestState.CRASHED:
             return state
         if state is GuestState.PAUSED:
-            # A paused guest cannot hear. One that libvirt itself holds paused (a migration)
+            # A paused guest cannot react. One that libvirt itself holds paused (a migration)
             # refuses.
             wake = domain.resume
             if domain.state()[0] == api.VIR_DOMAIN_PMSUSPENDED:
