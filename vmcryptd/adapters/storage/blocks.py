@@ -32,8 +32,8 @@ EVENTS_AT_ONCE = 1000
 SETTLE_S = 10.0
 LVM_S = 60.0
 MOUNT_S = 120.0  # a file system may have a journal to replay, or much to write back
-# What systemd refuses a transient unit with where the fstab or somebody's own unit file has one of that name already
-# (src/core/dbus-manager.c, transient_unit_from_message). To ask first would cost each mount another child.
+# systemd's error for a transient unit whose name the fstab or a unit file has already (src/core/dbus-manager.c,
+# transient_unit_from_message). Asking first would cost another child for each mount.
 HAS_UNIT = "already loaded or has a fragment file"
 HOLDERS_S = 10.0
 DEVICES_FILE = "/etc/lvm/devices/system.devices"
@@ -63,14 +63,14 @@ class SysfsBlocks:
             changed()
 
         def announce_once() -> None:
-            """One call for all events of a turn of the loop: opening one volume makes a dozen."""
+            """Announce all events of one turn of the loop together: opening one volume causes a dozen."""
             nonlocal announced
             if not announced:
                 announced = True
                 loop.call_soon(announce)
 
         self._watch_devices(loop, announce_once)
-        self._forget_all()  # what has changed before that was told to nobody
+        self._forget_all()  # earlier changes were not announced
         self._watch_mounts(loop, announce_once)
         self._paths.watch(announce_once)
         self._appearances = Appearances(announce_once)
@@ -114,8 +114,8 @@ class SysfsBlocks:
         beside: Sequence[str] = (),
         locked: Sequence[VolumeSpec] = (),
     ) -> None:
-        # Only devices of ours are looked at: the scan must not read what lies on guests' disks, nor take a guest's
-        # group of the same name for ours (harvester#8894), and LVM's own settings may keep it from ours.
+        # LVM gets our devices only: it must not scan guests' disks, nor take a guest's group of the same name for ours
+        # (harvester#8894), and its own settings may exclude our devices.
         path = f"/dev/mapper/{mapping}"
         fields = "vg_uuid,vg_missing_pv_count,vg_name"
         done = await run(["pvs", "--devices", path, *_report(fields), "--", path], timeout_s=LVM_S)
@@ -144,7 +144,7 @@ class SysfsBlocks:
         if not left:
             return
         if any(spec.vg in (None, name) for spec in locked):
-            # The step of the volume that is opened last will do it.
+            # The step of the volume that opens last activates the group.
             log.info("The volume group %s is not complete yet: %s", name, changed.complaint)
             return
         why = changed.complaint if changed.code else f"these stay inactive: {', '.join(left)}"
@@ -153,7 +153,7 @@ class SysfsBlocks:
         raise StorageError(f"volume {volume.name}: the volume group {name} is not active: {why}")
 
     async def _members(self, uuid: str, path: str, beside: Sequence[str]) -> list[str]:
-        """The devices of a group: of our mappings those that belong to it, and what LVM finds by itself."""
+        """The devices of a group: those of our mappings that belong to it, and those that LVM finds by itself."""
         ours = [path, *(f"/dev/mapper/{mapping}" for mapping in beside)]
         found = [path]
         for where in (["--devices", ",".join(ours)], []):
@@ -174,7 +174,7 @@ class SysfsBlocks:
         return [name for active, skipped, name in rows if not active and not skipped]
 
     async def _why_incomplete(self) -> str:
-        """What keeps LVM from devices that are none of ours, and what to do."""
+        """Why LVM does not use devices of the group that are not ours, and what to do."""
         with contextlib.suppress(DeadlineError):
             has_file = functools.partial(os.path.exists, DEVICES_FILE)
             if await self._threads.call(HOLDERS_S, has_file):
@@ -188,7 +188,7 @@ class SysfsBlocks:
         )
 
     async def deactivate(self, volume: VolumeSpec, mapping: str) -> None:
-        # The kernel is asked what is active: that costs nothing, and never waits for a disk.
+        # The kernel says what is active: that costs nothing, and never waits for a disk.
         group = ""
         for attempt in range(BUSY_TRIES):
             storage = self.observe(())
@@ -201,7 +201,7 @@ class SysfsBlocks:
             devices = ",".join(_lvm_devices(storage, group))
             argv = ["vgchange", "--devices", devices, "--activate", "n", "--", group]
             if attempt:
-                await self.wait_udev()  # udev may be looking into them (systemd#33129)
+                await self.wait_udev()  # udev may be reading them (systemd#33129)
             done = await run(argv, timeout_s=LVM_S)
             if done.code == 0:
                 return
@@ -215,7 +215,7 @@ class SysfsBlocks:
     async def mount(self, volume: VolumeSpec, mapping: str) -> None:
         if not volume.mount:
             raise StorageError(f"volume {volume.name}: it has no `mount`")
-        # systemd refuses paths with symbolic links, and the kernel tells mounts without them.
+        # systemd refuses paths with symbolic links, and the kernel lists mounts without them.
         target = await self._real(volume, volume.mount)
         if not self._is_mounted(mapping, target):
             await self._mount_at(volume, mapping, target)
@@ -225,12 +225,12 @@ class SysfsBlocks:
 
     async def _mount_at(self, volume: VolumeSpec, mapping: str, target: str) -> None:
         unit = mount_unit(target)
-        # Before= makes systemd stop it after our own stop at host shutdown: guests first. It makes the directories,
-        # with 0755, so that QEMU's user can pass; the umask of this process would not let it.
+        # Before= makes systemd stop the mount after our own stop at host shutdown: guests first. systemd makes the
+        # directories with 0755, so that QEMU's user can pass; this process's umask would prevent that.
         argv = [
             "systemd-mount", "--no-ask-password", "--quiet", "--collect",
             "--property=Before=vmcryptd-guests.service",
-            # The guests of a whole host wait for a keystore; its journal is all that it needs.
+            # All guests wait for a keystore, and its journal suffices: no fsck.
             *(["--fsck=no"] if volume.lock is Lock.BOOT else []),
             "--", f"/dev/mapper/{mapping}", target,
         ]  # fmt: skip
@@ -248,7 +248,7 @@ class SysfsBlocks:
             )
 
     async def _bind(self, volume: VolumeSpec, mapping: str, bind: Bind) -> None:
-        """Mount a folder of the volume where the fstab wants it, too."""
+        """Mount a folder of the volume at its bind mount point in the fstab."""
         target = await self._real(volume, bind.target)
         if self._is_mounted(mapping, target):
             return
@@ -323,7 +323,7 @@ class SysfsBlocks:
         return any(mount.target == target for mount in self._mounts_of(mapping))
 
     def _absent(self, storage: Storage, paths: Iterable[str]) -> Iterator[str]:
-        """Files that may appear without news of a device or mount; those of servers give none of their own."""
+        """Absent files that may appear without an event of a device or mount; not on servers, which send no events."""
         missing = [path for path in paths if sysfs.may_hang(path) and not storage.has(path)]
         table = MountTable(storage.mounts if missing else ())
         for path in missing:
@@ -350,7 +350,7 @@ class SysfsBlocks:
                     event = events.recv(16 * 1024)
                 except BlockingIOError:
                     return
-                except OSError:  # ENOBUFS: some were lost, nobody knows which
+                except OSError:  # ENOBUFS: some events were lost
                     self._forget_all()
                     changed()
                     return
@@ -363,8 +363,8 @@ class SysfsBlocks:
 
     def _watch_mounts(self, loop: asyncio.AbstractEventLoop, changed: Changed) -> None:
         # mountinfo announces changes by EPOLLPRI (proc_pid_mountinfo(5)), for which loops have no
-        # call; an epoll descriptor of our own becomes readable for it. Edge-triggered, as libmount has
-        # it: merely asking for the level takes the news back, and the loop's epoll asks first.
+        # call; an epoll descriptor of our own becomes readable for it. Edge-triggered, as in
+        # libmount: polling the level clears the event, and the loop's epoll polls first.
         table = os.open(self._roots.mountinfo, os.O_RDONLY | os.O_CLOEXEC)
         self._watches.callback(os.close, table)
         poll = select.epoll()
@@ -413,7 +413,7 @@ def _report(fields: str) -> list[str]:
 
 
 def _lvm_devices(storage: Storage, group: str) -> list[str]:
-    """What the active volumes of a group are made of."""
+    """The devices below the active logical volumes of a group."""
     lvs = {device.name for device in storage.devices.values() if device.vg == group}
     lowers = {lower for name in lvs for lower in storage.devices[name].below} - lvs
     found = [storage.devices[lower] for lower in sorted(lowers) if lower in storage.devices]
@@ -421,5 +421,5 @@ def _lvm_devices(storage: Storage, group: str) -> list[str]:
 
 
 def _lies_on(logical: BlockDevice, device: BlockDevice | None) -> bool:
-    """Directly, and not by way of another mapping: what is on that belongs to its own volume."""
+    """Directly, and not through another mapping, whose contents belong to its own volume."""
     return device is not None and device.name in logical.below

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who uses a device: what is built on it, mounts, swap, processes. Blocking reads; for a thread."""
+"""Finds the users of a device: devices on it, mounts, swap, processes. Blocks: call it in a thread."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vmcryptd.adapters.storage.sysfs import Roots
 from vmcryptd.core.model import BlockDevice, Mount, Storage
 from vmcryptd.core.text import escaped, octal_unescaped
 
-LONGEST = 256  # characters of what is said of one user
-MOST_ARGUMENTS = 256 * 1024  # bytes of a process's command line that are looked at
+LONGEST = 256  # characters that describe one user
+MOST_ARGUMENTS = 256 * 1024  # bytes that are read of a process's command line
 GUEST_NAME = re.compile(r"(?:^|,)guest=((?:[^,]|,,)+)")  # QEMU doubles commas in option values
 
 
 class Reach(NamedTuple):
-    """All that stands on one device, directly or further up."""
+    """All devices on one device, directly or further up, and their mounts."""
 
     devices: tuple[BlockDevice, ...]  # without the device itself
     numbers: frozenset[str]  # with it
@@ -59,10 +59,10 @@ def users(roots: Roots, storage: Storage, name: str) -> tuple[str, ...]:
     said += _swaps(roots, over)
     openers, elsewhere = processes(roots, over)
     said += openers
-    # A mount namespace's copy of a mount usually goes with the mount itself; it is told when nothing else explains it.
+    # A mount namespace's copy usually goes with the mount itself, so it is named only if nothing else is found.
     if not over.mounts or not openers:
         said += elsewhere
-    # Guests, processes, mount points and devices bear names that others have given them.
+    # Names of guests, processes, mount points and devices come from outside.
     return tuple(dict.fromkeys(escaped(one, LONGEST) for one in said))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is mounted where, and what the fstab says of it."""
+"""Parses mountinfo and the fstab."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vmcryptd.core.model import Mount
 from vmcryptd.core.text import octal_unescaped
 
-# A path on one of these may hang when its server is away; on autofs, because a look mounts it.
+# A path on one of these may hang when its server is away; on autofs, because any access mounts it.
 NETWORK = {
     *("9p", "afs", "autofs", "beegfs", "ceph", "cifs", "coda", "gfs2"),
     *("lustre", "nfs", "nfs4", "ocfs2", "smb3", "smbfs", "virtiofs"),
@@ -32,7 +32,7 @@ class Bind(NamedTuple):
 def parse_mounts(text: str) -> tuple[Mount, ...]:
     """proc_pid_mountinfo(5): id parent major:minor root target options optional… - type source."""
     found = []
-    for line in text.split("\n"):  # the kernel escapes this one, and no other end of a line
+    for line in text.split("\n"):  # not splitlines(): the kernel escapes no other line end
         fields = line.split(" ")
         try:
             dash = fields.index("-", 6)
@@ -47,19 +47,19 @@ def parse_mounts(text: str) -> tuple[Mount, ...]:
 
 
 def is_remote(mount: Mount) -> bool:
-    """Whether a look into it may hang for somebody else's fault."""
+    """Whether an access may hang because of another host or program."""
     return mount.fstype in NETWORK or mount.fstype.startswith("fuse.")
 
 
 class MountTable:
-    """Tells which mount a path lies on."""
+    """Finds the mount that a path lies on."""
 
     def __init__(self, mounts: Iterable[Mount]) -> None:
-        # Of those on one target, the last is on top.
+        # Of several mounts on one target, the last is on top.
         self._by_target: Mapping[str, Mount] = {mount.target: mount for mount in mounts}
 
     def has(self, place: str) -> bool:
-        """Whether something is mounted just there."""
+        """Whether something is mounted at exactly this path."""
         return place in self._by_target
 
     def on(self, real: str) -> Mount:
@@ -73,7 +73,7 @@ class MountTable:
 
 
 def parse_binds(text: str) -> Iterator[Bind]:
-    """fstab(5): what to mount, where, type, options."""
+    """The bind mounts in the fstab(5): what to mount, where, type, options."""
     for line in text.splitlines():
         fields = line.split()
         if len(fields) < 4 or fields[0].startswith("#"):
@@ -84,7 +84,7 @@ def parse_binds(text: str) -> Iterator[Bind]:
 
 
 def read_file(path: str, most: int = MOST) -> str:
-    """A file of /proc to its end (each read gives a page at most), or so many bytes; empty when it is away."""
+    """A file of /proc to its end (a read gives one page at most), or `most` bytes; empty if it does not exist."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

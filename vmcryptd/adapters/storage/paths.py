@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Looks up paths on file systems that may not answer: each file system in threads of its own, for a bounded time.
+"""Looks up paths on file systems that may hang: each file system in its own threads, for a bounded time.
 
-A look at a path is a walk over its parts. Mountinfo tells which file system each part is on, so a walk that comes to
-another one is handed over, and one that hangs holds up none of the others.
+A lookup walks over the parts of a path. Mountinfo shows which file system each part is on. A walk that reaches
+another file system continues in that one's thread, so one that hangs does not hold up the others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
     real: str  # as far as it could be followed
     on: str = ""  # "major:minor" of the file system, for a file or directory
     block: str = ""  # "major:minor" of a block device
-    is_silent: bool = False  # its file system does not answer, or is not to be asked
+    is_silent: bool = False  # its file system does not answer, or must not be asked
 
 
 class _Walk(NamedTuple):
@@ -48,12 +48,12 @@ class _Walk(NamedTuple):
 
     @property
     def real(self) -> str:
-        """As far as it is known."""
+        """The path, resolved as far as it is known."""
         return os.path.normpath("/".join([self.done, *reversed(self.todo)]) or "/")
 
 
 class Paths:
-    """What is known of paths; `look` asks anew, the rest never blocks."""
+    """The results of lookups; `look` repeats them, all other methods never block."""
 
     def __init__(self, fstab: str = "/etc/fstab") -> None:
         self._binds: tuple[Bind, ...] = ()
@@ -62,19 +62,19 @@ class Paths:
         self._threads = PlaceThreads()  # the places are file systems, by their numbers
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Call `changed` when a file system answers that did not in time."""
+        """Call `changed` when a file system answers that had timed out."""
         self._threads.returned = changed
 
     @property
     def binds(self) -> tuple[Bind, ...]:
-        """The fstab's bind mounts, those that others lie in first."""
+        """The fstab's bind mounts, outer ones first."""
         return tuple(sorted(self._binds, key=lambda bind: len(bind.target)))
 
     def known(self, path: str) -> Answer | None:
         return self._answers.get(path)
 
     def through_binds(self, real: str, table: MountTable) -> str:
-        """Where the path lies once the fstab's bind mounts are there that are not yet."""
+        """The path's place once all bind mounts of the fstab are mounted."""
         for bind in reversed(self.binds):
             if within(real, bind.target) and not table.has(bind.target):
                 return bind.source + real[len(bind.target) :]
@@ -83,7 +83,7 @@ class Paths:
     async def look(
         self, paths: Iterable[str], mounts: Sequence[Mount], suspended: Container[str]
     ) -> None:
-        """Ask for all of them, and forget the others. File systems whose number is in `suspended` are left alone."""
+        """Look up these paths, and forget all others. File systems whose number is in `suspended` are not asked."""
         paths = set(paths)
         if not paths:
             self._answers.clear()
@@ -93,7 +93,7 @@ class Paths:
         self._answers = {path: answer for path, answer in old.items() if path in paths}
 
         async def on(mount: Mount, walks: list[_Walk]) -> None:
-            if mount.number in suspended or mount.fstype == "autofs":  # a look at autofs mounts it
+            if mount.number in suspended or mount.fstype == "autofs":  # access mounts autofs
                 reached: list[_Walk | tuple[str, Answer]] = []
                 stuck = walks
             else:
@@ -116,10 +116,10 @@ class Paths:
     async def _ask(
         self, mount: Mount, walks: list[_Walk], table: MountTable
     ) -> tuple[list[_Walk | tuple[str, Answer]], list[_Walk]]:
-        """What became of the walks on one file system, and those that it did not answer."""
+        """The results of the walks on one file system, and the walks that timed out."""
 
         def work() -> list[_Walk | tuple[str, Answer]]:
-            links: dict[str, str | None] = {}  # paths have most of their parts in common
+            links: dict[str, str | None] = {}  # a cache: most paths share parts
             return [_go_on(walk, mount, table, links) for walk in walks]
 
         try:
@@ -136,7 +136,7 @@ class Paths:
 
     async def _call(self, mount: Mount, function: Callable[[], T]) -> T:
         if mount.number in self._threads.silent:
-            raise DeadlineError("it does not answer")  # that was waited for once
+            raise DeadlineError("it does not answer")  # an earlier call has waited for it
         return await self._threads.call(mount.number, LOOK_S, function)
 
 
@@ -158,7 +158,7 @@ def _go_on(
             continue
         place = f"{done}/{part}"
         if table.has(place):
-            done = place  # where something is mounted is no link
+            done = place  # a mount point is no link
             continue
         if place not in links:
             links[place] = _link(place)
@@ -180,7 +180,7 @@ def within(path: str, directory: str) -> bool:
 
 
 def _link(place: str) -> str | None:
-    """What a symbolic link says; empty if it is none, None if nothing is there."""
+    """The target of a symbolic link; empty if it is none, None if nothing exists there."""
     try:
         return os.readlink(place)
     except OSError as error:

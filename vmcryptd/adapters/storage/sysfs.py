@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Block devices from sysfs, mounts from mountinfo, links from udev. Asks the kernel and udev only: never hangs."""
+"""Reads block devices from sysfs, mounts from mountinfo, links from udev. Never hangs: no disk is asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmcryptd.core.model import BlockDevice, Mount, Storage
 
 
 class Roots(NamedTuple):
-    """Where the kernel's files are; tests have a tree of their own."""
+    """The directories of the kernel's files; tests use their own tree."""
 
     sys_block: str = "/sys/class/block"
     proc: str = "/proc"
@@ -22,10 +22,10 @@ class Roots(NamedTuple):
     fstab: str = "/etc/fstab"
 
 
-# What a disk or partition looks like never changes while it is there; its entry's inode tells that
-# it still is the same one. A mapping changes only with an event: `forget` it then.
+# A disk or partition does not change while it exists; the inode of its entry shows that it is the same one. A
+# mapping changes only with an event: `forget` it then.
 Lasting = dict[tuple[str, int], BlockDevice]
-# Device → the links in /dev/disk that udev has for it, without /dev/. They change with an event, too.
+# Device → its links in /dev/disk by udev, without /dev/. They change only with an event, too.
 Links = dict[str, frozenset[str]]
 
 
@@ -36,9 +36,9 @@ def observe(
     known_links: Links | None = None,
     known_paths: Paths | None = None,
 ) -> Storage:
-    """`lasting` and `known_links` are kept from look to look: most of a host's devices need no second one.
+    """Observe devices, mounts and paths. `lasting` and `known_links` are caches: most devices are read only once.
 
-    What is not in /dev may lie on a file system that hangs: of that is told what `known_paths` knows.
+    A path outside of /dev may lie on a file system that hangs: its place comes from `known_paths`.
     """
     paths = list(paths)
     devices = block_devices(roots.sys_block, {} if lasting is None else lasting)
@@ -67,7 +67,7 @@ def observe(
 
 
 def may_hang(path: str) -> bool:
-    """Whether a look at the path may have to wait for a disk or server. udev's links stay in /dev."""
+    """Whether a lookup of the path may wait for a disk or server. udev's links stay in /dev."""
     return path.startswith("/") and (not path.startswith("/dev/") or path.startswith("/dev/shm/"))
 
 
@@ -80,7 +80,7 @@ def suspended_mounts(
 
     def is_suspended(name: str) -> bool:
         if name not in found:
-            found[name] = False  # also ends the walk, should sysfs ever show a circle
+            found[name] = False  # also ends the walk if sysfs shows a circle
             below = devices[name].below if name in devices else ()
             found[name] = (
                 name.startswith("dm-")
@@ -115,7 +115,7 @@ def block_devices(sys_block: str, lasting: Lasting) -> dict[str, BlockDevice]:
 
 
 def forget(lasting: Lasting, known_links: Links, name: str) -> None:
-    """Look at a device anew the next time."""
+    """Read a device again the next time."""
     known_links.pop(name, None)
     for identity in [identity for identity in lasting if identity[0] == name]:
         del lasting[identity]
@@ -124,7 +124,7 @@ def forget(lasting: Lasting, known_links: Links, name: str) -> None:
 def udev_claims(
     roots: Roots, devices: Mapping[str, BlockDevice], paths: Iterable[str], known: Links
 ) -> dict[str, tuple[str, ...]]:
-    """Those of the paths that are udev's links and wanted by several devices, with these.
+    """The paths that are udev's links claimed by several devices, each with these devices.
 
     A link leads to one of them; udev's database has all (systemd, src/libsystemd/sd-device/device-private.c,
     device_update_db: a line "S:disk/by-uuid/…" for each link).
@@ -139,7 +139,7 @@ def udev_claims(
         if name not in known:
             database = read_file(f"{roots.udev}/b{device.number}")
             if not database:
-                continue  # udev has not come to it yet
+                continue  # udev has not processed it yet
             known[name] = frozenset(
                 line[2:] for line in database.splitlines() if line.startswith("S:disk/")
             )
@@ -149,9 +149,9 @@ def udev_claims(
 
 
 def _lasts(device: BlockDevice, path: str) -> bool:
-    """Not of RAID and loop devices, which get and lose members and files."""
+    """False for RAID and loop devices, whose members and files change."""
     if device.name.startswith("dm-"):
-        # One that is just being made has no table yet. Mappings are many, and each look is for all.
+        # A mapping that is just being made has no table yet. Others may be cached: hosts have many.
         return bool(device.dm_uuid and device.below)
     if device.name.startswith("loop"):
         return False
@@ -159,7 +159,7 @@ def _lasts(device: BlockDevice, path: str) -> bool:
 
 
 def _suspended_or_not(device: BlockDevice, path: str) -> BlockDevice:
-    """The one thing that changes without an event."""
+    """The device with its suspended flag, which changes without an event."""
     suspended = attribute(f"{path}/dm/suspended") == "1"
     return device if suspended == device.suspended else device._replace(suspended=suspended)
 
@@ -183,7 +183,7 @@ def _block_device(name: str, path: str) -> BlockDevice | None:
     elif name.startswith("loop") and not below:
         backing = attribute(f"{path}/loop/backing_file")
         if backing is None:
-            return None  # a loop device that stands ready, with nothing behind it
+            return None  # a loop device without a file
         backing_file = backing
     return BlockDevice(name, number, below, dm_name, dm_uuid, suspended, backing_file)
 

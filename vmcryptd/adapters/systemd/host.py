@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd around the daemon, and the administrator's commands."""
+"""Talks to systemd, and runs the administrator's commands."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SystemdHost:
 
     async def run_hook(self, argv: Sequence[str], environment: dict[str, str]) -> None:
         hook = asyncio.create_task(_run_hook(tuple(argv), dict(environment)))
-        self._hooks.add(hook)  # the loop itself keeps tasks weakly
+        self._hooks.add(hook)  # the loop holds only weak references
         hook.add_done_callback(self._hooks.discard)
 
 

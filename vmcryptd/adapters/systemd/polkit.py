@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may do what, as polkit says. Root always may; if polkit cannot be asked, nobody else may."""
+"""Asks polkit what a caller may do. Root may do everything; without polkit no other user may do anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = 0
 
 
 class Polkit:
-    """Asks polkit about the sender of a call. While a person types, only its caller waits.
+    """Asks polkit about the sender of a call. While a person types a password, only that call waits.
 
     `trusted`: users that may do and see everything; polkit is not asked about them.
     """

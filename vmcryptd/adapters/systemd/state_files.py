@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""State that outlives the daemon, in files. A broken one, of whatever kind, costs a warning only."""
+"""Keeps state that survives the daemon in files. Any broken file causes a warning only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class StateFiles:
-    """The port `Memory` in files: goals for as long as the host is up, what was seen for good."""
+    """The port `Memory` in files: goals until the host goes down, observations permanently."""
 
     def __init__(
         self, runtime: Path = Path("/run/vmcryptd"), state: Path = Path("/var/lib/vmcryptd")
@@ -57,7 +57,7 @@ class StateFiles:
         }
 
     def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None:
-        # Not for everybody: a source that has failed is named with its arguments.
+        # For root only: errors name key sources with their arguments.
         _store(self._reasons, {"reasons": dict(reasons)}, mode=0o600)
 
     def open_volumes(self) -> dict[str, VolumeSpec]:
@@ -100,11 +100,11 @@ class StateFiles:
         }
 
     def keep_fitted(self, slots: dict[str, dict[str, int]]) -> None:
-        # Not for everybody: the arguments of a fetcher may tell more than they should.
+        # For root only: the arguments of a fetcher may hold a token.
         _store(self._fitted, {"volumes": slots}, mode=0o600)
 
     def publish(self, volumes: dict[str, bool]) -> None:
-        """`volumes` lists the mappings for the shutdown hook, `guest-content/NAME` marks those udev leaves alone."""
+        """`volumes` lists the mappings for the shutdown hook, `guest-content/NAME` marks those that udev ignores."""
         marks = self._runtime / "guest-content"
         listed = "".join(f"{name}\n" for name in sorted(volumes)).encode()
         try:
@@ -157,7 +157,7 @@ class StateFiles:
 
 
 def _boot_id() -> str:
-    """Another one after each boot of the host: random(4)."""
+    """A new one at each boot of the host: random(4)."""
     try:
         return BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
@@ -182,7 +182,7 @@ def _store(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         write_atomically(path, text, mode)
     except OSError as error:
-        # A full or read-only disk must not stop anything: only the next start will know less.
+        # A full or read-only disk must not stop the work: only the next start knows less.
         log.warning("%s cannot be written: %s", path, error)
 
 
@@ -202,7 +202,7 @@ def _texts(value: object) -> dict[str, str]:
 
 
 def _is_text(value: object) -> bool:
-    """Something that a person can be shown, and the bus can carry."""
+    """Whether it is text that can be shown and sent over the bus."""
     return isinstance(value, str) and value.isprintable()
 
 
