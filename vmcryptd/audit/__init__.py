@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Looks at the configuration and the host and says what is wrong."""
+"""`vmcryptctl check`: examines the configuration and the host, and reports what is wrong."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Will boot work? What is wrong with the configuration and the host, and what to do about it."""
+"""Checks whether boot will work: what is wrong with the configuration and the host, and what to do."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def _header(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
 
 
 def _lies_deeper(facts: Facts, node: VolumeNode) -> bool:
-    """Whether what opens the volume may lie on another that is locked."""
+    """Whether the volume's key may lie on another volume that is locked."""
     return any(not facts.graph.volumes[lower].is_open for lower in node.opens_after)
 
 
@@ -197,7 +197,7 @@ def _keys(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
         path = source.argument
         match source.kind:
             case SourceKind.FILE if path not in facts.files:
-                if not lies_deeper and facts.is_root:  # else it can be seen only once that is open
+                if not lies_deeper and facts.is_root:  # else that volume hides the file
                     yield Finding(
                         ERROR,
                         where,
@@ -240,7 +240,7 @@ def _clevis(facts: Facts, where: str, node: VolumeNode) -> Iterator[Finding]:
         text = "clevis is not installed, so it does not open it"
         yield Finding(WARNING, where, text, "install the package clevis-luks")
     kinds = {token.kind for token in header.tokens} if isinstance(header, Header) else set()
-    # Of LUKS1 the bindings are elsewhere in the header.
+    # LUKS1 keeps the bindings elsewhere in the header.
     if isinstance(header, Header) and header.version == 2 and "clevis" not in kinds:
         text = "its header has no Clevis binding, so clevis does not open it"
         advice = f'clevis luks bind -d {place} tang \'{{"url": "http://SERVER"}}\''

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Looks at the whole host once, for `vmcryptctl check`. Reads only: it changes and remembers nothing."""
+"""Observes the whole host once, for `vmcryptctl check`. It only reads, and keeps nothing."""
 
 from __future__ import annotations
 
@@ -70,31 +70,29 @@ class File:
 
 @dataclass(frozen=True)
 class Facts:
-    """The host as it was found."""
+    """The observed host."""
 
     settings: Settings
     graph: Graph = field(default_factory=Graph)
-    table_faults: tuple[tables.Fault, ...] = ()  # what fstab and crypttab do to volumes
+    table_faults: tuple[tables.Fault, ...] = ()  # entries of fstab and crypttab that harm volumes
     headers: Mapping[str, Header | VmcryptdError] = field(default_factory=dict)  # volume → header
     strangers: Mapping[str, str] = field(
         default_factory=dict
-    )  # volume → why the header on its device is not its own
-    identities: Mapping[str, str] = field(
-        default_factory=dict
-    )  # a guest's path → what it really is
+    )  # volume → why the header on its device is another volume's
+    identities: Mapping[str, str] = field(default_factory=dict)  # a guest's path → the real path
     unread_chains: Mapping[str, str] = field(default_factory=dict)  # disk image → why
     luks_disks: frozenset[str] = frozenset()  # guests' disks that begin with a LUKS header
     files: Mapping[str, File] = field(default_factory=dict)  # those that exist
     credentials: frozenset[str] = frozenset()
-    token_plugins: frozenset[str] = frozenset()  # kinds of tokens that cryptsetup has a plugin for
+    token_plugins: frozenset[str] = frozenset()  # token kinds for which cryptsetup has a plugin
     has_clevis: bool = False
     units: Mapping[str, str] = field(default_factory=dict)  # unit → enabled, disabled…
     plain_swap: tuple[str, ...] = ()
     memory_kib: int = 0
     suspends: str = (
-        ""  # the setting that would suspend guests at shutdown, and so write out their memory
+        ""  # the setting that suspends guests at shutdown, which writes their memory to disk
     )
-    saved: frozenset[str] = frozenset()  # guests whose memory lies in a managed save
+    saved: frozenset[str] = frozenset()  # guests with a managed save
     libvirt_error: str = ""
     is_root: bool = True
 
@@ -154,7 +152,7 @@ async def look(settings: Settings) -> Facts:
 async def _chains(
     libvirt: Libvirt, virtualisation: Virtualisation
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Disk image → what it is backed by; and the same for those that cannot be read → why."""
+    """Disk image → its backing files; and disk image → why its chain cannot be read."""
     found, unread = {}, {}
     for domain in virtualisation.domains.values():
         for source in domain.sources:
@@ -274,7 +272,7 @@ def _token_plugins() -> Iterable[str]:
 
 
 async def _units() -> tuple[dict[str, str], frozenset[str]]:
-    """Unit → whether it is enabled, and the credentials that vmcryptd.service is given."""
+    """Unit → whether it is enabled, and the credentials of vmcryptd.service."""
     credential_keys = [
         f"{how}Credential{kind}" for how in ("Load", "Set") for kind in ("", "Encrypted")
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""fstab(5) and crypttab(5): entries by which systemd opens or mounts at boot a volume that vmcryptd opens later."""
+"""Finds entries of fstab(5) and crypttab(5) by which systemd opens or mounts our volumes at boot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmcryptd.core.text import octal_unescaped
 
 FSTAB, CRYPTTAB = "/etc/fstab", "/etc/crypttab"
 BEFORE = "x-systemd.before=vmcryptd-guests.service"
-# Debian's own, and systemd's: the initramfs opens it, whatever the other options say.
+# Debian's option and systemd's: the initramfs opens the volume, regardless of the other options.
 _INITRAMFS = {"initramfs", "x-initrd.attach"}
 
 
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 
     file: str
     line: int
-    fields: tuple[str, ...]  # as they stand there
+    fields: tuple[str, ...]  # as written
     what: str  # fstab: the device or folder; crypttab: the device. Without escapes and quotes
     where: str  # fstab: the mount point; crypttab: the name of the mapping
     options: frozenset[str]
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
         return f"line {self.line} of {self.file}"
 
     def with_options(self, *more: str) -> str:
-        """The line with these options added, and without those that say the contrary."""
+        """The line with these options added, and without their opposites."""
         unwanted = {"auto", "defaults", "none", "-", *more}
         kept = [one for one in self._options_field.split(",") if one and one not in unwanted]
         fields = [*self.fields, *("none" for _ in range(3 - len(self.fields)))]
@@ -76,7 +76,7 @@ def device_path(what: str) -> str:
 
 
 def faults(table: Iterable[Entry], graph: Graph, storage: Storage) -> Iterator[Fault]:
-    """Every entry that is in a volume's way. `storage` has looked up the `paths`."""
+    """Every entry that harms a volume. `storage` has looked up the `paths`."""
     for entry in table:
         if entry.file == CRYPTTAB:
             yield from _crypttab(entry, graph.volumes, storage)
@@ -144,7 +144,7 @@ def _fstab(entry: Entry, volumes: Mapping[str, VolumeNode], storage: Storage) ->
 def _volume_of(
     entry: Entry, volumes: Mapping[str, VolumeNode], storage: Storage
 ) -> VolumeNode | None:
-    """The volume that has to be open before this can be mounted; of several layers the uppermost."""
+    """The volume that has to be open before this can be mounted; the uppermost of several layers."""
     path, target = device_path(entry.what), entry.where.rstrip("/")
     mapped = {node.mapping: node for node in volumes.values() if node.mapping}
     for device in _stack(storage.links.get(path, ""), storage.devices):
@@ -165,7 +165,7 @@ def _volume_of(
 
 
 def _stack(name: str, devices: Mapping[str, BlockDevice]) -> Iterator[BlockDevice]:
-    """A device and what it is made of, from above."""
+    """A device and the devices below it, topmost first."""
     seen: set[str] = set()
     left = [name]
     while left:
