@@ -65,7 +65,7 @@ class Site:
         self.messages.parent.mkdir()
         self._group = place / "cgroups" / unit("ma+il") / "cgroup.procs"
         self._group.parent.mkdir(parents=True)
-        self.told: list[float] = []
+        self.reported: list[float] = []
 
     def lists(self, *processes: int) -> None:
         self._group.write_text("".join(f"{process}\n" for process in processes))
@@ -73,7 +73,7 @@ class Site:
     async def rotate(self, slot: int | None = 3) -> None:
         key = lib.key("canary")
         try:
-            await self.adapter.rotate(MAIL, "mapped", key, slot, self.told.append)
+            await self.adapter.rotate(MAIL, "mapped", key, slot, self.reported.append)
         finally:
             key.close()
 
@@ -85,7 +85,7 @@ def site(tmp_path: Path) -> Site:
 
 @contextlib.contextmanager
 def running(*, deaf: bool = False) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends when it is told to, if it is not deaf."""
+    """A process that ends on SIGTERM, if it is not deaf."""
     heard = "SIG_IGN" if deaf else "SIG_DFL"
     code = f"import signal; signal.signal(15, signal.{heard}); print(flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
@@ -102,8 +102,8 @@ def test_how_it_is_started(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[str] = []
     looked = asyncio.Event()
 
-    def told(done: float) -> None:
-        site.told.append(done)
+    def on_progress(done: float) -> None:
+        site.reported.append(done)
         looked.set()
 
     async def scene() -> None:
@@ -122,16 +122,16 @@ def test_how_it_is_started(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(reencrypt, "run", run)
         key = lib.key("canary")
-        await site.adapter.rotate(MAIL, "mapped", key, 3, told)
+        await site.adapter.rotate(MAIL, "mapped", key, 3, on_progress)
         looked.clear()
         header = VolumeSpec("ma+il", "/dev/vg/mail", header="/etc/header")
-        await site.adapter.rotate(header, "mapped", key, None, told)
+        await site.adapter.rotate(header, "mapped", key, None, on_progress)
         key.close()
         assert lib.descriptors().keys() == before.keys()
 
     asyncio.run(scene())
     assert keys == ["canary", "canary"]
-    assert set(site.told) == {0.75}
+    assert set(site.reported) == {0.75}
     first, second = commands
     assert first[: first.index("--")][0] == "systemd-run"
     assert r"--unit=vmcryptd-reencrypt-ma\x2bil.service" in first
@@ -160,7 +160,7 @@ def test_how_it_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reencrypt, "run", run)
     asyncio.run(site.rotate())
     code, said = 1, f"{LINE % 7}\nReencryption interrupted.\n"
-    asyncio.run(site.rotate())  # as it was told to
+    asyncio.run(site.rotate())  # stopped on request
     code, said = 1, "No usable keyslot is available.\n"
     with pytest.raises(WrongKeyError):
         asyncio.run(site.rotate())
@@ -182,7 +182,7 @@ def test_how_it_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         (LINE % 7, 2),
     ):
         site.messages.write_text(said)
-        asyncio.run(site.adapter.follow(MAIL, "mapped", site.told.append))
+        asyncio.run(site.adapter.follow(MAIL, "mapped", site.reported.append))
         assert len(let_go) == count
 
 
@@ -190,23 +190,23 @@ def test_it_is_found_followed_and_stopped(site: Site) -> None:
     async def scene(process: int) -> None:
         before = lib.descriptors()
         assert not site.adapter.is_running(MAIL)
-        await site.adapter.follow(MAIL, "mapped", site.told.append)
+        await site.adapter.follow(MAIL, "mapped", site.reported.append)
         await site.adapter.stop(MAIL, 0)
         site.lists(process)
         assert site.adapter.is_running(MAIL)
         site.messages.write_text(LINE % 20)
         looked = asyncio.Event()
 
-        def told(done: float) -> None:
-            site.told.append(done)
+        def on_progress(done: float) -> None:
+            site.reported.append(done)
             looked.set()
 
-        following = asyncio.create_task(site.adapter.follow(MAIL, "mapped", told))
+        following = asyncio.create_task(site.adapter.follow(MAIL, "mapped", on_progress))
         await looked.wait()
         assert not following.done()
         await site.adapter.stop(MAIL, Infinity)
         await following
-        assert site.told[0] == 0.1
+        assert site.reported[0] == 0.1
         assert lib.descriptors().keys() == before.keys()
 
     with running() as process:

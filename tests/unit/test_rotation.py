@@ -22,7 +22,7 @@ from vmcryptd.core.errors import (
     WrongKeyError,
 )
 from vmcryptd.core.model import Header, KeySlot, Token
-from vmcryptd.core.ports import Told
+from vmcryptd.core.ports import OnProgress
 from vmcryptd.engine.jobs import JobState
 from vmcryptd.engine.rotation import check_alone
 
@@ -260,11 +260,13 @@ async def test_none_is_begun_on_the_way_down(run: Running) -> None:
 
 
 def test_it_is_found_by_the_next_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
-    followed: list[Told] = []
+    followed: list[OnProgress] = []
     ended = asyncio.Event()
 
-    async def follow(self: SimReencryption, volume: Any, mapping: str, told: Told) -> None:
-        followed.append(told)
+    async def follow(
+        self: SimReencryption, volume: Any, mapping: str, on_progress: OnProgress
+    ) -> None:
+        followed.append(on_progress)
         await ended.wait()
 
     async def stop(self: SimReencryption, volume: Any, grace_s: float) -> None:

@@ -197,7 +197,7 @@ class Unlocking:
         self._insist: set[str] = set()  # to be asked for although they do not wait
         self._before = ""  # what the next question has to say first
         self._tries = 0
-        self._told_waiting = False
+        self._has_explained = False
 
     async def run(self) -> dict[str, VmcryptdError]:
         """Returns what failed, by name. Raises what ends it all."""
@@ -257,8 +257,8 @@ class Unlocking:
                     if not (name and self._is_open(name))
                 }
             else:
-                if targets and not self._told_waiting:
-                    self._told_waiting = True
+                if targets and not self._has_explained:
+                    self._has_explained = True
                     self._say(waiting_for(targets))
                     if hint := unread_key():
                         self._say(hint)
@@ -273,9 +273,9 @@ class Unlocking:
 
     async def _next_event(self) -> None:
         """Wait until a call has ended, or something is to be asked."""
-        told = self._told_waiting
+        explained = self._has_explained
         asked = asyncio.ensure_future(
-            self._client.until(lambda: bool(self._targets()) and not told)
+            self._client.until(lambda: bool(self._targets()) and not explained)
         )
         try:
             async with show_opening(self._client, self._names):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the engine needs from the outside world. The adapters do it for real, `adapters/sim/` in memory.
+"""The interfaces through which the engine acts on the host. `adapters/` implements them, `adapters/sim/` in memory.
 
 Every method raises errors of `vmcryptd.core.errors` only. A key is always a `Key`: a descriptor that children read,
 never its content.
@@ -23,8 +23,8 @@ from vmcryptd.core.model import (
     VolumeSpec,
 )
 
-Changed = Callable[[], None]  # "something is different now, look again"; called in the event loop
-Told = Callable[[float], None]  # how much is done, 0 to 1; called in the event loop
+Changed = Callable[[], None]  # something has changed, look again; called in the event loop
+OnProgress = Callable[[float], None]  # the part that is done, 0 to 1; called in the event loop
 
 
 class Key(Protocol):
@@ -37,7 +37,7 @@ class Key(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of it. Calling it twice is harmless."""
+        """Release the key. Calling it twice is harmless."""
 
 
 class Blocks(Protocol):
@@ -47,10 +47,10 @@ class Blocks(Protocol):
         """Call `changed` after udev has processed a block device event, or a mount came or went."""
 
     async def look(self, paths: Iterable[str]) -> None:
-        """Ask the file systems of the paths for them. Waits for none that does not answer in a moment."""
+        """Look the paths up in their file systems. Does not wait for one that hangs."""
 
     def observe(self, paths: Iterable[str]) -> Storage:
-        """The devices and mounts now, and what `look` last found of the paths; blocks never."""
+        """The devices and mounts now, and the paths as `look` last found them; never blocks."""
 
     async def wait_udev(self) -> None:
         """Wait until udev has processed what is queued (bounded)."""
@@ -64,37 +64,37 @@ class Blocks(Protocol):
     ) -> None:
         """Activate the volume group on the mapping. Raises StorageError.
 
-        `beside`: other open mappings that may belong to the group. `locked`: volumes that may still complete it, so
-        that it is no failure that parts of it stay inactive.
+        `beside`: other open mappings that may belong to the group. `locked`: volumes that may still complete it: then
+        inactive parts are no failure.
         """
 
     async def deactivate(self, volume: VolumeSpec, mapping: str) -> None:
-        """Deactivate the volume group on the mapping, and none else. Raises BusyError, StorageError."""
+        """Deactivate the volume group on the mapping only. Raises BusyError, StorageError."""
 
     async def mount(self, volume: VolumeSpec, mapping: str) -> None:
         """Mount the mapping at `volume.mount` through systemd. Raises StorageError."""
 
     async def unmount(self, volume: VolumeSpec, mapping: str) -> None:
-        """Unmount whatever of the mapping is mounted. Raises BusyError naming the processes."""
+        """Unmount every mount of the mapping. Raises BusyError naming the processes."""
 
     async def holders(self, mapping: str) -> tuple[str, ...]:
-        """Who uses the mapping, each in a few words: `volume group inner`, `mounted at /x`, `qemu-system (pid 7)`."""
+        """The mapping's users, each in a few words: `volume group inner`, `mounted at /x`, `qemu-system (pid 7)`."""
 
 
 class Crypt(Protocol):
     """LUKS headers and mappings."""
 
     def watch(self, changed: Changed) -> None:
-        """Call `changed` after a disk that was silent has answered."""
+        """Call `changed` when a disk answers that had timed out."""
 
     def silent(self) -> frozenset[str]:
-        """The header paths whose disk has not answered in time until now."""
+        """The header paths whose disk has not answered in time."""
 
     async def header(self, volume: VolumeSpec) -> Header:
         """Read it. Raises NotLuksError, DamagedHeaderError, DeviceMissingError, DeviceUnreadableError."""
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
-        """Make the mapping, by one key slot or by whichever fits.
+        """Make the mapping, by one key slot or by any that fits.
 
         Raises WrongKeyError, OutOfMemoryError, BusyError, DeviceMissingError, NotLuksError.
         """
@@ -135,9 +135,9 @@ class Slots(Protocol):
     async def add(
         self, volume: VolumeSpec, key: Key, new_key: Key, *, is_random: bool = False
     ) -> None:
-        """Have a new key open the volume, too. `key` opens it already.
+        """Add a new key to the volume. `key` already opens it.
 
-        `is_random`: nobody can guess the new key, so trying it may cost next to nothing.
+        `is_random`: the new key cannot be guessed, so its slot may be cheap to try.
         Raises WrongKeyError, OutOfMemoryError, DeviceMissingError, StorageError.
         """
 
@@ -170,7 +170,7 @@ class Slots(Protocol):
 
 
 class Formatting(Protocol):
-    """New volumes, on what is empty only."""
+    """New volumes, only on empty devices and in new files."""
 
     async def check_file(self, name: str, path: str) -> None:
         """Raises OptionError, StorageError, BusyError unless a new file can hold a volume of this name."""
@@ -179,86 +179,85 @@ class Formatting(Protocol):
         """Raises StorageError, BusyError unless it is a block device, unused, and nothing is found on it."""
 
     async def new_file(self, path: str, size: int) -> int:
-        """A descriptor of a file of root alone that has no name yet, with all its blocks. Raises StorageError."""
+        """A descriptor of a file for root only that has no name yet, with all its blocks. Raises StorageError."""
 
     async def name_file(self, fd: int, path: str) -> None:
-        """Give it its name, on disk. Raises StorageError where something has that name."""
+        """Give the file its name, on disk. Raises StorageError if the name exists."""
 
     async def format(self, place: str | int, uuid: str, key: Key) -> None:
         """Write a LUKS2 header onto a device or into such a file. Raises StorageError, DeadlineError."""
 
     async def open(self, place: str | int, name: str, key: Key) -> None:
-        """Make the mapping `name` of what was just formatted. Raises StorageError, DeadlineError."""
+        """Make the mapping `name` of the new volume. Raises StorageError, DeadlineError."""
 
     async def make_file_system(self, name: str) -> None:
-        """On the mapping. Raises StorageError, DeadlineError."""
+        """Make a file system on the mapping. Raises StorageError, DeadlineError."""
 
     async def take_back(self, place: str, uuid: str, *, is_file: bool) -> None:
         """Remove the file, or empty the device, if its LUKS header has this UUID. Raises StorageError."""
 
 
 class Tables(Protocol):
-    """The configuration files, as far as vmcryptd adds to them: one of its own for each volume that it makes."""
+    """The configuration files that vmcryptd writes: one for each volume that it makes."""
 
     def check(self, name: str, table: str) -> None:
-        """Raises ConfigError if the file is there, or the whole would be refused with it."""
+        """Raises ConfigError if the file exists, or the configuration would be refused with it."""
 
     def has(self, name: str) -> bool:
         """Whether the file is there."""
 
     def write(self, name: str, table: str) -> None:
-        """As a whole or not at all, on disk, and only where nothing is. Raises ConfigError."""
+        """Write a new file atomically, on disk. Raises ConfigError, also if it exists."""
 
     def remove(self, name: str) -> None:
         """Remove what `write` made. Raises ConfigError."""
 
 
 class Reencryption(Protocol):
-    """All data of a volume written anew while it is in use. It outlives the daemon."""
+    """Re-encrypts all data of a volume while it is in use. It survives the daemon."""
 
     async def rotate(
-        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, told: Told
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, on_progress: OnProgress
     ) -> None:
-        """Put the open volume under a new volume key, which `key` opens by a slot in the place of `slot`.
+        """Re-encrypt the open volume under a new volume key. `key` gets a slot for it in place of `slot`.
 
-        `slot` is None to go on with what was stopped before its end; then the key has to be the same. Returns at
-        the end, also when it was stopped. Once `told` is called, the key is not needed any more. When the task is
-        cancelled, it goes on by itself.
+        `slot` is None to resume a rotation; then the key has to be the same. Returns at the end, also when it was
+        stopped. After the first call of `on_progress` the key is not needed. A cancelled task does not stop the
+        rotation.
 
         Raises WrongKeyError, BusyError, OutOfMemoryError, DeviceMissingError, StorageError.
         """
 
     def is_running(self, volume: VolumeSpec) -> bool:
-        """Whether the volume is worked on, be it since before the daemon was started."""
+        """Whether a rotation of the volume runs, also one from before the daemon's start."""
 
     def is_torn(self, mapping: str) -> bool:
-        """Whether what was killed at it has left a part that gives errors, until the mapping is closed."""
+        """Whether a killed rotation has left a part that gives errors until the mapping is closed."""
 
-    async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
-        """Wait for the end of what is running."""
+    async def follow(self, volume: VolumeSpec, mapping: str, on_progress: OnProgress) -> None:
+        """Wait for the end of a running rotation."""
 
     async def stop(self, volume: VolumeSpec, grace_s: float) -> None:
-        """Stop it where it can go on, and kill it if that takes longer than `grace_s`. Raises StorageError."""
+        """Stop it where it can resume, or kill it after `grace_s`. Raises StorageError."""
 
 
 class Keys(Protocol):
-    """Where keys come from."""
+    """Key sources."""
 
     async def fetch(self, source: KeySource, volume: VolumeSpec) -> Key:
         """Get the key from a source that needs no person, bounded in time.
 
-        Raises KeyUnavailableError; NotYetError if it is worth while to try again; KeyFileMissingError if the file
-        is not there.
+        Raises KeyUnavailableError; NotYetError if a later try may succeed; KeyFileMissingError if there is no file.
         """
 
     async def bindings(self, volume: VolumeSpec, header: Header) -> tuple[int, ...]:
         """The key slots that Clevis opens. Raises KeyUnavailableError if there are none."""
 
     async def fetch_bound(self, volume: VolumeSpec, header: Header, slot: int) -> Key:
-        """Get the key of such a slot, bounded in time. Raises KeyUnavailableError, NotYetError."""
+        """Get the key of a slot that Clevis opens, bounded in time. Raises KeyUnavailableError, NotYetError."""
 
     async def ask(self, message: str) -> Key:
-        """Ask a person through the system's agents, for as long as it takes.
+        """Ask a person through the system's password agents, without a time limit.
 
         Raises CancelledError when the person declined, KeyUnavailableError when asking is impossible.
         """
@@ -277,7 +276,7 @@ class Domains(Protocol):
         """Call `changed` when a domain or pool, or the connection, changed."""
 
     def current(self) -> Virtualisation:
-        """What is known now, without asking; kept up to date by libvirt's events."""
+        """The known state, without asking libvirt; its events keep it up to date."""
 
     async def refresh(self, timeout_s: float) -> Virtualisation:
         """Connect if necessary and ask again. Raises LibvirtError."""
@@ -289,13 +288,13 @@ class Domains(Protocol):
         """Start the domain; one that runs is fine. Raises GuestError with libvirt's sentence, LibvirtError."""
 
     async def ready(self, guest: GuestSpec, timeout_s: float) -> None:
-        """Wait until the guest is ready in its own sense. Raises DeadlineError."""
+        """Wait until the guest is ready, as its `ready` setting defines that. Raises DeadlineError."""
 
     async def stop(self, guest: GuestSpec, timeout_s: float) -> None:
         """Ask the guest to stop (agent and ACPI) and wait until it is off. Raises DeadlineError, GuestError."""
 
     async def kill(self, name: str) -> None:
-        """Destroy the domain; one that is off is fine. Raises GuestError; LibvirtError if nothing was answered."""
+        """Destroy the domain; one that is off is fine. Raises GuestError; LibvirtError if libvirt did not answer."""
 
     async def start_pool(self, name: str) -> None:
         """Start and refresh the pool. Raises GuestError, LibvirtError."""
@@ -318,24 +317,24 @@ class Host(Protocol):
 
 
 class Memory(Protocol):
-    """What outlives the daemon: goals under /run; dependencies, and key slots that fitted, under /var/lib."""
+    """State that survives the daemon: goals under /run; dependencies, and key slots that fitted, under /var/lib."""
 
     def goals(self) -> tuple[str, ...]: ...
 
     def keep_goals(self, goals: Iterable[str]) -> None: ...
 
     def sources(self) -> dict[str, str]:
-        """Open volume → the key source that opened it; like goals, for as long as the host is up."""
+        """Open volume → the key source that opened it; lost when the host goes down, like goals."""
 
     def keep_sources(self, sources: dict[str, str]) -> None: ...
 
     def reasons(self) -> dict[str, tuple[str, str]]:
-        """`volume NAME` or `guest NAME` → an error's name and text, of what has failed; like goals."""
+        """`volume NAME` or `guest NAME` → the name and text of its error; lost when the host goes down."""
 
     def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None: ...
 
     def open_volumes(self) -> dict[str, VolumeSpec]:
-        """The volumes that were open when this was kept, as far as closing them takes; as long as the host is up."""
+        """The volumes that were open, with what closing needs to know; lost when the host goes down."""
 
     def keep_open(self, volumes: Mapping[str, VolumeSpec]) -> None: ...
 
@@ -344,12 +343,12 @@ class Memory(Protocol):
     def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None: ...
 
     def fitted(self) -> dict[str, dict[str, int]]:
-        """Volume → key source → the number of the key slot that it fitted last time."""
+        """Volume → key source → the number of the key slot that its key last opened."""
 
     def keep_fitted(self, slots: dict[str, dict[str, int]]) -> None: ...
 
     def publish(self, volumes: dict[str, bool]) -> None:
-        """Tell udev's rule and the shutdown hook which mappings are ours, and which of them hold a guest's disk."""
+        """List our mappings for udev's rule and the shutdown hook, and mark those that hold a guest's disk."""
 
     def due_once(self) -> tuple[str, ...]:
         """Guests marked to be started at this boot of the host only, and not started yet."""
@@ -358,7 +357,7 @@ class Memory(Protocol):
         """`marked`: to be started at the next boot of the host. `due`: still to be started at this one."""
 
     def backups_due(self) -> dict[str, str]:
-        """Volume → since when its header has differed from every backup of it."""
+        """Volume → the time since which its header differs from every backup."""
 
     def keep_backups_due(self, volumes: dict[str, str]) -> None: ...
 

@@ -94,8 +94,8 @@ class Derivations:
                     self._inventory.note_fitted(spec.name, source, slot.number)
                 return None
         if skipped:
-            told = [str(error)] if isinstance(error, WrongKeyError) else [f"volume {spec.name}"]
-            raise type(error)("; ".join((*told, *skipped)))
+            texts = [str(error)] if isinstance(error, WrongKeyError) else [f"volume {spec.name}"]
+            raise type(error)("; ".join((*texts, *skipped)))
         raise error
 
     async def _derive(

@@ -224,8 +224,8 @@ class Jobs:
 def together(errors: Iterable[VmcryptdError]) -> VmcryptdError:
     """One error that tells all of them, of the kind of the first. At least one is needed."""
     first, *more = errors
-    told = dict.fromkeys(str(error) for error in (first, *more))
-    return type(first)("; ".join(told)) if more else first
+    texts = dict.fromkeys(str(error) for error in (first, *more))
+    return type(first)("; ".join(texts)) if more else first
 
 
 def outcome(task: asyncio.Task[None]) -> VmcryptdError | None:

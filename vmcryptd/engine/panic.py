@@ -18,11 +18,11 @@ KILL_S = 5.0
 
 
 async def panic(
-    inventory: Inventory, ports: Ports, let_go: Callable[[str], Awaitable[None]]
+    inventory: Inventory, ports: Ports, release: Callable[[str], Awaitable[None]]
 ) -> dict[str, VmcryptdError]:
     """Never stops at an error; returns each, by "NAME" of a volume or "guest NAME". The journal says what was done.
 
-    `let_go` ends what works on one volume, before that is closed and while the others are.
+    `release` ends what works on one volume, before that is closed and while the others are.
     """
     graph = inventory.graph
     errors: dict[str, VmcryptdError] = {}
@@ -52,7 +52,7 @@ async def panic(
         if before := [tasks[user] for user in users if user in tasks]:
             await asyncio.wait(before)
         node = graph.volumes[name]
-        await let_go(name)
+        await release(name)
         try:
             if node.mounts:
                 await ports.blocks.unmount(node.spec, node.mapping)

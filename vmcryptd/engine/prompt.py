@@ -269,10 +269,10 @@ class Prompt:
                     timer.cancel()
                 self._changed()
             elif not needed and not answer.until:
-                self._let_go(answer)
+                self._discard(answer)
         self.changes.notify()
 
-    def _let_go(self, answer: Answer) -> None:
+    def _discard(self, answer: Answer) -> None:
         """Nothing needs it any more: now, or when late comers have had their time."""
         is_mistyped = bool(answer.refused) and not answer.accepted
         if self.key_cache_s <= 0 or is_mistyped:
@@ -386,7 +386,7 @@ class Prompt:
             if not asking.done():
                 asking.cancel()
                 await asyncio.wait({asking})
-                _let_go_late(asking)
+                _discard_late(asking)
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -397,7 +397,7 @@ class Prompt:
             pass
 
 
-def _let_go_late(asking: asyncio.Future[Key]) -> None:
+def _discard_late(asking: asyncio.Future[Key]) -> None:
     """An answer that came in the very moment in which its question was withdrawn."""
     if not asking.cancelled() and asking.exception() is None:
         asking.result().close()

@@ -214,7 +214,7 @@ class Rotations:
         spec, reencryption = rotation.spec, self._ports.reencryption
         try:
             # Before it moves anything, cryptsetup opens the old volume key and the new one by this key.
-            await reencryption.rotate(spec, mapping, key, slot, self._teller(rotation))
+            await reencryption.rotate(spec, mapping, key, slot, self._reporter(rotation))
         except VmcryptdError:
             if reencryption.is_torn(mapping) or not await self._is_data_reencrypted(spec):
                 raise
@@ -242,18 +242,18 @@ class Rotations:
             # A disk at its limit is slow to answer. What runs on it runs all the same.
             log.warning("%s; tokens that lose their key slots by the rotation stay behind", error)
         mapping = self._inventory.graph.volumes[rotation.name].mapping
-        await self._ports.reencryption.follow(rotation.spec, mapping, self._teller(rotation))
+        await self._ports.reencryption.follow(rotation.spec, mapping, self._reporter(rotation))
         await self._finish(rotation, before)
 
-    def _teller(self, rotation: _Rotation) -> Callable[[float], None]:
-        def told(progress: float) -> None:
+    def _reporter(self, rotation: _Rotation) -> Callable[[float], None]:
+        def on_progress(progress: float) -> None:
             rotation.begun.set()
             if rotation.job.progress != progress:
                 rotation.job.progress = progress
                 self._inventory.reencrypting.add(rotation.name)
                 self._inventory.changes.notify()
 
-        return told
+        return on_progress
 
     async def _finish(self, rotation: _Rotation, before: Header | None) -> None:
         spec = rotation.spec
@@ -275,7 +275,7 @@ class Rotations:
         try:
             await self._key_slots.header(spec)
         except VmcryptdError as error:
-            log.debug("%s", error)  # who opens the volume is told
+            log.debug("%s", error)  # opening the volume reports it
             return
         self._inventory.changes.notify()
 

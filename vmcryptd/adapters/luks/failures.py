@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The meaning of cryptsetup's failures at a LUKS header."""
+"""Translates cryptsetup's failures at a LUKS header into errors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vmcryptd.posix.run import Completed
 
 WRONG_KEY, OUT_OF_MEMORY, WRONG_DEVICE, BUSY = 2, 3, 4, 5  # cryptsetup(8), "RETURN CODES"
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
-# Said with another exit status of a key that fits one slot of those that it has to fit, or none; of a slot that is gone
-# since the header was read; and of one that holds no key of the volume's data.
+# cryptsetup says these with another exit status: a key fits no slot, or one of two that it has to fit; a slot is
+# gone since the header was read; a slot holds no key of the volume's data.
 NO_USABLE_SLOT = "no usable keyslot"
 
 

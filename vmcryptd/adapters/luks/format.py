@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""New LUKS volumes: on block devices that are empty, and in files that have no name before they are whole."""
+"""Makes new LUKS volumes on empty block devices, and in files that have no name before they are complete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CryptsetupFormatting:
         await _aside(lambda: _check_device(name, path))
         probed = await run(["blkid", "--probe", "--", path], timeout_s=LOOK_S)
         found = await run(["wipefs", "--no-act", "--noheadings", "--", path], timeout_s=LOOK_S)
-        # 2: there is nothing on it, blkid(8). All else, also that it cannot tell, is a no.
+        # 2: nothing found, blkid(8). Every other status, also an undecided one, is a refusal.
         if probed.code != 2 or found.code != 0 or found.out.strip():
             what = " ".join(found.out.split()) or probed.out.strip() or "unknown content"
             raise StorageError(
@@ -44,7 +44,7 @@ class CryptsetupFormatting:
         except OSError as error:
             raise StorageError(f"{path} cannot be made: {_reason(error)}") from None
         try:
-            # Its blocks are taken now: a disk that is full later must not fail writes into the keystore.
+            # All blocks are allocated now: a disk that is full later must not fail writes into the keystore.
             await DaemonThreads().call(FORMAT_S, lambda: _allocate(fd, size))
         except OSError as error:
             os.close(fd)
@@ -71,7 +71,7 @@ class CryptsetupFormatting:
         await self._with_key("open", ["--type=luks2", "--", _path(place), name], place, key)
 
     async def make_file_system(self, name: str) -> None:
-        # No blocks are kept for root: nobody else writes here.
+        # No blocks are reserved for root: only root writes here.
         argv = ["mkfs.ext4", "-q", "-m", "0", f"{MAPPINGS}/{name}"]
         done = await run(argv, timeout_s=FORMAT_S)
         _demand(done, f"no file system can be made on the mapping {name}")
@@ -105,7 +105,7 @@ class CryptsetupFormatting:
 
 
 async def _aside(check: Callable[[], None]) -> None:
-    """The disk or file system may not answer."""
+    """Run it in a thread: the disk or file system may not answer."""
     await DaemonThreads().call(LOOK_S, check)
 
 
@@ -120,7 +120,7 @@ def _check_new_file(name: str, path: str) -> None:
 def _check_device(name: str, path: str) -> None:
     _check_mapping(name)
     try:
-        # O_EXCL: of a block device the kernel refuses that while it is mounted or part of something.
+        # O_EXCL: the kernel refuses a block device that is mounted or part of something.
         fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         kind = BusyError if error.errno == errno.EBUSY else StorageError
@@ -153,8 +153,8 @@ def _allocate(fd: int, size: int) -> None:
 def _name(fd: int, path: str) -> None:
     directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # It fails where something has that name by now. Only with a directory's descriptor does Python follow
-        # the link (linkat(2), AT_SYMLINK_FOLLOW).
+        # It fails if the name exists by now. Python follows the link (linkat(2), AT_SYMLINK_FOLLOW) only with a
+        # directory's descriptor.
         os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=directory, follow_symlinks=True)
         os.fsync(directory)
     finally:

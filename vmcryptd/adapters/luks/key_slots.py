@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The key slots of LUKS headers, by cryptsetup: a child for each step, the keys as its descriptors."""
+"""Changes key slots of LUKS headers with cryptsetup: a child for each step, which gets the keys as descriptors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vmcryptd.posix.threads import DaemonThreads
 DERIVATION_S = 600.0  # Argon2id on a slow, busy host
 WRITING_S = 60.0
 
-# The fewest iterations that cryptsetup allows: a key of 512 random bits is not found by trying.
+# The fewest iterations that cryptsetup allows: 512 random bits cannot be guessed.
 KEY_SIZE = 64  # bytes
 CHEAP = ("--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000")
 PRIORITIES = ("ignore", "normal", "prefer")
@@ -33,12 +33,12 @@ PRIORITIES = ("ignore", "normal", "prefer")
 class CryptsetupSlots:
     """The port `Slots` on this host."""
 
-    runtime: str = "/run/vmcryptd"  # in memory, and root's alone
+    runtime: str = "/run/vmcryptd"  # in memory, for root only
     derivation: tuple[str, ...] = ()  # for passphrases; cryptsetup's own choice is Argon2id
     _threads: DaemonThreads = field(default_factory=DaemonThreads)
 
     async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
-        # Tokens come first otherwise, and with a TPM's any passphrase would be right.
+        # Otherwise tokens are tried first, and a TPM's token would accept any passphrase.
         argv = ["open", "--test-passphrase", "--disable-external-tokens", f"--key-slot={slot}"]
         try:
             await self._cryptsetup(argv, volume, key)
@@ -72,16 +72,16 @@ class CryptsetupSlots:
                 raise StorageError(
                     f"volume {volume.name}: the rotation of its volume key cannot be finished: {error}"
                 ) from None
-            # It checks what it is given, and writes it at once: cut off here, all of this is done again.
+            # cryptsetup checks the file and writes the header at once. After a crash here all of this is repeated.
             await self._keyless(["luksHeaderRestore", f"--header-backup-file={copy}"], volume)
 
     async def back_up(self, volume: VolumeSpec, fd: int) -> None:
-        # cryptsetup wants to make its file itself. Whether one may be made where the caller wants it
-        # is between the caller and the kernel, so that one comes open.
+        # cryptsetup insists on making its file. The caller opens the target file, so that the kernel checks the
+        # caller's right to it.
         async with self._copy(volume) as copy:
             reader = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                # Once this has ended the backup counts as made: it has to be on the disk.
+                # When this returns the backup counts as made: it has to be on the disk.
                 argv = ["dd", "bs=1M", "conv=fsync", "status=none"]
                 done = await run(argv, stdin=reader, stdout=fd, timeout_s=WRITING_S)
             finally:
@@ -135,17 +135,17 @@ class CryptsetupSlots:
 
     @contextlib.asynccontextmanager
     async def _copy(self, volume: VolumeSpec) -> AsyncIterator[str]:
-        """A file with the header and its key slots, for a while. Raises StorageError, DeviceMissingError."""
+        """A temporary file with the header and its key slots. Raises StorageError, DeviceMissingError."""
         copy = f"{self.runtime}/header-{volume.name}"
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(copy)  # a daemon before this one was killed at it
+            os.unlink(copy)  # left by a daemon that was killed
         try:
             await self._keyless(["luksHeaderBackup", f"--header-backup-file={copy}"], volume)
             yield copy
         except OSError as error:
             raise StorageError(f"{copy} cannot be used: {error.strerror}") from None
         finally:
-            # Where cryptsetup did not get as far, there is none.
+            # There is none if cryptsetup failed early.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(copy)
 
@@ -164,7 +164,7 @@ class CryptsetupSlots:
             done = await run(
                 [
                     "cryptsetup", *argv, "--batch-mode",
-                    # Not "-": of standard input cryptsetup takes nothing at all for a key that needs no proof.
+                    # Not "-": cryptsetup reads nothing from standard input where it needs no proof.
                     f"--key-file={_path(fd)}",
                     *([f"--header={volume.header}"] if volume.header else []),
                     "--", volume.device_path, *map(_path, fds), *([then] if then else []),
@@ -183,7 +183,7 @@ def _new_file(path: str) -> int:
 
 
 def _written(path: str, fd: int, key: MemfdKey) -> None:
-    """It is on the disk under its name before a key slot counts on it; into the key goes what lies there."""
+    """Put the new key file on disk under its name before a key slot uses it; the key is read back from there."""
     sync_directory(os.path.dirname(path))
     os.lseek(fd, 0, os.SEEK_SET)
     send_file(fd, key)
@@ -197,7 +197,7 @@ def _path(fd: int) -> str:
 
 
 def _finish_rotation(copy: str) -> None:
-    """In a file in memory. Raises OSError, DamagedHeaderError."""
+    """Change a copy of the header, in memory. Raises OSError, DamagedHeaderError."""
     with open(copy, "r+b", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         written, areas = luks_header.rotation_finished(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""LUKS headers and mappings, by cryptsetup and dmsetup: a child for each (udisks#1489)."""
+"""Opens and closes mappings with cryptsetup and dmsetup, a child for each (udisks#1489), and reads LUKS headers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 HEADER_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 600.0  # Argon2id on a slow, busy host, slot after slot
-TOKEN_TIMEOUT_S = 90.0  # a stick that blinks until it is touched gives up before that
+TOKEN_TIMEOUT_S = 90.0  # a security key that waits for a touch gives up before that
 CLOSE_TIMEOUT_S = 30.0
 CLOSE_TRIES = 3
 DMSETUP_TIMEOUT_S = 10.0
@@ -80,7 +80,7 @@ class Cryptsetup:
             ) from None
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
-        # --disable-external-tokens: a TPM's would be tried first, and any passphrase then "works".
+        # --disable-external-tokens: a TPM's token would be tried first, and any passphrase would "work".
         argv = [
             "cryptsetup", "open", "--type", "luks", "--batch-mode",
             "--key-file", "-",
@@ -111,7 +111,7 @@ class Cryptsetup:
         argv = [
             "cryptsetup", "luksResume" if suspended else "open",
             "--batch-mode",
-            "--verbose",  # only then it says what the token lacks
+            "--verbose",  # without it cryptsetup does not say what the token lacks
             "--token-only", f"--token-id={token.number}",
             *(["--allow-discards"] if volume.discard and not suspended else []),
             *(["--header", volume.header] if volume.header else []),
@@ -131,7 +131,7 @@ class Cryptsetup:
         except DeadlineError:
             return await self._close_without_udev(mapping)
         await self._close(mapping)
-        # cryptsetup removes them, too, but not while udev looks into one.
+        # cryptsetup removes them, too, but not while udev reads one.
         for device in self.removal.left_behind(mapping):
             remove = ["dmsetup", "remove", "--retry", "--", device]
             done = await run(remove, timeout_s=CLOSE_TIMEOUT_S)
@@ -146,7 +146,7 @@ class Cryptsetup:
         complaint = ""
         for attempt in range(CLOSE_TRIES):
             if attempt:
-                # udev may be looking into it (systemd#33129).
+                # udev may be reading it (systemd#33129).
                 await _attempt(["udevadm", "settle", "--timeout=5"], 10.0)
             try:
                 done = await run(
@@ -184,11 +184,11 @@ class Cryptsetup:
         return mapping in self.removal.present()
 
     async def _wipe(self, device: str) -> None:
-        """As luksSuspend, but without its flush of the file system above, which may never end."""
+        """Like luksSuspend, but without flushing the file system above, which may never end."""
         suspend = ["dmsetup", "suspend", "--nolockfs", "--noflush", "--", device]
         await _attempt(suspend, DMSETUP_TIMEOUT_S)
         table = await run(["dmsetup", "table", "--", device], timeout_s=DMSETUP_TIMEOUT_S)
-        # Half rotated it is made of two parts, each with its key.
+        # A half rotated volume has two parts, each with its key.
         parts = [line.split() for line in table.out.splitlines()]
         messages = [
             ["dmsetup", "message", "--", device, start, "key", "wipe"]
@@ -214,7 +214,7 @@ class Cryptsetup:
     async def _with_pin(
         self, argv: Sequence[str], pin: Key | None, volume: VolumeSpec, token: Token
     ) -> None:
-        # Without --key-file a PIN is read from standard input, to the end of the line (utils_password.c).
+        # Without --key-file cryptsetup reads a PIN from standard input, up to the end of the line (utils_password.c).
         reader = pin.reader() if pin else None
         try:
             done = await run(argv, stdin=reader, timeout_s=TOKEN_TIMEOUT_S, expendable=True)
@@ -229,9 +229,9 @@ class Cryptsetup:
             raise token_failure(done, volume, token, has_pin=pin is not None)
 
     async def _close_without_udev(self, mapping: str) -> None:
-        """cryptsetup and dmsetup wait for ever on a cookie that only udevd completes (systemd#43368)."""
+        """Without udevd, cryptsetup and dmsetup wait for ever for a cookie that only it completes (systemd#43368)."""
         if not self.is_active(mapping):
-            return  # it waited for udev after the mapping was gone
+            return  # the mapping is gone; only the wait for udev timed out
         log.warning(
             "volume %s: closing it hangs, systemd-udevd may be dead; it is removed without udev",
             mapping,
@@ -245,7 +245,7 @@ class Cryptsetup:
     async def _second_opinion(
         self, volume: VolumeSpec, path: str, damage: DamagedHeaderError
     ) -> Header:
-        """cryptsetup knows more checksums and repairs than the parser here; its word counts."""
+        """Ask cryptsetup, which knows more checksums and repairs than the parser here; its answer counts."""
         dump, uuid = await asyncio.gather(
             run(
                 ["cryptsetup", "luksDump", "--dump-json-metadata", "--", path],
@@ -273,7 +273,7 @@ def read_header(path: str) -> Header:
             try:
                 return luks_header.parse(_read(fd, size))
             except NotLuksError as error:
-                # Anew: errors are kept, and the traceback of this one keeps all that was read.
+                # A new error without traceback: errors are kept, and the traceback would keep all data that was read.
                 failure = type(error)(str(error))
     finally:
         os.close(fd)
@@ -304,9 +304,9 @@ TOKEN_COMPLAINTS = (
     ("wrong keyslot passphrase", "what it gives does not fit its key slot any more: enroll it again"),
 )  # fmt: skip
 
-# cryptsetup of sticks, systemd of a TPM, and the TPM's own library (TPM2_RC_AUTH_FAIL). Before its 258
-# systemd only says that the TPM has failed, as it does of one that was cleared: asking again is right in
-# either case, and is not done for ever.
+# From cryptsetup for security keys, from systemd for a TPM, and from the TPM's library (TPM2_RC_AUTH_FAIL). Before
+# version 258 systemd only says that the TPM has failed, as it does for a cleared one. Asking again is right in both
+# cases, and is bounded.
 WRONG_PIN = (
     "with this pin",
     "bad pin",
@@ -346,7 +346,8 @@ def token_failure(
 
 
 def _device(volume: VolumeSpec) -> str:
-    """The path to open. The kernel follows a path after the key derivation: by then a tag's link may lead to a copy."""
+    """The path to open."""
+    # Resolved now: the kernel follows the path after the key derivation, when a tag's link may lead to a copy.
     return os.path.realpath(volume.device_path) if volume.has_tag else volume.device_path
 
 
@@ -365,7 +366,7 @@ def _read(fd: int, size: int) -> bytes:
 
 
 async def _attempt(argv: Sequence[str], timeout_s: float) -> None:
-    """A step whose failure changes nothing of what has to follow."""
+    """A step whose failure does not change the following steps."""
     try:
         done = await run(argv, timeout_s=timeout_s)
     except VmcryptdError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reencryption of open volumes, by cryptsetup in a unit of its own.
+"""Reencrypts open volumes with cryptsetup, in a transient unit.
 
-While it works, a part of the mapping is suspended and what a guest writes there waits. Were it killed with the
-daemon, that part would never come back: so it is no child of the daemon, and outlives its crash and its restart.
+While it works, a part of the mapping is suspended and a guest's writes to it wait. If it were killed with the daemon,
+that part would stay suspended. So it is no child of the daemon, and survives its crash and restart.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from vmcryptd.adapters.luks.failures import failure
 from vmcryptd.adapters.luks.removal import Removal
 from vmcryptd.core.errors import StorageError, VmcryptdError
 from vmcryptd.core.model import Infinity, VolumeSpec
-from vmcryptd.core.ports import Key, Told
+from vmcryptd.core.ports import Key, OnProgress
 from vmcryptd.posix.pidfd import exit_of
 from vmcryptd.posix.run import Completed, run
 
 log = logging.getLogger(__name__)
 
-# The piece that cryptsetup rewrites at once: so much is suspended, and done before it obeys a signal to stop.
+# The size of the hotzone, which cryptsetup rewrites in one go: it is suspended meanwhile, and finished before
+# cryptsetup obeys a signal to stop.
 HOTZONE = 16 << 20  # bytes
 LOOK_S = 0.5
 KILLED_S = 5.0  # for the kernel to release the device
-SIGNALLED = 255  # as systemd-run says it of its unit
+SIGNALLED = 255  # systemd-run's exit status when a signal ended its unit
 STOP_S = 90  # for systemd, when the host shuts down
 TAIL = 4096  # bytes of its messages: more than the longest line
 MOST = 64 * 1024  # bytes of its messages, which are a line a second for days
 
 SANDBOX = (
-    # As vmcryptd.service: keys are in its memory.
+    # As in vmcryptd.service: keys are in its memory.
     "LimitCORE=0", "CoredumpFilter=0", "MemorySwapMax=0", "KeyringMode=private", "UMask=0077",
-    # Killed for memory, it would leave a guest with a disk that never answers.
+    # If the OOM killer took it, a guest's disk would never answer again.
     "OOMScoreAdjust=-900",
     f"TimeoutStopSec={STOP_S}", "Slice=system.slice", "Environment=LANG=C.UTF-8",
 )  # fmt: skip
@@ -50,12 +51,12 @@ SANDBOX = (
 class CryptsetupReencryption:
     """The port `Reencryption` on this host."""
 
-    runtime: Path = Path("/run/vmcryptd")  # in memory, and root's alone
+    runtime: Path = Path("/run/vmcryptd")  # in memory, for root only
     cgroups: Path = Path("/sys/fs/cgroup/system.slice")
     removal: Removal = field(default_factory=Removal)
 
     async def rotate(
-        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, told: Told
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, on_progress: OnProgress
     ) -> None:
         messages = self._messages(volume)
         messages.unlink(missing_ok=True)
@@ -65,7 +66,7 @@ class CryptsetupReencryption:
 
             def first(progress: float) -> None:
                 held.close()  # the key was read long ago
-                told(progress)
+                on_progress(progress)
 
             argv = [
                 "systemd-run", "--quiet", "--collect", "--wait", "--service-type=exec",
@@ -76,19 +77,19 @@ class CryptsetupReencryption:
                 "--property=StandardError=inherit",
                 "--",
                 "cryptsetup", "reencrypt", "--batch-mode", f"--active-name={mapping}",
-                # Of this process, so that the path is gone once it closes the descriptor.
+                # In this process's /proc, so that the path is gone once it closes the descriptor.
                 f"--key-file=/proc/{os.getpid()}/fd/{reader}",
                 *(["--resume-only"] if slot is None else [f"--key-slot={slot}"]),
                 *([f"--header={volume.header}"] if volume.header else []),
                 f"--hotzone-size={HOTZONE}", "--progress-json", "--progress-frequency=1",
             ]  # fmt: skip
-            async with _telling(messages, first):
+            async with _reporting(messages, first):
                 done = await run(argv, timeout_s=Infinity)
-        # Without D-Bus, systemd-run does not wait to the end.
-        await self._followed(volume, told)
+        # Without D-Bus, systemd-run cannot wait for the end.
+        await self._followed(volume, on_progress)
         said = _tail(messages)
         if done.code == SIGNALLED:
-            await _let_go(mapping)
+            await _release_hotzone(mapping)
         if done.code != 0 and not is_interrupted(said):
             said = complaints(said) or done.err
             error = failure("reencrypt", Completed(done.code, err=said), volume)
@@ -100,14 +101,14 @@ class CryptsetupReencryption:
     def is_torn(self, mapping: str) -> bool:
         return bool(self.removal.left_behind(mapping))
 
-    async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
-        await self._followed(volume, told)
+    async def follow(self, volume: VolumeSpec, mapping: str, on_progress: OnProgress) -> None:
+        await self._followed(volume, on_progress)
         said = _tail(self._messages(volume))
         if not complaints(said) and progress(said) != 1.0:
-            await _let_go(mapping)  # it was killed: whatever else happens to it, it says so
+            await _release_hotzone(mapping)  # it was killed: it reports every other end
 
-    async def _followed(self, volume: VolumeSpec, told: Told) -> None:
-        async with _telling(self._messages(volume), told):
+    async def _followed(self, volume: VolumeSpec, on_progress: OnProgress) -> None:
+        async with _reporting(self._messages(volume), on_progress):
             await _ended(self._processes(volume), Infinity)
 
     async def stop(self, volume: VolumeSpec, grace_s: float) -> None:
@@ -135,26 +136,26 @@ class CryptsetupReencryption:
 
 
 def unit(name: str) -> str:
-    """The unit that works on a volume; of what is in a volume's name, "+" may not be in a unit's."""
+    """The name of a volume's unit. A unit's name may not hold the "+" that a volume's may."""
     escaped = name.replace("+", r"\x2b")
     return f"vmcryptd-reencrypt-{escaped}.service"
 
 
 def progress(said: str) -> float | None:
-    """How much is done, 0 to 1, by the latest of the messages that says so."""
+    """The latest progress in the messages, 0 to 1."""
     for line in reversed(said.splitlines()):
         try:
             values: Any = json.loads(line) if line.startswith("{") else None
             done, whole = int(values["device_bytes"]), int(values["device_size"])
         except (ValueError, TypeError, KeyError):
-            continue  # an error's text, or cut off
+            continue  # an error's text, or a line that was cut
         if 0 <= done <= whole and whole:
             return done / whole
     return None
 
 
 def complaints(said: str) -> str:
-    """The messages that are not about progress, nor the end of a line that is."""
+    """The messages other than progress lines and the ends of such lines."""
     lines = said.splitlines()
     return "\n".join(
         line for line in lines if line and not line.startswith("{") and line[-1] != "}"
@@ -162,7 +163,7 @@ def complaints(said: str) -> str:
 
 
 def is_interrupted(said: str) -> bool:
-    """Whether it says that it was stopped at a point from which it can go on."""
+    """Whether cryptsetup reports that it stopped where it can resume."""
     return "Reencryption interrupted" in said
 
 
@@ -173,11 +174,11 @@ def _advised(error: StorageError, name: str) -> StorageError:
     )
 
 
-async def _let_go(mapping: str) -> None:
-    """Let processes that wait for the piece under work get an error; else they wait for ever.
+async def _release_hotzone(mapping: str) -> None:
+    """Make processes that wait for the hotzone get an error; otherwise they wait for ever.
 
-    cryptsetup does this itself when it fails, but not when it is killed (reencrypt_teardown_fatal). The piece is
-    recovered from the header when the volume is opened the next time.
+    cryptsetup does this itself when it fails, but not when it is killed (reencrypt_teardown_fatal). The hotzone is
+    recovered from the header when the volume is next opened.
     """
     piece = f"{mapping}-hotzone-forward"
     try:
@@ -206,14 +207,14 @@ def _tail(messages: Path) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _telling(messages: Path, told: Told) -> AsyncIterator[None]:
-    """Tell the progress as it is written: into memory, where it waits for nobody."""
+async def _reporting(messages: Path, on_progress: OnProgress) -> AsyncIterator[None]:
+    """Report the progress as cryptsetup writes it into a file in memory, which never blocks it."""
 
     async def look() -> None:
         while True:
             await asyncio.sleep(LOOK_S)
             if (done := progress(_tail(messages))) is not None:
-                told(done)
+                on_progress(done)
 
     looking = asyncio.create_task(look())
     try:
@@ -223,7 +224,7 @@ async def _telling(messages: Path, told: Told) -> AsyncIterator[None]:
 
 
 async def _ended(processes: Iterable[int], timeout_s: float) -> bool:
-    """Wait until they have ended; they are not ours. False when that took too long."""
+    """Wait until processes that are no children of ours have ended. False when that took too long."""
     endings = []
     try:
         for process in processes:

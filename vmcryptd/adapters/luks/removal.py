@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Removes plain mappings, those that are asked for at once by as many children as there are cores.
+"""Removes plain mappings in batches, with as many dmsetup children as there are cores.
 
-A `cryptsetup close` for each costs most of the time that closing takes: it reads the header of a volume only to see
-what kind of mapping is to be removed. Sysfs tells that, too; what is not plain is left to cryptsetup.
+A `cryptsetup close` for each mapping takes most of the time of closing: it reads the header only to learn the kind of
+the mapping. Sysfs shows that, too. Other kinds are left to cryptsetup.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 REMOVE_S = 30.0
 
 
-# A killed rotation of the volume key leaves these mappings behind, by the ends of their names; the first has the keys.
+# The suffixes of the mappings that a killed rotation of the volume key leaves behind; the first has the keys.
 _LEFT_BEHIND = ("-overlay", "-hotzone-forward")
 
 
@@ -38,9 +38,9 @@ class Mapping(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one table of dm-crypt on a device that is not its own, and has its key.
+        """Whether it is one dm-crypt table on a device that cryptsetup did not make, and has its key.
 
-        Under one with integrity, or one that is being re-encrypted, lie others named after it.
+        A mapping with integrity, or one that is being reencrypted, lies on others that are named after it.
         """
         try:
             slaves = os.listdir(f"{self.path}/slaves")
@@ -56,14 +56,14 @@ class Mapping(NamedTuple):
 
 @dataclass
 class Removal:
-    """Gathers what is to be removed within one turn of the event loop."""
+    """Collects the mappings to remove within one turn of the event loop."""
 
     sys_block: Path = Path("/sys/class/block")
     _names: list[str] = field(default_factory=list)
     _turn: asyncio.Task[set[str]] | None = None
 
     def present(self) -> dict[str, Mapping]:
-        """All there are. Asked of the kernel: without udev the links in /dev/mapper tell nothing."""
+        """All mappings. From the kernel: without udev the links in /dev/mapper are stale."""
         with os.scandir(self.sys_block) as entries:
             paths = [entry.path for entry in entries if entry.name.startswith("dm-")]
         return {
@@ -71,11 +71,11 @@ class Removal:
         }
 
     def left_behind(self, name: str) -> list[str]:
-        """The mappings that a killed rotation of its volume key has left beneath it."""
+        """The mappings that a killed rotation of the volume key has left beneath a mapping."""
         return _left_behind(name, self.present())
 
     async def attempt(self, name: str) -> bool:
-        """Whether it is gone; if not, cryptsetup knows better what to do about it and what to say.
+        """Whether the mapping was removed; if not, use cryptsetup, which knows more cases and errors.
 
         Raises DeadlineError when something hung.
         """
@@ -88,7 +88,7 @@ class Removal:
         return name in turn.result()
 
     async def _remove(self) -> set[str]:
-        """Begins when everybody of this turn has said what is to go. Returns what has gone."""
+        """Start when all calls of this turn have named their mappings. Returns the removed ones."""
         wanted, self._names, self._turn = self._names, [], None
         present = self.present()
         names = [
@@ -107,7 +107,7 @@ class Removal:
 
 
 def _left_behind(name: str, present: dict[str, Mapping]) -> list[str]:
-    """Somebody else's may have the name, but not the mark."""
+    """Another program's mapping may have the same name, but not the same UUID."""
     return [
         other
         for end in _LEFT_BEHIND
@@ -116,7 +116,7 @@ def _left_behind(name: str, present: dict[str, Mapping]) -> list[str]:
 
 
 async def _child(names: list[str]) -> None:
-    """Where one is in use, dmsetup leaves it and those after it as they are."""
+    """Remove some mappings. dmsetup stops at one that is in use, and leaves the rest."""
     done = await run(["dmsetup", "remove", "--", *names], timeout_s=REMOVE_S)
     if done.code != 0:
         log.info(
@@ -127,5 +127,5 @@ async def _child(names: list[str]) -> None:
 
 
 def _attribute(path: str) -> str:
-    """Empty when it went away meanwhile, or there is none."""
+    """An attribute in sysfs; empty if it does not exist, or no longer."""
     return sysfs.attribute(path) or ""

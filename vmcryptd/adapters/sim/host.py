@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A simulated host behind the same ports: `vmcryptd --sim FILE`. Needs no root, changes nothing.
 
-What FILE may say is in vmcryptd(8).
+vmcryptd(8) describes FILE.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class _Volume:
     data_reencrypted: bool = False
     away: bool = False
     copied: bool = False
-    mapped_as: str = ""  # what its mapping is called, where that is not its own name
+    mapped_as: str = ""  # the name of its mapping, if that differs from the volume's
     suspended: bool = False
     mounted: bool = False
     active: bool = False
@@ -114,7 +114,7 @@ class _Guest:
     start_delay_s: float
     stop_delay_s: float
     fault: str
-    starting_s: float  # libvirt's own autostart is at it for so long
+    starting_s: float  # the time that libvirt's own autostart takes
     dies_after_s: float
     shuts_down_after_s: float
     autostart_once: bool
@@ -122,11 +122,11 @@ class _Guest:
 
 
 class Simulation:
-    """One simulated host; it is all ports at once but for the keys a person gives, which are real."""
+    """One simulated host: all ports in one object. Only the keys that a person enters are real."""
 
     def __init__(self, settings: Settings, table: dict[str, Any], path: Path | None = None) -> None:
         self.settings = settings
-        self._specs = dict(settings.volumes)  # also of volumes that a reload took away
+        self._specs = dict(settings.volumes)  # also volumes that a reload has removed
         self._path = path
         self._libvirt = bool(table.get("libvirt", True))
         self._volumes = {
@@ -148,7 +148,7 @@ class Simulation:
         self._backups_due: dict[str, str] = {}
         self._due_once = tuple(table.get("due_once", ()))
         self.marked_once: tuple[str, ...] = ()
-        self.calls: list[str] = []  # what was done, in order
+        self.calls: list[str] = []  # the calls, in order
         self._making: tuple[Making, ...] = ()
         empty = tuple(table.get("empty", ()))
         self._keystores = SimKeystores(self._volumes, empty, self.calls)
@@ -181,7 +181,7 @@ class Simulation:
         )
 
     def reload(self, text: str) -> Settings:
-        """Take over another description. What is open stays so. Raises ConfigError."""
+        """Take over another description. Open volumes stay open. Raises ConfigError."""
         fresh = Simulation.parse(text, str(self._path or "simulation"))
         for name, volume in fresh._volumes.items():
             self._volumes.setdefault(name, volume)
@@ -237,7 +237,7 @@ class Simulation:
             links[spec.device_path] = f"sim-{name}"
             if volume.copied:
                 devices[f"copy-{name}"] = BlockDevice(f"copy-{name}")
-                links[spec.device_path] = f"copy-{name}"  # udev's link follows what came last
+                links[spec.device_path] = f"copy-{name}"  # udev's link leads to the latest device
                 claims[spec.device_path] = (f"copy-{name}", f"sim-{name}")
             if volume.open:
                 dm_name = volume.mapped_as or name
@@ -258,7 +258,7 @@ class Simulation:
         )
 
     def _file(self, path: str) -> str:
-        """The number of the file system with a header or key file; empty if it is not there."""
+        """The number of the file system with a header or key file; empty if the file does not exist."""
         named = {spec.header for spec in self._specs.values()}
         named |= {f"{key.argument}" for spec in self._specs.values() for key in spec.keys}
         if path not in named or not path.startswith("/") or path in self._missing:
@@ -436,7 +436,7 @@ class Simulation:
 
     async def ask(self, message: str) -> Key:
         self.calls.append(f"ask {message}")
-        await asyncio.Event().wait()  # only `vmcryptctl unlock` answers: agents want root
+        await asyncio.Event().wait()  # only `vmcryptctl unlock` answers: agents need root
         raise AssertionError
 
     async def receive(self, fd: int) -> Key:
@@ -493,7 +493,7 @@ class Simulation:
         )
 
     def _autostarted(self, name: str) -> None:
-        """How libvirt's own autostart ends: as a start by us would."""
+        """The end of libvirt's own autostart, which is the same as of our start."""
         guest = self._guests[name]
         if not guest.fault and all(map(self._is_disk, guest.disks)):
             self._started(name, f"autostart {name}")
@@ -631,7 +631,7 @@ def _parse(text: str, name: str) -> tuple[Settings, dict[str, Any]]:
 
 
 def _uuid(spec: VolumeSpec, number: int) -> str:
-    """The header's: what the configuration wants, where it says."""
+    """The header's UUID: the configured one, if there is one."""
     tag, _, value = spec.device.partition("=")
     named = value if tag == "UUID" else ""
     return spec.uuid or named or f"{0:08x}-0000-0000-0000-{number:012x}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keystores made on a simulated host: they have a name, a place and the digest of what opens them."""
+"""Makes keystores on a simulated host: each has a name, a place and the digest of its key."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class SimKeystores:
     def __init__(
         self, volumes: Mapping[str, object], empty: tuple[str, ...], calls: list[str]
     ) -> None:
-        self._volumes = volumes  # those that are there
-        self._empty = set(empty)  # block devices on which nothing is
+        self._volumes = volumes  # the existing ones
+        self._empty = set(empty)  # empty block devices
         self._files: set[str] = set()
         self._digests: dict[str, str] = {}  # mapping → of the key
         self._calls = calls

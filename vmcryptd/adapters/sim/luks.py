@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Key slots of simulated volumes: what would open them is known by its digest."""
+"""Key slots of simulated volumes: each is the digest of its key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from vmcryptd.core.errors import StorageError, WrongKeyError
 from vmcryptd.core.model import Infinity, KeySlot, VolumeSpec
-from vmcryptd.core.ports import Key, Told
+from vmcryptd.core.ports import Key, OnProgress
 from vmcryptd.posix.run import run
 
 MOST = 8  # key slots of one volume
@@ -19,7 +19,7 @@ MOST = 8  # key slots of one volume
 
 @dataclass(frozen=True)
 class SourceKey:
-    """A key that no person gave: it only remembers which source it is from."""
+    """A key that no person entered: it holds only the name of its source."""
 
     source: str
 
@@ -32,13 +32,13 @@ class SourceKey:
 
 @dataclass(frozen=True)
 class SimSlot:
-    """What opens one key slot, and what a try costs."""
+    """One key slot: what opens it, and what a try costs."""
 
     digest: str = ""
     sources: tuple[str, ...] = ()
     memory_kib: int = 65536  # 0: PBKDF2
     iterations: int = 0  # 0: few
-    kdf: str = ""  # another than these
+    kdf: str = ""  # any other KDF
     priority: int = 1
 
 
@@ -155,14 +155,14 @@ class SimSlots:
 
 @dataclass
 class SimReencryption:
-    """The port `Reencryption` on a simulated host. What runs ends with the process."""
+    """The port `Reencryption` on a simulated host. A rotation ends with the process."""
 
     volumes: Mapping[str, HasSlots]
     calls: list[str] = field(default_factory=list)
     _stopped: dict[str, asyncio.Event] = field(default_factory=dict)
 
     async def rotate(
-        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, told: Told
+        self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, on_progress: OnProgress
     ) -> None:
         slots = self.volumes[volume.name].slots
         fitting = [n for n in slots if slot in (None, n) and await fits(slots[n], key)]
@@ -174,12 +174,12 @@ class SimReencryption:
         self.volumes[volume.name].is_half_rotated = True
         stopped = self._stopped[volume.name] = asyncio.Event()
         takes_s = self.volumes[volume.name].rotates_in_s
-        told(0.25)
+        on_progress(0.25)
         try:
             async with asyncio.timeout(None if takes_s == Infinity else takes_s):
                 await stopped.wait()
         except TimeoutError:
-            told(1.0)
+            on_progress(1.0)
             kept, new = slots[fitting[0]], max(slots) + 1
             slots.clear()
             slots[new] = kept
@@ -193,7 +193,7 @@ class SimReencryption:
     def is_torn(self, mapping: str) -> bool:
         return False
 
-    async def follow(self, volume: VolumeSpec, mapping: str, told: Told) -> None:
+    async def follow(self, volume: VolumeSpec, mapping: str, on_progress: OnProgress) -> None:
         raise AssertionError("nothing simulated runs before its daemon")
 
     async def stop(self, volume: VolumeSpec, grace_s: float) -> None:
