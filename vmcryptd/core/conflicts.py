@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether starting a guest would destroy data: disks that hold a volume, or that another guest writes. Pure."""
+"""Finds disks of a guest that hold a volume or that another guest writes: starting it would destroy data. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmcryptd.core.graph import Graph, GuestDisk
 
 
 class Conflict(NamedTuple):
-    """Why a guest must not start, which of its disks is the reason, and what to do."""
+    """The reason why a guest must not start, the disk, and what to do."""
 
     disk: GuestDisk
     text: str
@@ -40,7 +40,7 @@ def overwritten_volume(graph: Graph, guest: str) -> Conflict | None:
 
 
 def shared_disk(graph: Graph, guest: str, starting: Container[str] = ()) -> Conflict | None:
-    """A disk that another guest, which runs or is `starting`, writes."""
+    """A disk that another running or `starting` guest writes."""
     for disk in graph.guests[guest].disks:
         others = () if disk.is_shareable else graph.writers.get(disk.identity, ())
         for other in others:

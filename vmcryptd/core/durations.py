@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Durations as systemd writes them: one parser for the configuration, the command line and the simulated host."""
+"""Parses durations in systemd's syntax, for the configuration, the command line and the simulated host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNITS = {
     **dict.fromkeys(("months", "month", "M"), _YEAR_S / 12),
     **dict.fromkeys(("years", "year", "y"), _YEAR_S),
 }
-# [0-9] and not \d, which takes the digits of every script.
+# [0-9] and not \d, which also matches the digits of other scripts.
 _PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-zµμ]*)")
 
 # Timers, D-Bus and sd_notify(3) count microseconds in 64 bits; this leaves room for sums.
@@ -38,7 +38,7 @@ def duration(value: object) -> float:
         return _of_text(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(_EXPECTED)
-    if not value >= 0:  # nor the float nan
+    if not value >= 0:  # also false for nan
         raise ValueError("expected a duration that is not negative")
     # Compared before it is converted: an int may be too large for a float.
     if LONGEST_S < value != math.inf:

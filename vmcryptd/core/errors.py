@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every error that a user can meet, each with its name on the bus and its exit status."""
+"""All errors that a user can see, each with its name on the bus and its exit status."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXIT_WAITING = 6
 
 
 class VmcryptdError(Exception):
-    """What happened, to which object, and what to do next, in one sentence. Never holds a secret."""
+    """One sentence: what happened to which object, and what to do next. Never holds a secret."""
 
     name = "Failed"
     exit_code = EXIT_FAILED
@@ -37,13 +37,13 @@ class InternalError(VmcryptdError):
 class Mistake(NamedTuple):
     """One mistake in the configuration.
 
-    `line` and `hint` quote the file, so they are for its reader's eyes only: they go neither over the bus nor into the
-    journal.
+    `line` and `hint` quote the file, so they are shown only to a user who may read it, and never sent over the bus or
+    to the journal.
     """
 
-    text: str  # file, line, table, key, and what was expected
-    line: str = ""  # the line as it stands there
-    hint: str = ""  # what to write instead
+    text: str  # file, line, table, key, and the expected value
+    line: str = ""  # the line of the file
+    hint: str = ""  # a correct line
 
 
 class ConfigError(VmcryptdError):
@@ -69,11 +69,11 @@ class OptionError(VmcryptdError):
 
 
 class GraphError(ConfigError):
-    """The dependencies contradict each other (a cycle, an unknown name); the text names the path."""
+    """The dependencies are contradictory (a cycle, an unknown name); the text names the path."""
 
 
 class GoalError(ConfigError):
-    """A plan was asked for a goal that does not exist."""
+    """The goal does not exist."""
 
     name = "InvalidGoal"
 
@@ -89,7 +89,7 @@ class NoSuchGuestError(VmcryptdError):
 
 
 class NoVolumeError(VmcryptdError):
-    """The guest needs no configured volume, so it is none of ours."""
+    """The guest needs no configured volume, so vmcryptd does not start or stop it."""
 
     name = "NoVolume"
     exit_code = EXIT_USAGE
@@ -108,48 +108,48 @@ class NoSuchKeySlotError(VmcryptdError):
 
 
 class LastKeyError(VmcryptdError):
-    """It is the last way into a volume, so it stays."""
+    """The last key of a volume cannot be removed."""
 
     name = "LastKey"
 
 
 class OtherKeysError(VmcryptdError):
-    """Keys would be lost that nobody said may go; the text names their slots."""
+    """Keys would be lost without permission; the text names their slots."""
 
     name = "OtherKeys"
 
 
 class KeyUnavailableError(VmcryptdError):
-    """No key source gave a key that fits, and nobody may be asked."""
+    """No key source gave a key that fits, and no person may be asked."""
 
     name = "KeyUnavailable"
 
 
 class NotAskedError(KeyUnavailableError):
-    """A person would have had to be asked, and the caller wanted no question."""
+    """A person is needed, but the caller allowed no question."""
 
     name = "NotAsked"
     exit_code = EXIT_WAITING
 
 
 class KeyWithdrawnError(KeyUnavailableError):
-    """Its owner has taken it back while it was being tried."""
+    """The caller has withdrawn the key while it was being tried."""
 
 
 class NotYetError(KeyUnavailableError):
-    """A source that asks elsewhere gave no key now; it may later."""
+    """A network or program source gave no key; it may later."""
 
 
 class KeyFileMissingError(KeyUnavailableError):
-    """A key file is not there; it is tried when it appears."""
+    """A key file does not exist; it is tried when it appears."""
 
 
 class WrongPinError(KeyUnavailableError):
-    """A token did not take the PIN, or wants one."""
+    """A token has refused the PIN, or needs one."""
 
 
 class KeyUnusableError(VmcryptdError):
-    """What was handed in as a key cannot be read as one: too large, too slow, not readable, empty."""
+    """A caller's key cannot be read: too large, too slow, not readable, empty."""
 
     name = "KeyUnusable"
     exit_code = EXIT_USAGE
@@ -175,14 +175,14 @@ class StillWaitingError(VmcryptdError):
 
 
 class DeadlineError(VmcryptdError):
-    """Something took longer than it may."""
+    """Something took longer than its time limit."""
 
     name = "Timeout"
     exit_code = EXIT_WAITING
 
 
 class BusyError(VmcryptdError):
-    """Somebody still uses it; the text names who."""
+    """It is still in use; the text names the users."""
 
     name = "Busy"
 
@@ -192,7 +192,7 @@ class DeviceMissingError(VmcryptdError):
 
 
 class DeviceUnreadableError(DeviceMissingError):
-    """The device or detached header is there, and does not answer or gives an error."""
+    """The device or detached header exists, but does not answer or gives an error."""
 
     name = "DeviceUnreadable"
 
@@ -206,13 +206,13 @@ class DamagedHeaderError(NotLuksError):
 
 
 class WrongUuidError(VmcryptdError):
-    """There is a LUKS header, but not the one that the configuration names, or another volume's."""
+    """The LUKS header is not the one that the configuration names, or is another volume's."""
 
     name = "WrongUuid"
 
 
 class AmbiguousDeviceError(VmcryptdError):
-    """Several devices bear the tag that a volume is named by; the text names them."""
+    """Several devices have the tag in a volume's `device`; the text names them."""
 
     name = "AmbiguousDevice"
 
@@ -222,7 +222,7 @@ class OutOfMemoryError(VmcryptdError):
 
 
 class DependencyError(VmcryptdError):
-    """Not tried, because something it needs failed: `cause`, a volume, guest or pool, where that is known."""
+    """Not tried, because something it needs failed: `cause`, a volume, guest or pool, if known."""
 
     name = "DependencyFailed"
 
@@ -254,7 +254,7 @@ class StorageError(VmcryptdError):
 
 
 class ShuttingDownError(VmcryptdError):
-    """The daemon stops; ask again when it is back."""
+    """The daemon is stopping; repeat the call when it is back."""
 
     name = "ShuttingDown"
     exit_code = EXIT_UNREACHABLE
@@ -264,13 +264,13 @@ OVERTAKEN = "another request (lock, shutdown or panic) overtook this one"
 
 
 class CancelledError(VmcryptdError):
-    """Another request (lock, shutdown, panic) overtook this one."""
+    """Another request (lock, shutdown, panic) has cancelled this one."""
 
     name = "Cancelled"
 
 
 def subclasses(base: type[VmcryptdError] = VmcryptdError) -> dict[str, type[VmcryptdError]]:
-    """Name on the bus → class, for the whole tree."""
+    """Name on the bus → class, for all errors."""
     found = {PREFIX + base.name: base}
     for child in base.__subclasses__():
         for name, cls in subclasses(child).items():
@@ -284,7 +284,7 @@ def named(name: str, text: str) -> VmcryptdError:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """What was probably meant by a word that is not known, or an empty string."""
-    import difflib  # only for who has mistyped
+    """The known word that was probably meant, or an empty string."""
+    import difflib  # imported only after a typing error
 
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")

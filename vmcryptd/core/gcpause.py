@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Python's garbage collector, kept out of the way of what makes many objects and no garbage."""
+"""Pauses Python's garbage collector for functions that make many objects and no garbage."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def paused(function: Callable[P, T]) -> Callable[P, T]:
-    """Let the collector wait while the function runs.
+    """Pause the collector while the function runs.
 
-    It runs after so many new objects, and then walks all that live: ten times the objects cost it more than ten times
-    the time. For functions that run to their end in one go, in the thread of the event loop.
+    The collector runs after a number of new objects and then visits all live ones, so its cost grows faster than their
+    number. For functions without `await`, in the thread of the event loop.
     """
 
     @functools.wraps(function)

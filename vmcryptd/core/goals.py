@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is to be reached, and the steps that reach it. Values only; text at the edges (bus, JSON, state files)."""
+"""Goals, and the steps that reach them, as values; text only at the edges (bus, JSON, state files)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GOALS = (*map(str, _OF_THE_HOST), *(f"{verb}:NAME" for verb in _OF_ONE))
 
 
 class Goal(NamedTuple):
-    """A verb, and the volume or guest that it is about; empty where it is about the host."""
+    """A verb, and the name of its volume or guest; empty for the whole host."""
 
     verb: Verb
     name: str = ""
@@ -38,7 +38,7 @@ class Goal(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The goal that a caller or state file names: `boot`, `unlock:NAME`. Raises GoalError."""
+        """The goal in a caller's or state file's text: `boot`, `unlock:NAME`. Raises GoalError."""
         word, _, name = text.partition(":")
         known = _OF_ONE if name else (*_OF_THE_HOST, *_OF_ONE)
         for verb in known:
@@ -48,7 +48,7 @@ class Goal(NamedTuple):
 
     @property
     def is_rising(self) -> bool:
-        """Whether it brings something up."""
+        """Whether the goal brings something up."""
         return self.verb in _RISING
 
 
@@ -71,7 +71,7 @@ class Action(StrEnum):
 
 
 class StepId(NamedTuple):
-    """One thing to do to one object. No two steps of a plan have the same."""
+    """An action and its object. It is unique in a plan."""
 
     action: Action
     object: str
@@ -81,9 +81,9 @@ class StepId(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One thing to do to one object, once all steps named in `after` are done.
+    """One action on one object, to be done after all steps named in `after`.
 
-    `after` holds steps that must have succeeded; `order` holds steps that must have ended, however.
+    The steps in `after` must have succeeded; those in `order` must only have ended.
     """
 
     id: StepId
@@ -101,7 +101,7 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Ordered steps; each stands behind all that it names."""
+    """Ordered steps: each comes after all steps that it names."""
 
     goal: Goal
     steps: tuple[Step, ...] = ()

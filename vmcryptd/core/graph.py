@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who needs whom: configuration and observation in, a graph of volumes, pools and guests out. Pure.
+"""Builds the dependency graph of volumes, pools and guests from configuration and observation. Pure.
 
-Dependencies come from sysfs and the domain XML. What cannot be seen while a lower layer is locked comes from the
-configuration (`vg`, `mount`, `after`), and then from what was seen at an earlier opening.
+Dependencies come from sysfs and the domain XML. Those hidden by a locked lower layer come from the configuration
+(`vg`, `mount`, `after`), and else from what was observed while it was open.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BY_CRYPT_UUID = re.compile(r"dm-uuid-(?:part\d+-)?CRYPT-[^-]+-[0-9a-f]{32}-(?P<
 
 
 class VolumeNode(NamedTuple):
-    """A configured volume, where it lies, and its mapping if there is one."""
+    """A configured volume, its device, and its mapping if there is one."""
 
     spec: VolumeSpec
     stands_on: tuple[str, ...] = ()  # volumes its device lies on: must stay open beneath it
@@ -47,28 +47,28 @@ class VolumeNode(NamedTuple):
     ] = ()  # volumes that must be open to open it (its key file, `after`)
     keys_in: tuple[
         str, ...
-    ] = ()  # of these, what only holds a key of it: another key opens it, too
+    ] = ()  # of these, the ones that only hold a key of it: another key opens it, too
     device: str = (
         ""  # kernel name of its device, or its path if that is a file; empty while not there
     )
-    absent: str = ""  # the path of its device, else of its detached header, that is not there
+    absent: str = ""  # the missing path: of its device, else of its detached header
     mapping: str = ""  # dm name of its mapping (ours, or one made by hand), empty while locked
     suspended: bool = False
-    taken_by: str = ""  # what holds its mapping name although it is not this volume
-    rivals: tuple[str, ...] = ()  # devices that bear the tag it is named by, where several do
+    taken_by: str = ""  # the other device that has its mapping name
+    rivals: tuple[str, ...] = ()  # the devices with its tag, if there are several
     is_active: bool = False  # content = "lvm": its group is active
     mounts: tuple[str, ...] = ()  # where its mapping is mounted now, deepest last
     uuid: str = ""
 
     @property
     def is_misnamed(self) -> bool:
-        """Whether guests do not find its mapping, because another program gave it another name."""
+        """Whether guests cannot find its mapping, because another program gave it another name."""
         is_for_guests = self.spec.is_configured and self.spec.content is Content.GUEST
         return is_for_guests and self.mapping not in ("", self.spec.name)
 
     @property
     def trouble(self) -> str:
-        """What is wrong with it as things are, and what to do; empty if nothing is."""
+        """The present problem and what to do; empty if there is none."""
         name = self.spec.name
         if self.rivals:
             devices = " and ".join(f"/dev/{rival}" for rival in self.rivals)
@@ -99,7 +99,7 @@ class VolumeNode(NamedTuple):
 
     @property
     def still_needs(self) -> tuple[str, ...]:
-        """What opens it is not needed any more once it is open."""
+        """The volumes that it still needs: one that only opens it is not needed once it is open."""
         return self.stands_on if self.is_usable else self.needs
 
     @property
@@ -122,7 +122,7 @@ class GuestDisk(NamedTuple):
 
     path: str
     identity: str
-    is_shareable: bool = False  # it is made for several guests
+    is_shareable: bool = False  # marked as shareable in the domain XML
 
 
 class GuestNode(NamedTuple):
@@ -141,12 +141,12 @@ class GuestNode(NamedTuple):
 
     @property
     def trouble(self) -> str:
-        """It died, or cannot run on: what happened, and what to do; else empty."""
+        """If it died or cannot run on: what happened, and what to do; else empty."""
         return self.domain.trouble if self.domain else ""
 
     @property
     def is_up(self) -> bool:
-        """It runs, and is not still being started by libvirt itself: that may fail, and then it is off."""
+        """Whether it runs. A start by libvirt's autostart does not count before its end: it may fail."""
         return self.is_running and self.state is not GuestState.STARTING
 
     @property
@@ -155,7 +155,7 @@ class GuestNode(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Whether boot and shutdown care for it; the others are libvirt's own business."""
+        """Whether boot starts and shutdown stops it; libvirt alone manages the others."""
         return bool(self.needs) or self.spec.configured
 
     @property
@@ -170,7 +170,7 @@ class GuestNode(NamedTuple):
 
 @dataclass(frozen=True)
 class Graph:
-    """All nodes, and the edges backwards."""
+    """All nodes, and the reverse edges."""
 
     volumes: Mapping[str, VolumeNode] = field(default_factory=dict)
     pools: Mapping[str, PoolNode] = field(default_factory=dict)
@@ -180,7 +180,7 @@ class Graph:
     )  # volume → volumes on it
     opened_after: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
-    )  # volume → volumes that it is needed to open, a keystore's above all
+    )  # volume → volumes that need it to open: those of a keystore above all
     pools_on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guests_on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guests_in: Mapping[str, tuple[str, ...]] = field(
@@ -191,19 +191,19 @@ class Graph:
     )  # guests' and pools' paths → volumes
     carriers: Mapping[str, str] = field(
         default_factory=dict
-    )  # device or file that a volume's LUKS data is on, be it layers below → that volume
+    )  # device or file that carries a volume's LUKS data, also layers below → that volume
     writers: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
-    )  # identity of a disk → guests that write it, and mean to have it for themselves
+    )  # identity of a disk → guests that write it and do not share it
     libvirt_reachable: bool = False
     libvirt_error: str = ""
 
     def beneath(
         self, names: Iterable[str], known: Container[str] = (), *, still: bool = False
     ) -> list[str]:
-        """The named volumes and all they need, lowest first; `known` ones and what these need are left out.
+        """The named volumes and all that they need, lowest first, without `known` ones and all that these need.
 
-        `still`: without what only opens others (a keystore), where these are open already.
+        `still`: without volumes that only open others (keystores) which are already open.
         """
         found: dict[str, None] = {}
         stack = [(name, False) for name in reversed(list(names))]
@@ -219,7 +219,7 @@ class Graph:
         return list(found)
 
     def bearing(self, names: Iterable[str]) -> set[str]:
-        """The named volumes and all without which no key opens them: not what only holds keys of theirs."""
+        """The named volumes and all that must be beneath them; not the ones that only hold their keys."""
         found: set[str] = set()
         left = list(names)
         while left:
@@ -231,13 +231,13 @@ class Graph:
         return found
 
     def is_explained(self, name: str) -> bool:
-        """Whether a missing device or header is no surprise, because a volume beneath it is locked."""
+        """Whether a missing device or header is expected, because a volume beneath it is locked."""
         node = self.volumes[name]
         beneath = node.needs if node.device else node.stands_on
         return any(not self.volumes[lower].is_open for lower in beneath)
 
     def users(self, name: str) -> list[str]:
-        """Who uses an open volume, in words: running guests, open volumes on it."""
+        """The users of an open volume, in words: running guests, open volumes on it."""
         guests = [
             f"guest {guest}"
             for guest in self.guests_on.get(name, ())
@@ -254,7 +254,7 @@ class Graph:
 def wanted_paths(
     settings: Settings, virtualisation: Virtualisation, chains: Mapping[str, tuple[str, ...]]
 ) -> set[str]:
-    """Every path that `build` will want looked up in `Observation.storage`."""
+    """All paths that `build` needs in `Observation.storage`."""
     paths: set[str] = set()
     for volume in settings.volumes.values():
         paths.update(_volume_paths(volume))
@@ -290,7 +290,7 @@ def _parent(path: str) -> str:
 
 
 class _Places:
-    """Answers one question: on which volumes does a path lie?"""
+    """Finds the volumes that a path lies on."""
 
     def __init__(self, settings: Settings, observation: Observation) -> None:
         self._observation = observation
@@ -312,18 +312,18 @@ class _Places:
         self._of_paths: dict[str, tuple[str, ...]] = {}
 
     def mapped(self, volume: str, device: BlockDevice) -> None:
-        """Tell that this device is the open mapping of the volume."""
+        """Note that this device is the open mapping of the volume."""
         self._mapping_of[device.name] = volume
 
     def of_path(self, path: str) -> tuple[str, ...]:
         """The nearest volumes beneath a device or file path."""
         if path not in self._of_paths:
-            self._of_paths[path] = ()  # ends the walk: images can name each other in a circle
+            self._of_paths[path] = ()  # ends the recursion: images can name each other in a circle
             self._of_paths[path] = self._look_up(path)
         return self._of_paths[path]
 
     def of_directory(self, path: str) -> tuple[str, ...]:
-        """The same for a mount point: it is there, and empty, while what belongs on it is not mounted."""
+        """The same for a mount point, which exists as an empty directory while nothing is mounted on it."""
         return self.of_path(path) or self._remembered(path)
 
     def _look_up(self, path: str) -> tuple[str, ...]:
@@ -333,7 +333,7 @@ class _Places:
         return tuple(dict.fromkeys(found))
 
     def _of_itself(self, path: str) -> Iterable[str]:
-        """Without what an image at this path is backed by."""
+        """The same without the backing files of an image at this path."""
         if link := self._storage.links.get(path):
             return self.of_device(link)
         configured = self._by_name(self._storage.real.get(path, path))
@@ -352,12 +352,12 @@ class _Places:
         return tuple(name for name in names if name in self._volumes)
 
     def of_device(self, name: str) -> tuple[str, ...]:
-        """The volume whose mapping the device is, else the nearest ones that it is made of."""
+        """The volume whose mapping this device is, else the nearest volumes below it."""
         if name in self._mapping_of:
             return (self._mapping_of[name],)
         if name in self._beneath:
             return self._beneath[name]
-        self._beneath[name] = ()  # also ends the walk, should sysfs ever show a circle
+        self._beneath[name] = ()  # also ends the recursion if sysfs shows a circle
         device = self._storage.devices.get(name)
         found: dict[str, None] = {}
         if device is not None:
@@ -378,7 +378,7 @@ class _Places:
         return tuple(found) or self._remembered(f"/dev/{vg}")
 
     def _by_name(self, path: str) -> str | None:
-        """What the configuration says of a path that cannot be looked up: mapping, group, or mount."""
+        """The volumes of a path that does not exist yet, by the names in it: mapping, group, or mount."""
         parts = tuple(path.split("/"))
         if dm_name := _dm_name(parts):
             if volume := self._volume_of(dm_name):
@@ -393,15 +393,15 @@ class _Places:
         return None
 
     def _volume_of(self, dm_name: str) -> str | None:
-        """The volume of a mapping's name, or of that of a partition on it as kpartx forms it."""
-        # Without a separator, of a name that ends in a digit it would not show where the number begins.
+        """The volume with this mapping name, or with a partition of this name in kpartx's form."""
+        # kpartx puts a separator after a name that ends in a digit.
         disk = dm_name.rstrip("0123456789")
         names = (dm_name, disk, disk.removesuffix("p"), disk.removesuffix("-part"))
         return next((name for name in names if name in self._volumes), None)
 
 
 def _dm_name(parts: tuple[str, ...]) -> str:
-    """The device-mapper name in a path that is made of one; empty for other paths.
+    """The device-mapper name in a path of udev's or device-mapper's; empty for other paths.
 
     Besides /dev/mapper/NAME, udev's rules link dm-name-NAME and dm-uuid-UUID in /dev/disk/by-id, and for partitions
     dm-uuid-partN-UUID (multipath-tools, kpartx.rules). cryptsetup's UUIDs end in the mapping's name.
@@ -425,7 +425,7 @@ def build(settings: Settings, observation: Observation) -> Graph:
     except GraphError:
         if not observation.remembered.paths:
             raise
-        # What was true once may contradict what is true now; what is true now must not be refused for it.
+        # Old observations may contradict the present ones; they must not cause an error.
         return _build(
             settings,
             observation._replace(remembered=Remembered(uuids=observation.remembered.uuids)),
@@ -459,7 +459,7 @@ def _build(settings: Settings, observation: Observation) -> Graph:
                 f"correct {_table('volume', spec)} device"
             )
         if spec.mount:
-            # What it is mounted on must be mounted first, and unmounted last.
+            # A mount below its mount point must be mounted later, and unmounted earlier.
             stands_on.update(dict.fromkeys(places.of_path(_parent(spec.mount))))
             stands_on.pop(name, None)
         must: dict[str, None] = dict.fromkeys(spec.after)
@@ -568,7 +568,7 @@ def _disks(domain: Domain, observation: Observation) -> Iterator[GuestDisk]:
 
 
 def _carriers(volumes: Mapping[str, VolumeNode], storage: Storage) -> dict[str, str]:
-    """A volume's own device comes before what it is beneath: that volume is the one to name."""
+    """Device → the volume it carries; for a volume's own device that volume, not one above it."""
     found = {
         place: name
         for name, node in volumes.items()
@@ -587,7 +587,7 @@ def _carriers(volumes: Mapping[str, VolumeNode], storage: Storage) -> dict[str, 
 
 
 def _mounts(spec: VolumeSpec, targets: Iterable[str], storage: Storage) -> tuple[str, ...]:
-    """As configured, where that leads there by symbolic links, which the kernel does not tell."""
+    """The mount points, in their configured form if symbolic links lead there: the kernel shows the real path."""
     real = storage.real.get(spec.mount or "")
     found = (spec.mount if spec.mount and target == real else target for target in targets)
     return tuple(sorted(found, key=len))
@@ -608,12 +608,12 @@ def _backwards(edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]
 
 
 def _table(kind: str, spec: VolumeSpec | GuestSpec) -> str:
-    """A table, with the place where it stands if that is known."""
+    """A table, with file and line if known."""
     return f"{spec.origin}: [{kind}.{spec.name}]" if spec.origin else f"[{kind}.{spec.name}]"
 
 
 def _why(places: _Places, node: VolumeNode, lower: str) -> str:
-    """The key of its table that makes a volume need another."""
+    """The key of a volume's table that makes it need another volume."""
     spec, key = node.spec, "mount"
     if lower in spec.after:
         key = "after"
@@ -629,7 +629,7 @@ def _why(places: _Places, node: VolumeNode, lower: str) -> str:
 def _check_cycles(
     edges: Mapping[str, Iterable[str]], what: str, reason: Callable[[str, str], str]
 ) -> None:
-    """Raises GraphError; `reason` says where it stands that one needs another."""
+    """Raises GraphError for a cycle; `reason` returns the source of a dependency."""
     try:
         graphlib.TopologicalSorter({n: lower for n, lower in edges.items() if lower}).prepare()
     except graphlib.CycleError as error:

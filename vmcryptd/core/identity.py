@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which device is a volume's, and which mapping. Pure.
+"""Finds the device and the mapping of each volume. Pure.
 
-A path can lead to another disk than yesterday: udev's links follow what was probed last, and kernel names the order in
-which disks are found. What is open is told by the mapping itself, what it is made of and its UUID, whatever links say.
+A path can lead to another disk than before: udev's links lead to the disk probed last, and kernel names follow the
+order of discovery. An open volume is identified by its mapping, the devices below that and its UUID, not by links.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import NamedTuple
 from vmcryptd.core.errors import WrongUuidError
 from vmcryptd.core.model import BlockDevice, Observation, Settings, Storage, VolumeSpec
 
-_PIECE = "CRYPT-SUBDEV-"  # what cryptsetup puts beneath a volume while its key is rotated
-_OWN = ("CRYPT-INTEGRITY-", _PIECE)  # cryptsetup's own, between a mapping and its device
+_PIECE = "CRYPT-SUBDEV-"  # cryptsetup's mappings beneath a volume during a rotation
+_OWN = ("CRYPT-INTEGRITY-", _PIECE)  # mappings between a volume's mapping and its device
 
 
 class Identity(NamedTuple):
-    """What a volume is on this host now."""
+    """A volume's device on this host now."""
 
-    spec: VolumeSpec  # its device is the one it really lies on, where the configured path leads elsewhere
+    spec: VolumeSpec  # with the real device, if the configured path leads elsewhere
     device: str = ""  # kernel name of its device, or its path if that is a file; empty if none
     mapping: BlockDevice | None = None
-    taken_by: str = ""  # what holds its mapping name although it is not this volume
-    rivals: tuple[str, ...] = ()  # kernel names: all of these could be its device, so none is
+    taken_by: str = ""  # the other device that has its mapping name
+    rivals: tuple[str, ...] = ()  # kernel names of several possible devices
 
 
 def known_uuid(spec: VolumeSpec, observation: Observation) -> str:
-    """The UUID of the volume's header: as configured, else as read, else as last seen. Empty if none of these."""
+    """The UUID of the volume's header: the configured one, else as read, else as last seen. Empty if unknown."""
     return (
         spec.known_uuid
         or observation.uuids.get(spec.name)
@@ -38,7 +38,7 @@ def known_uuid(spec: VolumeSpec, observation: Observation) -> str:
 
 
 def owners(settings: Settings, observation: Observation) -> dict[str, list[str]]:
-    """Header UUID → the configured volumes that it is known of."""
+    """Header UUID → the configured volumes that are known to have it."""
     found: dict[str, list[str]] = {}
     for name, spec in settings.volumes.items():
         if uuid := known_uuid(spec, observation):
@@ -52,7 +52,7 @@ def find(settings: Settings, observation: Observation) -> dict[str, Identity]:
     search = _Search(settings, observation)
     places = {name: _device(spec, storage) for name, spec in settings.volumes.items()}
     found: dict[str, Identity] = {}
-    # First what a path leads to, then what only its name or UUID tells.
+    # First by path, then by name or UUID alone.
     for name, spec in settings.volumes.items():
         if mapping := search.by_device(spec, places[name]):
             is_there = search.is_made_of(mapping, places[name])
@@ -72,9 +72,9 @@ def find(settings: Settings, observation: Observation) -> dict[str, Identity]:
 
 
 def check_header(spec: VolumeSpec, uuid: str, settings: Settings, observation: Observation) -> None:
-    """Whether a header that was read may be the volume's. Raises WrongUuidError.
+    """Check whether a header may be the volume's. Raises WrongUuidError.
 
-    A volume that was given a new name has its old one's header: that is none of another volume's.
+    The old name of a renamed volume may be known for the same header: it is not another volume's.
     """
     if wanted := spec.known_uuid:
         if uuid != wanted:
@@ -98,7 +98,7 @@ def check_header(spec: VolumeSpec, uuid: str, settings: Settings, observation: O
 
 
 def _moved(spec: VolumeSpec, place: str, mapping: BlockDevice, storage: Storage) -> Identity:
-    """Open on something else than its path leads to, if that leads anywhere."""
+    """Whether it is open on another device than its path leads to."""
     below = [
         name
         for name in _data_devices(mapping, storage.devices)
@@ -114,7 +114,7 @@ def _locked(spec: VolumeSpec, place: str, taken_by: str, storage: Storage) -> Id
     if len(candidates) > 1:
         return Identity(spec, taken_by=taken_by, rivals=candidates)
     if candidates and candidates[0] != place:
-        # The link still leads to a part of it: a path of a multipath device, a disk of a mirror.
+        # The link leads to a member of its device: a path of a multipath device, a disk of a mirror.
         return Identity(
             replace(spec, device=f"/dev/{candidates[0]}"), candidates[0], None, taken_by
         )
@@ -122,7 +122,7 @@ def _locked(spec: VolumeSpec, place: str, taken_by: str, storage: Storage) -> Id
 
 
 def _topmost(names: Iterable[str], devices: Mapping[str, BlockDevice]) -> tuple[str, ...]:
-    """Those that are no part of another one: a mirror's disk, and a path of a multipath device, look like the whole."""
+    """The devices that are no members of another: a mirror's disk and a multipath device's path look like the whole."""
     present = [name for name in names if name in devices]
     parts: set[str] = set()
     for name in present:
@@ -145,7 +145,7 @@ def _beneath(name: str, devices: Mapping[str, BlockDevice]) -> set[str]:
 
 
 def _members(name: str, devices: Mapping[str, BlockDevice]) -> tuple[str, ...]:
-    """What a device is made of; of a partition nothing, as its disk has others."""
+    """The devices below a device; none for a partition, because its disk has others."""
     if name not in devices or _whole_disk(name, devices):
         return ()
     return devices[name].below
@@ -166,7 +166,7 @@ def _device(spec: VolumeSpec, storage: Storage) -> str:
 
 
 class _Search:
-    """Finds the open mapping of each volume, none twice."""
+    """Finds the open mapping of each volume; each mapping belongs to one volume at most."""
 
     def __init__(self, settings: Settings, observation: Observation) -> None:
         self._observation = observation
@@ -175,8 +175,8 @@ class _Search:
         self._by_name: dict[str, BlockDevice] = {}
         self._by_uuid: dict[str, list[BlockDevice]] = {}
         self._by_lower: dict[str, list[BlockDevice]] = {}
-        self._torn: dict[str, list[BlockDevice]] = {}  # a killed rotation left them on no device
-        # File → loop devices on it, which cryptsetup makes by itself.
+        self._torn: dict[str, list[BlockDevice]] = {}  # without a device, left by a killed rotation
+        # File → loop devices on it, which cryptsetup makes.
         self._loops: dict[str, list[str]] = {}
         devices = observation.storage.devices
         for device in devices.values():
@@ -193,24 +193,22 @@ class _Search:
                     self._torn.setdefault(uuid, []).append(device)
 
     def by_device(self, spec: VolumeSpec, place: str) -> BlockDevice | None:
-        """A mapping that is made of the volume's device, whatever its name.
+        """A mapping on the volume's device, with any name.
 
-        UUIDs alone would confuse a volume with its snapshot or clone. They decide where they contradict: a kernel name
-        may lead to another volume's disk.
+        UUIDs alone would confuse a volume with its snapshot or clone. A different UUID excludes a mapping: a kernel
+        name may lead to another volume's disk.
         """
         if not place:
             return None
         named = self._by_name.get(spec.name)
         if spec.has_tag and named is not None and self._is_known(spec, named):
-            return self._adopt(
-                [named], spec
-            )  # a copy that is open, too, may have taken the link over
+            return self._adopt([named], spec)  # an open copy may have taken over the link
         found = self._made_of(place)
         found += self._torn.get(known_uuid(spec, self._observation), ())
         return self._adopt([one for one in found if self._may_be(spec, one)], spec)
 
     def is_made_of(self, mapping: BlockDevice, place: str) -> bool:
-        # Torn by a rotation that was killed, it is made of nothing that could tell.
+        # After a killed rotation it has no device below that could identify it.
         return mapping in self._made_of(place) or mapping in self._torn.get(mapping.luks_uuid, ())
 
     def _made_of(self, place: str) -> list[BlockDevice]:
@@ -218,7 +216,7 @@ class _Search:
         return [mapping for lower in lowers for mapping in self._by_lower.get(lower, ())]
 
     def by_uuid(self, spec: VolumeSpec, *, is_away: bool) -> BlockDevice | None:
-        """A mapping by its UUID, where the path tells nothing: it leads nowhere, or to another disk by now."""
+        """A mapping by its UUID, for a path that leads nowhere, or to another disk by now."""
         uuid, named = known_uuid(spec, self._observation), self._by_name.get(spec.name)
         found = [] if named is None or not self._is_known(spec, named) else [named]
         if is_away or spec.has_tag:
@@ -251,7 +249,7 @@ class _Search:
 
 
 def _data_devices(mapping: BlockDevice, devices: Mapping[str, BlockDevice]) -> Iterator[str]:
-    """What a LUKS mapping is made of; with integrity, or while it is reencrypted, cryptsetup's own are in between."""
+    """The devices below a LUKS mapping, without cryptsetup's own mappings for integrity or reencryption."""
     for name in mapping.below:
         yield name
         lower = devices.get(name)

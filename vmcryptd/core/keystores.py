@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A keystore that is to be made: what callers ask for, what of it is refused, and its table. No I/O."""
+"""Describes new keystores: checks a caller's options, and makes the configuration table. No I/O."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LARGEST_BYTES = 1 << 40
 DEFAULT_BYTES = 32 << 20
 MOUNTS = "/run/vmcryptd-keystore"  # not below /run/vmcryptd: the package removes that
 
-# Emptied at boot or by age (tmpfiles.d), in memory, or removed with the package: no place for keys.
+# Directories in memory, cleaned at boot or by age (tmpfiles.d), or removed with the package: no place for keys.
 SWEPT = ("/dev", "/proc", "/run", "/sys", "/tmp", "/var/cache", "/var/lib/vmcryptd", "/var/tmp")
-# A mount point may be in memory, but nothing may remove files from below it.
+# A mount point may be in memory, but nothing may delete files below it.
 SWEPT_MOUNTS = ("/run/vmcryptd", "/tmp", "/var/cache", "/var/lib/vmcryptd", "/var/tmp")
 
 _OPTIONS: Mapping[str, type] = {
@@ -26,10 +26,10 @@ _OPTIONS: Mapping[str, type] = {
 
 
 class Keystore(NamedTuple):
-    """What is to be made."""
+    """A keystore to be made."""
 
     name: str
-    place: str  # a block device, or a file that is made first
+    place: str  # a block device, or a new file
     size: int  # bytes of the file; 0 for a block device
     mount: str
     uuid: str
@@ -46,7 +46,7 @@ class Keystore(NamedTuple):
                 "# Made by `vmcryptctl keystore init`: it holds keys of other volumes, and is open",
                 "# at boot only until these are.",
                 f"[volume.{json.dumps(self.name)}]",
-                # A JSON text without escapes is one of TOML.
+                # A JSON string without escapes is valid TOML.
                 *(f"{key} = {json.dumps(text, ensure_ascii=False)}" for key, text in lines.items()),
                 "",
             )
@@ -54,7 +54,7 @@ class Keystore(NamedTuple):
 
 
 class Making(NamedTuple):
-    """What is known of a keystore that is being made, for a daemon that comes after a crash."""
+    """A keystore that is being made, as kept for the next daemon after a crash."""
 
     name: str
     place: str
@@ -63,7 +63,7 @@ class Making(NamedTuple):
 
 
 def wanted(name: str, options: Mapping[str, object], uuid: str) -> Keystore:
-    """The keystore that a caller describes by `file` and `size` or `device`, and `mount`. Raises OptionError."""
+    """The keystore for the options `file` and `size`, or `device`, and `mount`. Raises OptionError."""
     for option, value in options.items():
         if option not in _OPTIONS:
             raise OptionError(f'keystore {name}: there is no option "{option}"')
@@ -97,7 +97,7 @@ def wanted(name: str, options: Mapping[str, object], uuid: str) -> Keystore:
 
 
 def check_swept(name: str, path: str, swept: tuple[str, ...]) -> None:
-    """Raises OptionError for a path in a directory that something empties."""
+    """Raises OptionError for a path in a directory that is cleaned."""
     for directory in swept:
         if path == directory or path.startswith(f"{directory}/"):
             raise OptionError(

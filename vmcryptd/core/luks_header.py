@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The public part of LUKS headers, from bytes. Pure.
+"""Parses the public part of LUKS headers. Pure.
 
 After "LUKS2 On-Disk Format Specification" 1.1, sections 2.1 and 3 (cryptsetup's LUKS2-docs),
-and "LUKS1 On-Disk Format Specification" 1.2.3. Anybody may have written a header onto a disk:
-whatever it holds, only NotLuksError and DamagedHeaderError come out.
+and "LUKS1 On-Disk Format Specification" 1.2.3. A header may come from an
+attacker: for any content the only errors raised are NotLuksError and DamagedHeaderError.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ LUKS1_ACTIVE, LUKS1_INACTIVE = 0x00AC71F3, 0x0000DEAD
 
 LARGEST = 2**32 - 1
 
-REENCRYPT = "reencrypt"  # the type of the key slot that says how far a reencryption is
+REENCRYPT = "reencrypt"  # the type of the key slot that holds the progress of a reencryption
 
-# Whether a token asks for a PIN, as systemd-cryptenroll writes it down; a PKCS#11 token always does.
+# systemd-cryptenroll's marks of tokens that need a PIN; a PKCS#11 token always does.
 PIN_FLAGS = {"systemd-tpm2": "tpm2-pin", "systemd-fido2": "fido2-clientPin-required"}
 PIN_ALWAYS = {"systemd-pkcs11"}
 
@@ -49,7 +49,7 @@ PIN_ALWAYS = {"systemd-pkcs11"}
 def parse(data: bytes) -> Header:
     """The header at the start of a device. Raises NotLuksError, DamagedHeaderError.
 
-    `data` is its first USUAL_SIZE bytes; when that raises, the first WHOLE_SIZE give the verdict.
+    `data` is its first USUAL_SIZE bytes; if that raises, parse the first WHOLE_SIZE bytes.
     """
     found = False
     sound: list[tuple[int, Header]] = []
@@ -64,7 +64,7 @@ def parse(data: bytes) -> Header:
             sound += _luks2(data, offset)
             break
     if sound:
-        return max(sound, key=lambda copy: copy[0])[1]  # the one that was written last
+        return max(sound, key=lambda copy: copy[0])[1]  # the newer copy
     if found:
         raise DamagedHeaderError("there is a LUKS header, but no copy of it is intact")
     raise NotLuksError("there is no LUKS header")
@@ -86,14 +86,14 @@ def header(uuid: str, metadata: object) -> Header:
 
 
 def rotation_finished(data: bytes) -> tuple[bytes, list[tuple[int, int]]]:
-    """A header whose data is all under the new volume key, as cryptsetup leaves it at the end of a reencryption.
+    """Finish the header of a reencryption whose data is all under the new volume key, as cryptsetup would.
 
-    cryptsetup (2.8 as well, reencrypt_teardown_ok) wipes the key slots of the old volume key first, and last it
-    writes that it has finished. Cut off in between, it opens the volume no more: for that it wants both keys.
-    The rest of the work needs neither.
+    cryptsetup (2.8 as well, reencrypt_teardown_ok) wipes the key slots of the old volume key first, and at last writes
+    that it has finished. After a crash in between it cannot open the volume, because that needs both keys. The rest of
+    the work needs no key.
 
-    `data` starts with both copies of the header's metadata. Returns these anew, and where the key slots of the old
-    volume key lie: offset and size in bytes. Raises DamagedHeaderError if it is no such header.
+    `data` starts with both copies of the header's metadata. Returns the new copies, and the areas of the old volume
+    key's key slots: offset and size in bytes. Raises DamagedHeaderError for any other header.
     """
     copies = [(*found, offset) for offset in (0, *SIZES) if (found := _copy(data, offset))]
     if not copies:
@@ -148,7 +148,7 @@ def _drop_old(metadata: dict[str, Any], old: str) -> list[tuple[int, int]]:
 
 
 def _old_digest(metadata: dict[str, Any]) -> str | None:
-    """The digest of the old volume key, when a reencryption has moved all data and not said that it has finished."""
+    """The digest of the old volume key, if a reencryption has moved all data but is not marked as finished."""
     try:
         segments, digests = metadata["segments"], metadata["digests"]
         [reencryption] = [
@@ -167,7 +167,7 @@ def _old_digest(metadata: dict[str, Any]) -> str | None:
             reencryption["mode"] == "reencrypt"
             and new != old
             and number in digests[new]["segments"]
-            and "flags" not in moved  # no piece is being moved
+            and "flags" not in moved  # no hotzone is being moved
             and {**moved, "flags": ["backup-final"]} == segments[final]
             and any(n in metadata["keyslots"] for n in digests[new]["keyslots"])
         )
@@ -195,7 +195,7 @@ def _slots(metadata: object) -> tuple[KeySlot, ...]:
 
 
 def _tokens(metadata: object) -> tuple[Token, ...]:
-    """The tokens in LUKS2 metadata. One that is not understood is left out: passphrases work without it."""
+    """The tokens in LUKS2 metadata. Unknown ones are left out: passphrases work without them."""
     found = metadata.get("tokens") if isinstance(metadata, dict) else None
     read = [_token(*item) for item in found.items()] if isinstance(found, dict) else []
     return tuple(sorted((token for token in read if token), key=lambda token: token.number))
@@ -218,7 +218,7 @@ def _luks1(data: bytes) -> Header:
 
 
 def _luks2(data: bytes, offset: int) -> Iterator[tuple[int, Header]]:
-    """The copy at an offset with its sequence id, or nothing when it is not intact."""
+    """The copy at an offset with its sequence id, or None if it is damaged."""
     if (copy := _copy(data, offset)) is None:
         return
     sequence, uuid, metadata = copy
@@ -229,7 +229,7 @@ def _luks2(data: bytes, offset: int) -> Iterator[tuple[int, Header]]:
 
 
 def _copy(data: bytes, offset: int) -> tuple[int, bytes, Any] | None:
-    """Sequence id, UUID and metadata of the copy at an offset, if that is intact."""
+    """Sequence id, UUID and metadata of the copy at an offset, if it is intact."""
     if len(data) < offset + BINARY_SIZE:
         return None
     _, version, size, sequence, _, algorithm, _, uuid, _, own = BINARY.unpack_from(data, offset)
@@ -248,7 +248,7 @@ def _copy(data: bytes, offset: int) -> tuple[int, bytes, Any] | None:
 
 
 def _checksum(copy: bytes | bytearray, algorithm: bytes) -> bytes:
-    """Of one copy; empty if its algorithm is not known."""
+    """The checksum of one copy; empty if its algorithm is unknown."""
     name = _text(algorithm).replace("-", "_")
     if name not in CHECKSUMS:
         return b""
@@ -258,7 +258,7 @@ def _checksum(copy: bytes | bytearray, algorithm: bytes) -> bytes:
 
 
 def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
-    """One slot; none for those without a key derivation, which re-encryption uses."""
+    """One slot; None for slots without a key derivation, which reencryption uses."""
     if not _is_number(number) or not isinstance(value, dict):
         raise DamagedHeaderError("a key slot in the LUKS2 metadata is malformed")
     kdf = value.get("kdf")
@@ -266,7 +266,7 @@ def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
         return
     kind, priority = kdf.get("type"), value.get("priority", 1)
     if priority not in (0, 1, 2) or isinstance(priority, bool):
-        priority = 1  # so does cryptsetup
+        priority = 1  # as cryptsetup does
     salt = str(kdf.get("salt", ""))
     if kind == "pbkdf2":
         yield KeySlot(
@@ -293,7 +293,7 @@ def _luks2_slot(number: str, value: Any) -> Iterator[KeySlot]:
 
 
 def _unbound(metadata: object) -> set[str]:
-    """The slots whose key opens no segment (`cryptsetup luksAddKey --unbound`): they are no way in."""
+    """The slots whose key opens no segment (`cryptsetup luksAddKey --unbound`), so they cannot open the volume."""
     digests = metadata.get("digests") if isinstance(metadata, dict) else None
     found: set[str] = set()
     for digest in digests.values() if isinstance(digests, dict) else ():

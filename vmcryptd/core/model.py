@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The vocabulary: what the configuration says, what was observed. Values only, no I/O."""
+"""The data types of the configuration and of observations. Values only, no I/O."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class VolumeState(StrEnum):
     LOCKED = "locked"  # the mapping does not exist
     WAITING = "waiting"  # its sources are exhausted; a person is asked
     UNLOCKING = "unlocking"  # a key is being fetched or tried
-    UNLOCKED = "unlocked"  # the mapping exists, whoever made it
+    UNLOCKED = "unlocked"  # the mapping exists, made by any program
     SUSPENDED = "suspended"  # the mapping exists, its key is wiped, I/O to it blocks
     LOCKING = "locking"  # the mapping is being closed
-    FAILED = "failed"  # the last attempt failed and nobody is asked
-    MISSING = "missing"  # its device is not there, and no locked volume explains why
+    FAILED = "failed"  # the last attempt failed and no person is asked
+    MISSING = "missing"  # its device does not exist, and no locked volume explains that
 
 
 class GuestState(StrEnum):
@@ -42,7 +42,7 @@ class HostState(StrEnum):
     DEGRADED = "degraded"
 
 
-# --- what the configuration says -----------------------------------------------------------
+# --- configuration -----------------------------------------------------------
 
 
 class SourceKind(StrEnum):
@@ -57,7 +57,7 @@ class SourceKind(StrEnum):
 
     @property
     def token_kind(self) -> str:
-        """What systemd-cryptenroll calls such a token in a header; empty if this is none."""
+        """systemd-cryptenroll's name of such a token in a header; empty if the source is no token."""
         is_token = self in (SourceKind.TPM2, SourceKind.FIDO2, SourceKind.PKCS11)
         return f"systemd-{self}" if is_token else ""
 
@@ -110,8 +110,8 @@ _TAG_LINKS = tuple(f"{_LINKS}by-{tag}/" for tag in ("uuid", "label", "partuuid",
 def udev_encoded(value: str) -> str:
     """A tag's value as udev writes it into the name of a link (libblkid, blkid_encode_string).
 
-    Valid UTF-8 stays. Of ASCII only letters, digits and a few signs do; the rest is escaped byte by byte, as are the
-    code points that Unicode says are no characters.
+    Valid UTF-8 stays. In ASCII only letters, digits and a few signs stay; the rest is escaped byte by byte, like
+    Unicode's noncharacters.
     """
     return "".join(map(_udev_encoded, value))
 
@@ -142,7 +142,7 @@ class VolumeSpec:
     header: str | None = None
     after: tuple[str, ...] = ()
     timeout_s: float = 30.0
-    is_configured: bool = True  # False: its table has gone, and it is open still
+    is_configured: bool = True  # False: its table was removed, but it is still open
     origin: str = field(default="", compare=False)  # file and line of its table
 
     @property
@@ -151,7 +151,7 @@ class VolumeSpec:
 
     @property
     def device_path(self) -> str:
-        """The device as a path; tags are looked up where udev links them."""
+        """The device as a path; for tags udev's link."""
         tag, sep, value = self.device.partition("=")
         if not sep:
             return self.device
@@ -161,12 +161,12 @@ class VolumeSpec:
 
     @property
     def has_tag(self) -> bool:
-        """Whether the device is named by what is written on it, which a copy of it has, too."""
+        """Whether the device is named by a tag on the disk, which a copy has, too."""
         return self.device_path.startswith(_TAG_LINKS)
 
     @property
     def known_uuid(self) -> str:
-        """The LUKS header's UUID as far as the configuration tells, else an empty string."""
+        """The LUKS header's UUID in the configuration, else an empty string."""
         if self.uuid:
             return self.uuid
         link, by_uuid = self.device_path, f"{_LINKS}by-uuid/"
@@ -174,7 +174,7 @@ class VolumeSpec:
 
     @property
     def header_path(self) -> str:
-        """Where its LUKS header is: on the device, unless it is detached."""
+        """The path of its LUKS header: the device, unless the header is detached."""
         return self.header or self.device_path
 
     @property
@@ -223,15 +223,15 @@ class Settings:
         return self.guests.get(name) or GuestSpec(name)
 
 
-# --- what was observed ---------------------------------------------------------------------
+# --- observations ---------------------------------------------------------------------
 
 
 class BlockDevice(NamedTuple):
-    """One block device as sysfs shows it. Names are the kernel's: `sda1`, `dm-3`, `md127`, `loop0`."""
+    """One block device in sysfs. Names are the kernel's: `sda1`, `dm-3`, `md127`, `loop0`."""
 
     name: str
     number: str = ""  # "major:minor", as in mountinfo
-    below: tuple[str, ...] = ()  # devices it is made of: slaves, the whole disk of a partition
+    below: tuple[str, ...] = ()  # devices below: slaves, the whole disk of a partition
     dm_name: str = ""
     dm_uuid: str = ""
     suspended: bool = False
@@ -290,7 +290,7 @@ class Storage(NamedTuple):
     claims: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def has(self, path: str) -> bool:
-        """Whether a block device or file that was asked for is there."""
+        """Whether a block device or file exists, for a path that was asked for."""
         return path in self.links or path in self.files
 
 
@@ -312,7 +312,7 @@ class DiskSource(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """One libvirt domain as libvirt tells it."""
+    """One libvirt domain, as libvirt reports it."""
 
     name: str
     uuid: str
@@ -321,7 +321,7 @@ class Domain(NamedTuple):
     persistent: bool = True
     sources: tuple[DiskSource, ...] = ()
     autostart_once: bool = False  # `virsh autostart --once`: at the next boot of the host only
-    trouble: str = ""  # it died, or cannot run on: what happened, and what to do; else empty
+    trouble: str = ""  # if it died or cannot run on: what happened, and what to do; else empty
 
 
 class Pool(NamedTuple):
@@ -336,14 +336,14 @@ class Pool(NamedTuple):
     volumes: Mapping[str, str] = MappingProxyType({})  # volume name → path, when active
 
     def path_of(self, volume: str) -> str:
-        """Where the volume is; while the pool is off, where pools with a path keep theirs. Else empty."""
+        """The volume's path; while the pool is off, in the pool's directory if it has one. Else empty."""
         return self.volumes.get(volume) or (f"{self.path}/{volume}" if self.path else "")
 
 
 class Virtualisation(NamedTuple):
-    """What libvirt knows; `reachable` is False until a connection gave an answer.
+    """libvirt's domains and pools; `reachable` is False until a connection gave an answer.
 
-    `error` says why there is no connection, once an attempt at one has failed; what was known stays.
+    `error` is the reason of the last failed connection; domains and pools stay as last known.
     """
 
     reachable: bool = False
@@ -352,13 +352,13 @@ class Virtualisation(NamedTuple):
     error: str = ""
 
     def path_of(self, source: DiskSource) -> str:
-        """Where a guest's disk is, also one in a pool; empty when nobody can tell."""
+        """The path of a guest's disk, also in a pool; empty if unknown."""
         pool = self.pools.get(source.pool)
         return source.path or (pool.path_of(source.volume) if pool else "")
 
 
 class Remembered(NamedTuple):
-    """What was seen while volumes were open, so that dependencies are known while they are locked.
+    """Observations of open volumes, from which dependencies are known while they are locked.
 
     `paths`: a device or file path → the volumes it lies on. `uuids`: volume → its header's UUID.
     """
@@ -368,48 +368,48 @@ class Remembered(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """Everything the graph is built from, at one moment."""
+    """All observations for the graph, at one moment."""
 
     storage: Storage = Storage()
     virtualisation: Virtualisation = Virtualisation()
     remembered: Remembered = Remembered()
     # Volume → UUID read from its header.
     uuids: Mapping[str, str] = MappingProxyType({})
-    # Disk file → files it is backed by.
+    # Disk file → its backing files.
     chains: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     # Volumes whose group was activated since they were opened.
     activated: frozenset[str] = frozenset()
-    # Where a header is to be read, and the disk has not answered in time until now.
+    # Header paths whose disk has not answered in time.
     silent: frozenset[str] = frozenset()
 
 
 # --- LUKS headers ------------------------------------------------------------------------
 
 
-# What a header says costs nothing to write. cryptsetup itself chooses 1 GiB at most, and some seconds.
+# Costs in a header are only claims. cryptsetup itself chooses 1 GiB at most, and some seconds.
 ABSURD_KIB = 2 * 1024 * 1024
-ABSURD_COST = 300_000_000  # as KeySlot.cost: five minutes of one core
+ABSURD_COST = 300_000_000  # in the unit of KeySlot.cost: five minutes of one core
 
 
 @dataclass(frozen=True)
 class KeySlot:
-    """What one LUKS key slot costs to try."""
+    """One LUKS key slot, with the cost of a try."""
 
     number: int
-    kdf: str  # argon2id | argon2i | pbkdf2, or one that is not known here
+    kdf: str  # argon2id | argon2i | pbkdf2, or an unknown one
     memory_kib: int = 0
     threads: int = 1
     iterations: int = 0
     priority: int = (
         1  # 0: only when named, 1: normal, 2: before the others; as `cryptsetup config` sets it
     )
-    salt: str = field(default="", compare=False)  # tells a slot from another that costs the same
+    salt: str = field(default="", compare=False)  # distinguishes slots of the same cost
 
     @property
     def cost(self) -> int:
-        """Roughly the microseconds of one core that one try takes: for putting slots in order, and nothing else.
+        """A try's time in microseconds of one core, roughly: used only to order slots.
 
-        A core fills about as many KiB for Argon2 in a second as it does rounds of PBKDF2, a million.
+        In a second a core fills about a million KiB for Argon2, or does about a million rounds of PBKDF2.
         """
         return self.iterations * (self.memory_kib or 1)
 
@@ -419,12 +419,12 @@ class KeySlot:
 
     @property
     def is_absurd(self) -> bool:
-        """Whether it claims more than anybody who wants to open the volume would choose."""
+        """Whether its claimed cost is higher than any sensible choice."""
         return self.memory_kib > ABSURD_KIB or self.cost > ABSURD_COST
 
     @property
     def caveat(self) -> str:
-        """Why it is tried last; empty for a slot like any other."""
+        """The reason to try it last; empty for an ordinary slot."""
         if not self.is_known:
             return f"has the key derivation {self.kdf}, which is not known here"
         if self.is_absurd:
@@ -434,16 +434,16 @@ class KeySlot:
 
 
 class Token(NamedTuple):
-    """How something other than a passphrase opens key slots of a LUKS2 volume."""
+    """A token of a LUKS2 header: it opens key slots without a passphrase."""
 
     number: int
-    kind: str  # as the header says: "systemd-tpm2", "systemd-fido2", "systemd-pkcs11", "clevis", …
+    kind: str  # as in the header: "systemd-tpm2", "systemd-fido2", "systemd-pkcs11", "clevis", …
     slots: tuple[int, ...] = ()
     needs_pin: bool = False
 
     @property
     def title(self) -> str:
-        """As a person knows it."""
+        """The name for people."""
         words = {"systemd-tpm2": "TPM2", "systemd-fido2": "FIDO2", "systemd-pkcs11": "PKCS#11"}
         return f"the {words.get(self.kind, self.kind)} token {self.number}"
 
@@ -455,12 +455,12 @@ class Header(NamedTuple):
     uuid: str
     slots: tuple[KeySlot, ...] = ()
     tokens: tuple[Token, ...] = ()
-    is_reencrypting: bool = False  # then a key has to fit a slot of the old and one of the new
+    is_reencrypting: bool = False  # a key has to fit slots of both volume keys
     data_reencrypted: bool = (
-        False  # all data is under the new key; only the end of the rotation is missing
+        False  # all data is under the new volume key; only the last step of the rotation is missing
     )
 
     @property
     def memory_kib(self) -> int:
-        """What one attempt takes at most: cryptsetup tries the slots one after another."""
+        """The most memory that an attempt takes: cryptsetup tries the slots one after another."""
         return max((slot.memory_kib for slot in self.slots), default=0)

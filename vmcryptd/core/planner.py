@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What to do, in which order, and why: a graph and a goal in, a plan out. Pure, and does nothing.
+"""Plans the steps that reach a goal, from the graph. Pure.
 
-A plan holds only what is not so yet, so that planning again after a plan ran gives an empty one.
+A plan holds only steps that are still needed, so planning again after a plan ran gives an empty plan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vmcryptd.core.model import Content, Lock, Unlock
 def plan(graph: Graph, goal: Goal, without: Container[StepId] = ()) -> Plan:
     """The steps that reach the goal. Raises GoalError, NoSuchVolumeError, NoSuchGuestError, BusyError.
 
-    `without`: these steps of boot are not begun for their own sake, but only where another step needs them.
+    `without`: steps of boot that are planned only if another step needs them.
     """
     name = goal.name
     steps = _Steps(graph)
@@ -49,7 +49,7 @@ def plan(graph: Graph, goal: Goal, without: Container[StepId] = ()) -> Plan:
 
 
 def boot_set(graph: Graph) -> tuple[list[str], list[str]]:
-    """The volumes and the guests that boot brings up. A keystore (lock = "boot") is a means, not an end."""
+    """The volumes and guests that boot brings up. Keystores (lock = "boot") are not in it: they only open others."""
     roots = [
         name
         for name, node in graph.volumes.items()
@@ -69,7 +69,7 @@ def boot_set(graph: Graph) -> tuple[list[str], list[str]]:
 
 
 def idle_volumes(graph: Graph, needs: Iterable[str], stopped: str) -> list[str]:
-    """The open volumes to be closed when the guest with these needs has stopped (lock = "guest"), topmost first."""
+    """The open volumes to close after a guest with these needs has stopped (lock = "guest"), topmost first."""
     idle: list[str] = []
     known = [need for need in needs if need in graph.volumes]
     for name in reversed(graph.beneath(known)):
@@ -103,7 +103,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _may_start(graph: Graph, guest: str, opened: Container[str]) -> bool:
-    """A guest on a volume that is opened only when told to does not start by itself, unless it is open all the same."""
+    """Whether boot may start the guest: not if it needs a locked volume that is opened only on request."""
     return all(
         need in opened
         or graph.volumes[need].is_open
@@ -127,10 +127,8 @@ class _Steps:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._steps: dict[StepId, Step] = {}
-        self._tops: dict[
-            str, tuple[StepId, ...]
-        ] = {}  # volume → the steps that complete its way up
-        self._pools: dict[str, str] = {}  # pool → volume on its way up that it lies on
+        self._tops: dict[str, tuple[StepId, ...]] = {}  # volume → the last steps that bring it up
+        self._pools: dict[str, str] = {}  # pool → a volume below it that is being brought up
 
     def __contains__(self, step_id: StepId) -> bool:
         return step_id in self._steps
@@ -150,11 +148,11 @@ class _Steps:
         return step_id
 
     def sorted(self) -> tuple[Step, ...]:
-        """In an order in which they could be taken one by one; what a step names but the plan does not hold is done."""
+        """The steps in an order in which they can be done one by one. Named steps outside of the plan are done."""
         self._start_pools()
         known = self._steps
         placed: set[StepId] = set()
-        is_sorted = True  # as they were added, which they are on most ways up
+        is_sorted = True  # the order in which they were added, mostly
         for step_id, step in known.items():
             after = tuple(other for other in step.after if other in known)
             order = tuple(other for other in step.order if other in known and other not in after)
@@ -170,7 +168,7 @@ class _Steps:
         return tuple(known[step_id] for step_id in sorter.static_order())
 
     def up(self, volume: str, reason: str) -> tuple[StepId, ...]:
-        """Open a volume, all it needs, and what the host brings up on it. Returns the steps to wait for."""
+        """Open a volume, all it needs, and its group and mount. Returns the steps to wait for."""
         if volume in self._tops:
             return self._tops[volume]
         reasons = {volume: reason}
@@ -186,7 +184,7 @@ class _Steps:
 
     def _one_up(self, name: str, reason: str) -> tuple[StepId, ...]:
         node = self._graph.volumes[name]
-        # A keystore that is lost does not keep what has other keys closed: it is only waited for.
+        # Only ordered after the keystore: if that is lost, the volume's other keys still open it.
         needs = {lower: lower not in node.keys_in for lower in node.still_needs}
         below = [step for lower in needs if needs[lower] for step in self._tops.get(lower, ())]
         keys = [step for lower in needs if not needs[lower] for step in self._tops.get(lower, ())]
@@ -201,14 +199,14 @@ class _Steps:
             )
         for pool in self._graph.pools_on.get(name, ()):
             known = self._graph.pools[pool].pool
-            # A pool that libvirt started on the empty mount point must look again.
+            # libvirt may have started the pool on the empty mount point: refresh it.
             if tops and (known.autostart or known.active):
                 self._pools.setdefault(pool, f"storage pool on {name}")
-        # Of one that is up itself, what it stands on may still have to be resumed.
+        # The volume itself is up, but one beneath it may have to be resumed.
         return tuple(tops or below)
 
     def _start_pools(self) -> None:
-        """Once all that come up are known: a pool can lie on several volumes."""
+        """Called after all volumes are planned, because a pool can lie on several."""
         for pool, reason in self._pools.items():
             needs = self._graph.pools[pool].needs
             if all(need in self._tops or _is_up(self._graph.volumes[need]) for need in needs):
@@ -232,7 +230,7 @@ class _Steps:
         self.add(Action.STOP, guest, reason)
 
     def order_stops(self, guests: Iterable[str]) -> None:
-        """A guest stops when all guests after it have."""
+        """A guest stops after all guests that start after it."""
         later: dict[str, list[StepId]] = {}
         for name in guests:
             for earlier in self._graph.guests[name].spec.after:
@@ -243,13 +241,13 @@ class _Steps:
                 self._steps[step.id] = step._replace(order=tuple(stops))
 
     def down(self, volume: str, reason: str) -> None:
-        """Close one open volume: what is named here but not part of the plan counts as done."""
+        """Close one open volume. Named steps outside of the plan count as done."""
         node = self._graph.volumes[volume]
         above = [StepId(Action.STOP, guest) for guest in self._graph.guests_on.get(volume, ())]
         above += [StepId(Action.LOCK, upper) for upper in self._graph.standing_on.get(volume, ())]
         for pool in self._graph.pools_on.get(volume, ()):
             if self._graph.pools[pool].pool.active:
-                # A pool that does not stop holds nothing open by itself; what does is told by the unmounting.
+                # Ordered only: a pool that fails to stop keeps nothing open. Unmounting names the real users.
                 self.add(
                     Action.STOP_POOL, pool, f"{volume} is to be closed", order=self._on_pool(pool)
                 )
@@ -262,7 +260,7 @@ class _Steps:
         self.add(Action.LOCK, volume, reason, last, pools)
 
     def _on_pool(self, pool: str) -> list[StepId]:
-        """The steps that take down what uses a pool."""
+        """The steps that stop the users of a pool."""
         needs = self._graph.pools[pool].needs
         guests = dict.fromkeys(self._graph.guests_in.get(pool, ()))
         uppers: dict[str, None] = {}
@@ -289,7 +287,7 @@ def _boot(graph: Graph, steps: _Steps, without: Container[StepId]) -> None:
 
 
 def _close_keystores(graph: Graph, steps: _Steps, volumes: list[str]) -> None:
-    """Close what is only needed to open the boot set (lock = "boot"), once that is open."""
+    """Close the keystores (lock = "boot") once the boot set is open."""
     reason = "the boot set is open"
     keystores = [name for name, node in graph.volumes.items() if node.spec.lock is Lock.BOOT]
     unlocks = [StepId(Action.UNLOCK, name) for name in (*volumes, *keystores)]
@@ -334,7 +332,7 @@ def _shutdown(graph: Graph, steps: _Steps) -> None:
         if node.is_open and node.spec.lock is Lock.MANUAL
     }
     stack = list(kept)
-    while stack:  # what a volume stands on stays open with it
+    while stack:  # volumes beneath an open one stay open
         for lower in graph.volumes[stack.pop()].stands_on:
             if lower not in kept:
                 kept.add(lower)
@@ -352,7 +350,7 @@ def _lock(graph: Graph, steps: _Steps, names: list[str]) -> None:
             for user in graph.users(name)
             if user.removeprefix("volume ") not in going or user.startswith("guest ")
         ]
-        # Its own mount goes with it; what somebody else mounted, somebody else needs.
+        # Its configured mount is unmounted; a mount by another program shows that the volume is in use.
         node = graph.volumes[name]
         users += [f"mounted at {mount}" for mount in node.mounts if mount != node.spec.mount]
         if users:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The caller that the running task works for: named in the journal, and nowhere else."""
+"""The caller for whom the running task works, for the journal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Requester(NamedTuple):
-    """A user of the bus; without a user id, vmcryptd itself."""
+    """A user on the bus; without a user id, vmcryptd itself."""
 
     uid: int = -1
 
@@ -16,5 +16,5 @@ class Requester(NamedTuple):
         return "vmcryptd itself" if self.uid < 0 else f"user {self.uid} over the bus"
 
 
-# Set for each call on the bus; tasks that are made for it inherit it.
+# Set for each call on the bus, and inherited by its tasks.
 REQUESTER: ContextVar[Requester] = ContextVar("REQUESTER", default=Requester())  # noqa: B039 (it is immutable)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""In which order a key is tried on the slots of a LUKS header. Pure.
+"""Orders the slots of a LUKS header for trying a key. Pure.
 
-cryptsetup by itself walks them by number: a cheap slot behind an Argon2id one costs both.
+cryptsetup tries them by number: a cheap slot after an Argon2id one costs both.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from collections.abc import Iterable
 
 from vmcryptd.core.model import Header, KeySlot
 
-# Only these tokens open the slots that they enrolled: no person types such a key, and no file holds it.
-# "systemd-recovery" is none of them: a recovery key is typed.
+# Only these tokens open the slots that they enrolled: such a key is never typed, nor in a file.
+# "systemd-recovery" is not among them: a recovery key is typed.
 MACHINES = frozenset({"systemd-tpm2", "systemd-fido2", "systemd-pkcs11", "clevis"})
 
-# Volume, number and salt of key slots that a key did not fit: a slot that was made anew is another one.
+# Volume, number and salt of key slots that a key did not fit: a new slot of the same number has another salt.
 Tried = set[tuple[str, int, str]]
 
 
 def order(header: Header, fitted: int | None) -> tuple[KeySlot, ...]:
-    """The slots that a passphrase or key file may fit, the likeliest and cheapest first.
+    """The slots that a passphrase or key file may fit, the most likely and cheapest first.
 
-    Those with a caveat come last, whatever priority they claim. `fitted` is the slot that it opened last time. Empty
-    when only cryptsetup itself can tell.
+    Those with a caveat come last, regardless of their priority. `fitted` is the slot that the key last opened. Empty
+    when only cryptsetup itself can try.
     """
     if header.is_reencrypting:
         return ()
     bound = bound_slots(header)
     typed = [slot for slot in header.slots if slot.number not in bound] or list(header.slots)
-    # Priority 0 means: only when named. Where there is nothing else, there is nothing else to name.
+    # Slots of priority 0 are to be used only when named. If there are no others, they are tried.
     named = [slot for slot in typed if slot.priority > 0] or typed
     last = [slot for slot in header.slots if slot.number == fitted]
     rest = sorted(
@@ -38,7 +38,7 @@ def order(header: Header, fitted: int | None) -> tuple[KeySlot, ...]:
 
 
 def bound_slots(header: Header) -> frozenset[int]:
-    """The slots of tokens whose key no person knows."""
+    """The slots of tokens, whose keys no person knows."""
     machines = _slots(header, (t.kind for t in header.tokens if t.kind in MACHINES))
     others = _slots(header, (t.kind for t in header.tokens if t.kind not in MACHINES))
     return machines - others

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The states that users see, worked out from what is observed and what is going on. Pure."""
+"""Derives the states that users see from observations and activities. Pure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vmcryptd.core.errors import (
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import GuestState, HostState, VolumeState
 
-# Errors that say nothing about the volume itself.
+# Errors with their cause outside of the volume.
 _NOT_ITS_OWN = (DeviceMissingError, DependencyError, CancelledError, NotAskedError)
 
 
 @dataclass
 class Activity:
-    """What is being done to one volume or guest, and how the last attempt ended."""
+    """The running action on one volume or guest, and the result of the last attempt."""
 
     doing: VolumeState | GuestState | None = None
     error: VmcryptdError | None = None
@@ -34,7 +34,7 @@ class Activity:
 
     @property
     def has_failed_by_itself(self) -> bool:
-        """Whether nothing but its own news makes another attempt worth while."""
+        """Whether another attempt is pointless until the volume or guest itself changes."""
         passing = (DependencyError, CancelledError, LibvirtError)
         return self.doing is None and self.error is not None and not isinstance(self.error, passing)
 
@@ -47,11 +47,11 @@ class Activities:
         self._guests: dict[str, Activity] = {}
 
     def configure(self, volumes: Iterable[str]) -> None:
-        """Keep those of these volumes, forget the others."""
+        """Keep the activities of these volumes, forget the others."""
         self.volumes = {name: self.volumes.get(name) or Activity() for name in volumes}
 
     def seen(self, graph: Graph) -> None:
-        """What is open or runs has not failed, and what is closed was opened by nothing."""
+        """Clear errors of what is up, and key sources of what is closed."""
         for name, node in graph.volumes.items():
             activity = self.volumes[name]
             if node.is_usable:
@@ -65,7 +65,7 @@ class Activities:
                 self.guest(name).error = None
 
     def died(self, name: str, trouble: str) -> GuestDiedError | None:
-        """A guest is in trouble; returns the error if it is new."""
+        """Note that a guest died; returns the error if it is new."""
         activity = self.guest(name)
         if activity.doing is not None or isinstance(activity.error, GuestDiedError):
             return None
@@ -73,7 +73,7 @@ class Activities:
         return error
 
     def forget(self) -> None:
-        """All goes down: why an attempt to bring it up has failed is of no use any more."""
+        """Forget errors of bringing up, because everything goes down."""
         for _, activity in self.all():
             activity.error = None
 
@@ -86,7 +86,7 @@ class Activities:
         return volumes | {f"guest {n}": one.error for n, one in self._guests.items() if one.error}
 
     def restore(self, errors: Mapping[str, VmcryptdError], graph: Graph) -> None:
-        """Take over the errors of an earlier daemon, of what is there and still down."""
+        """Take over an earlier daemon's errors of volumes and guests that exist and are still down."""
         for of, error in errors.items():
             kind, _, name = of.partition(" ")
             if kind == "volume" and name in graph.volumes and not graph.volumes[name].is_open:
@@ -99,7 +99,7 @@ class Activities:
 
 
 class VolumeView(NamedTuple):
-    """One volume as the bus and the command line show it."""
+    """The state of one volume, as shown to users."""
 
     name: str
     device: str
@@ -109,12 +109,12 @@ class VolumeView(NamedTuple):
     discard: bool
     needed_by: tuple[str, ...]
     header_backup_due: bool
-    rotation: str  # of its volume key: running, unfinished; else empty
+    rotation: str  # rotation of its volume key: running, unfinished; else empty
     error: str
 
 
 class GuestView(NamedTuple):
-    """One guest as the bus and the command line show it."""
+    """The state of one guest, as shown to users."""
 
     name: str
     state: GuestState
@@ -173,7 +173,7 @@ def volume_view(
 def guest_view(graph: Graph, name: str, activity: Activity) -> GuestView:
     node = graph.guests[name]
     doing = activity.doing
-    # libvirt's own word wins as soon as it knows better: a guest that runs is no longer starting.
+    # libvirt's state wins: a guest that runs is no longer starting.
     if doing is GuestState.STARTING and node.is_running:
         doing = None
     return GuestView(
@@ -195,10 +195,11 @@ def host_state(
     booted: bool,
     failed: bool,
 ) -> HostState:
-    """The state of the whole. A guest that was shut down does not count; one that died has an error.
+    """The state of the host. A guest that was shut down does not count; one that died has an error.
 
-    `volumes` and `guests` (with: has an error) are those of the boot set. `rising`: a job on its way up is running;
-    `booted`: boot was asked for and nothing took it back; `failed`: it failed in a way that no volume or guest shows.
+    `volumes` and `guests` (each with a flag: has an error) are those of the boot set. `rising`: a job that brings
+    something up is running; `booted`: boot was requested and not cancelled; `failed`: it failed in a way that no volume
+    or guest shows.
     """
     if stopping:
         return HostState.STOPPING

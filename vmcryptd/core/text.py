@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Text from outside, made fit for a line of the journal, a terminal or a dialog. Pure."""
+"""Makes text from outside safe for the journal, a terminal or a dialog. Pure."""
 
 from __future__ import annotations
 
