@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Text in the columns of a terminal: East Asian characters take two, combining ones none."""
+"""Measures and wraps text in terminal columns: East Asian characters take two, combining ones none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 
 def width(text: str) -> int:
-    """How many columns it takes. The text is printable."""
+    """The number of columns of a printable text."""
     if text.isascii():
         return len(text)
     import unicodedata  # only for names that need it
@@ -25,7 +25,7 @@ def padded(text: str, columns: int) -> str:
 
 
 def shortened(text: str, columns: int) -> str:
-    """Without its middle, as long as it does not fit: both ends of a device's path tell something."""
+    """The text without its middle if it does not fit: both ends of a device's path help."""
     if width(text) <= columns:
         return text
     head, tail = text, text
@@ -37,7 +37,7 @@ def shortened(text: str, columns: int) -> str:
 
 
 def wrapped(text: str, columns: int, indent: int = 0) -> list[str]:
-    """Lines of so many columns, 0 for any; from the second on indented. A word is never cut: it may be a name."""
+    """Lines of so many columns, 0 for any; indented from the second on. A word is never cut: it may be a name."""
     if not columns or width(text) <= columns:
         return [text]
     lead = len(text) - len(text.lstrip(" "))

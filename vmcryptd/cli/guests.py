@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmcryptctl start`: the question for a guest's volumes comes to the terminal of the caller who starts it."""
+"""`vmcryptctl start`: starts guests, and asks for their volumes on the caller's terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmcryptd.core.errors import UnreachableError, VmcryptdError
 
 
 async def start(client: Client, name: str, say: Say) -> None:
-    """Start a guest; of a client that follows. Raises what kept it off."""
+    """Start a guest. The client must `follow`. Raises the reason why the guest is off."""
     call = asyncio.ensure_future(client.call("StartGuest", "s", name))
 
     def asked_for() -> list[str]:
@@ -42,9 +42,9 @@ async def start(client: Client, name: str, say: Say) -> None:
                 say(waiting_for(asked_for()))
                 await asyncio.wait({call})
                 continue
-            # What the guest needs besides may join the question.
+            # The guest's other volumes may join the question.
             await client.until(is_settled, GATHER_S)
-            if not (names := asked_for()):  # to Unlocking that would mean all
+            if not (names := asked_for()):  # Unlocking takes an empty list for all volumes
                 continue
             if failed := await Unlocking(client, names, can_ask=True, say=say).run():
                 raise next(iter(failed.values()))
@@ -54,7 +54,7 @@ async def start(client: Client, name: str, say: Say) -> None:
 
 
 async def start_each(client: Client, names: list[str], say: Say) -> dict[str, VmcryptdError]:
-    """One after the other. Returns what failed."""
+    """Start the guests one after the other. Returns the failures."""
     failed: dict[str, VmcryptdError] = {}
     await client.follow()
     for name in names:

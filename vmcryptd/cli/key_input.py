@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keys for the verbs that change keys: typed on the terminal or from a file, and passed on as descriptors."""
+"""Reads keys for the verbs that change keys, from the terminal or a file, into descriptors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vmcryptd.posix.run import run
 
 TRIES = 3
 COMPARING_S = 10.0
-READ_S = 30.0  # as the daemon reads what is handed in
+READ_S = 30.0  # as long as the daemon reads a caller's key
 
 
 class Fitting(LockedKey):
@@ -39,19 +39,19 @@ class Fitting(LockedKey):
 async def known(
     client: Client, volume: str, path: str | None, question: str, *, but: int = -1
 ) -> AsyncIterator[MemfdKey]:
-    """A key that opens the volume: from a file, or one that is asked for until it fits, not `but` that slot."""
+    """A key that opens the volume by any slot except `but`: from a file, or asked for until it fits."""
     if path is not None:
         async with from_file(path) as key:
             yield key
         return
-    await client.call("ListKeys", "s", volume)  # a name that is wrong shows before anybody types
+    await client.call("ListKeys", "s", volume)  # a wrong name is reported before a person types
     for left in reversed(range(TRIES)):
         with contextlib.closing(Fitting()) as typed:
             await _ask(client, question, typed)
             try:
                 typed.slot = await slot_of(client, volume, typed)
             except WrongKeyError:
-                # Here rather than after all that is still to be typed.
+                # Checked here, before the person types the rest.
                 if not left:
                     raise
                 say("that did not fit; try again")
@@ -65,7 +65,7 @@ async def known(
 
 @contextlib.asynccontextmanager
 async def untried(client: Client, path: str | None, question: str) -> AsyncIterator[MemfdKey]:
-    """A key from a file, or one that is asked for once."""
+    """A key from a file, or asked for once."""
     if path is not None:
         async with from_file(path) as key:
             yield key
@@ -77,7 +77,7 @@ async def untried(client: Client, path: str | None, question: str) -> AsyncItera
 
 @contextlib.asynccontextmanager
 async def new(client: Client, volume: str, path: str | None) -> AsyncIterator[MemfdKey]:
-    """A key that is to open the volume: from a file, or one that was typed twice."""
+    """A new key: from a file, or typed twice."""
     if path is not None:
         async with from_file(path) as key:
             yield key
@@ -117,7 +117,7 @@ async def _ask(client: Client, question: str, key: MemfdKey) -> None:
 
 @contextlib.asynccontextmanager
 async def from_file(path: str) -> AsyncIterator[LockedKey]:
-    """A copy: of standard input there is only one reading, and some need the key several times."""
+    """A copy, because standard input can be read only once and some verbs need the key several times."""
     fd = open_key(path)
     with contextlib.closing(LockedKey()) as key:
         try:
@@ -139,7 +139,7 @@ async def from_file(path: str) -> AsyncIterator[LockedKey]:
 
 
 async def without_newline(key: MemfdKey) -> LockedKey | None:
-    """A copy without its last byte, if that is a newline and not all there is. To be closed by the caller."""
+    """A copy without its last byte, if that is a newline and not the only byte. The caller closes it."""
     if key.size < 2 or not await _ends_with_newline(key):
         return None
     shorter = LockedKey()
@@ -149,7 +149,7 @@ async def without_newline(key: MemfdKey) -> LockedKey | None:
 
 
 async def _ends_with_newline(key: MemfdKey) -> bool:
-    """A child looks, so that no byte of the key comes into Python."""
+    """A child compares, so that no byte of the key comes into Python."""
     with contextlib.closing(MemfdKey()) as newline:
         os.write(newline.fileno(), b"\n")
         with readers(key, newline) as fds:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmcryptctl key`: asks for keys, and hands them to the daemon as descriptors."""
+"""`vmcryptctl key`: asks for keys, and sends them to the daemon as descriptors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def _add_from_keystore(arguments: Namespace) -> int:
     if source in sources:
         print(f"{volume} is opened from the keystore {keystore} from now on")
     else:
-        # The configuration is its author's, with comments and an order of its own: never rewritten.
+        # The administrator's configuration has comments and an order of its own: it is never rewritten.
         keys = json.dumps([source, *sources], ensure_ascii=False)
         print(f"the keystore {keystore} holds a key of {volume} now. To have it used, write")
         print(f"\n    keys = {keys}\n")
@@ -137,8 +137,8 @@ async def _rotate(arguments: Namespace) -> int:
             await client.call("StopRotation", "s", volume)
             return EXIT_OK
         await client.follow()
-        check_names(client, [volume])  # before anybody types
-        # Not asked of its header: the disk has enough to do.
+        check_names(client, [volume])  # before a person types
+        # Not read from the header: the disk is busy.
         if client.volumes[volume].get("Rotation") == "running":
             raise BusyError(
                 f"the volume key of {volume} is being rotated already: "
@@ -170,7 +170,7 @@ async def _rotated(client: Client, volume: str, key: MemfdKey, drop_others: bool
         rotating = asyncio.ensure_future(
             client.call("RotateKey", "shb", volume, 0, drop_others, fds=fds)
         )
-        # Hours may follow, in which nobody needs the key.
+        # A rotation can take hours without the key.
         showing = asyncio.ensure_future(show_progress(client, f"rotate:{volume}", held.close))
         try:
             await asyncio.wait({rotating})
@@ -199,7 +199,7 @@ async def _backup(arguments: Namespace) -> int:
             await client.call("BackupHeader", "sh", volume, 0, fds=[file])
     print(f"{path} is a backup of the header of {volume}")
     say(
-        f"keep it offline or encrypted: with it, whoever knows a passphrase of now opens {volume} for "
+        f"keep it offline or encrypted: with it, anyone who knows a present passphrase opens {volume} for "
         "ever, also after that was changed or removed. The same goes for older backups: destroy them"
     )
     return EXIT_OK
@@ -207,7 +207,7 @@ async def _backup(arguments: Namespace) -> int:
 
 @contextlib.contextmanager
 def _new_file(path: str) -> Iterator[int]:
-    """A file of root's own that was not there before, and is not when this fails."""
+    """A new file for root only, which is removed on failure."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         fd = os.open(path, flags, 0o600)
@@ -230,11 +230,11 @@ def _new_file(path: str) -> Iterator[int]:
 async def _changed(
     client: Client, member: str, signature: str, volume: str, *body: Any, keys: list[MemfdKey]
 ) -> list[Any]:
-    """Call what changes the keys of a volume."""
+    """Call a method that changes the keys of a volume."""
     try:
         return await call(client, member, signature, volume, *body, keys=keys)
     except UnreachableError as error:
-        # Whatever was done by then, no way in is lost: engine/key_management.py.
+        # An interruption at any point loses no key: engine/key_management.py.
         raise UnreachableError(
             f"{error}; if it broke off in between, the keys of {volume} may have changed or not: "
             f"`vmcryptctl key list {volume}` shows, and `vmcryptctl key test {volume}` tells which key opens it"

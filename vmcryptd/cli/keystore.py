@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmcryptctl keystore init`: asks for the new passphrase, and has the daemon make the keystore."""
+"""`vmcryptctl keystore init`: asks for the new passphrase, and lets the daemon make the keystore."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 async def init(arguments: Namespace) -> int:
     name, options = arguments.NAME, _options(arguments)
-    place = wanted(name, options, "").place  # before anything is typed
+    place = wanted(name, options, "").place  # before a person types
     async with changing() as client:
         await client.follow()
         await _check(client, name, options)
@@ -40,7 +40,7 @@ async def init(arguments: Namespace) -> int:
 
 
 def _options(arguments: Namespace) -> dict[str, Any]:
-    """As the bus method takes them. Raises UsageError."""
+    """The options of the bus method. Raises UsageError."""
     options = {
         option: value
         for option in ("file", "device", "mount")
@@ -60,7 +60,7 @@ def _typed(options: dict[str, Any]) -> dict[str, Typed]:
 
 
 async def _check(client: Client, name: str, options: dict[str, Any]) -> None:
-    """What would be refused later is refused before anything is typed. Raises VmcryptdError."""
+    """Make all checks before a person types. Raises VmcryptdError."""
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     try:
         checked = _typed({**options, "dry-run": True})
@@ -70,7 +70,7 @@ async def _check(client: Client, name: str, options: dict[str, Any]) -> None:
 
 
 async def _made(client: Client, name: str, job: str) -> None:
-    """Wait for the end of the job, and show how far it is. Raises what it failed by."""
+    """Wait for the end of the job, and show its progress. Raises the job's error."""
     showing = asyncio.ensure_future(show_progress(client, f"create-keystore:{name}", lambda: None))
     try:
         await client.job_ended(job)

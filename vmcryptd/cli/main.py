@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""vmcryptctl: what is typed becomes calls over the bus; messages go to stderr, data to stdout."""
+"""vmcryptctl: turns a command line into calls on the bus; messages go to stderr, data to stdout."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ from vmcryptd.core.errors import (
 from vmcryptd.core.wording import few
 from vmcryptd.posix.notify import extend_timeout, notify
 
-INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
+INTERRUPTED = 130  # as in a shell: 128 and the number of SIGINT
 
-# While boot still finds out which volumes its guests need, a question may be about to come.
+# While boot still determines the volumes of its guests, a question may follow.
 CONSOLE_SETTLE_S = 1.0
 CONSOLE_MARGIN_S = 30.0
-# What closing may take after the guests had their time.
+# The time for closing after the guests had theirs.
 CLOSING_S = 300.0
 LONGEST_STOP_S = 86400.0
 SNAPSHOT_S = 1.0
-# root is answered within 3 s, whatever else goes on.
+# The daemon always answers root within 3 s.
 PANIC_ANSWER_S = 5.0
 
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # something else in its place
+        with contextlib.suppress(AttributeError):  # a replaced stream
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         code = _run(argv)
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in UNWRITABLE or error.filename is not None:
             raise
         discard_output()
-        code = EXIT_OK  # the reader needs no more
+        code = EXIT_OK  # the reader has closed the pipe
         if not isinstance(error, BrokenPipeError):
             say(f"standard output cannot be written: {error.strerror}")
             code = EXIT_FAILED
@@ -88,12 +88,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fill_standard_descriptors() -> None:
-    """One that the caller has closed is opened, so that no socket of ours takes its number and gets our output."""
+    """Open those that the caller has closed, so that no socket of ours gets their number and our output."""
     for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(fd)
         except OSError:
-            # Not for writing in the place of standard output: what is lost is to be an error.
+            # Standard output is opened for reading only: lost output must be an error.
             os.set_inheritable(os.open(os.devnull, flags), True)
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
@@ -140,7 +140,7 @@ async def _carried_out(verb: Verb, arguments: Namespace) -> int:
 
 
 async def _resolve_paths(arguments: Namespace, name: str) -> None:
-    """Put the names of volumes in the place of paths of devices and mappings."""
+    """Replace paths of devices and mappings by the names of volumes."""
     given = getattr(arguments, name)
     words = given if isinstance(given, list) else [given]
     if any("/" in word or "=" in word for word in words):
@@ -235,8 +235,8 @@ async def _check(arguments: Namespace) -> int:
 
 
 async def _runs_older_files() -> bool:
-    """Whether a daemon runs that has not read the files as they are now."""
-    with contextlib.suppress(VmcryptdError):  # the check needs no daemon, and starts none
+    """Whether the running daemon has not read the present files."""
+    with contextlib.suppress(VmcryptdError):  # `check` needs no daemon, and starts none
         async with connect() as client:
             return await client.is_running() and await client.is_config_changed()
     return False
@@ -309,7 +309,7 @@ def _members(what: Change) -> dict[str, Any]:
 
 
 async def _names(arguments: Namespace) -> int:
-    with contextlib.suppress(Exception):  # a shell completes; this is no place for messages
+    with contextlib.suppress(Exception):  # a shell completes: no messages here
         async with connect() as client:
             if await client.is_running():
                 await client.load()
@@ -372,7 +372,7 @@ async def _lock(arguments: Namespace) -> int:
             busy = [name for name, error in refused.items() if isinstance(error, BusyError)]
             if len(busy) == len(left):
                 break
-            # What another one stood on that is closed by now is in use no more.
+            # Closing a volume frees the ones it stood on.
             for name in busy:
                 del failed[name]
             left = busy
@@ -405,7 +405,7 @@ async def _restart(arguments: Namespace) -> int:
 
 
 async def _called(client: Client, method: str, names: list[str]) -> dict[str, VmcryptdError]:
-    """One after the other. Returns what failed."""
+    """Call a method for each name, one after the other. Returns the failures."""
     failed: dict[str, VmcryptdError] = {}
     for name in names:
         try:
@@ -426,7 +426,7 @@ async def _boot(arguments: Namespace) -> int:
 
 async def _panic(arguments: Namespace) -> int:
     async with changing() as client:
-        await client.ping(PANIC_ANSWER_S)  # one that is silent is not waited for
+        await client.ping(PANIC_ANSWER_S)  # do not wait for a silent daemon
         before = await _snapshot(client)
         failure = None
         try:
@@ -436,7 +436,7 @@ async def _panic(arguments: Namespace) -> int:
         except VmcryptdError as error:
             failure = error
         with contextlib.suppress(VmcryptdError):
-            await client.ping()  # what has changed by now has been told when this is answered
+            await client.ping()  # all earlier changes arrive before the answer
         try:
             print("\n".join(panicked(before, Snapshot.of(client))), flush=True)
         except OSError:
@@ -445,7 +445,7 @@ async def _panic(arguments: Namespace) -> int:
 
 
 async def _snapshot(client: Client) -> Snapshot:
-    """To tell afterwards what was done. Without it panic is as good, and does not wait for it."""
+    """The state before panic, for its report. Panic neither needs it nor waits for it."""
     with contextlib.suppress(VmcryptdError, TimeoutError):
         async with asyncio.timeout(SNAPSHOT_S):
             await client.follow()
@@ -462,12 +462,12 @@ async def _shutdown(arguments: Namespace) -> int:
     _extend_stop()
 
     def show(what: Change) -> None:
-        # At host shutdown this is what the console shows.
+        # The console shows this at host shutdown.
         if what.kind in ("guest", "volume") and "State" in what.values and what.event == "changed":
             try:
                 print(printable(change(*what)), flush=True)
             except OSError:
-                discard_output()  # nobody reads it; the work goes on
+                discard_output()  # the output is closed; the work goes on
 
     async with changing() as client:
         await client.follow(show)
@@ -476,17 +476,17 @@ async def _shutdown(arguments: Namespace) -> int:
 
 
 def _extend_stop() -> None:
-    """Let systemd wait as long as the configuration gives the guests."""
+    """Extend the unit's stop timeout to the guests' stop timeouts."""
     if "NOTIFY_SOCKET" not in os.environ:
         return
-    with contextlib.suppress(Exception):  # then the unit's own time has to do
+    with contextlib.suppress(Exception):  # else the unit's own timeout holds
         from vmcryptd.config import files
 
         _notify_longer(files.load(validated=files.VALIDATED).daemon.shutdown_timeout_s + CLOSING_S)
 
 
 async def _console(arguments: Namespace) -> int:
-    # Whatever goes wrong here, boot goes on.
+    # No error here may stop the boot.
     with contextlib.suppress(Exception):
         async with connect() as client:
             await client.follow(lambda _: _notify_status(client))
@@ -507,12 +507,12 @@ async def _while_console_is_needed(client: Client) -> None:
 
 
 def _notify_longer(seconds: float) -> None:
-    """This start or stop may take so long from now on."""
+    """Extend this start or stop to so long from now."""
     extend_timeout(min(seconds, LONGEST_STOP_S))
 
 
 def _notify_status(client: Client) -> None:
-    """While a unit starts, systemd shows this on the console, behind the unit's name."""
+    """While a unit starts, systemd shows this on the console after the unit's name."""
     done, count = opening(client.volumes.values())
     text = f"{done} of {count} open"
     if client.host["Waiting"]:
@@ -520,7 +520,7 @@ def _notify_status(client: Client) -> None:
     notify(f"STATUS={printable(text)}")
 
 
-# --- what is behind a verb of two words ---
+# --- verbs of two words ---
 
 
 def _keys(name: str) -> Callable[[Namespace], Coroutine[Any, Any, int]]:

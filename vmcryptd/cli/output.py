@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How the verbs of vmcryptctl talk: messages to stderr, data to stdout, and connections that can change something."""
+"""Prints messages to stderr and data to stdout, draws progress, and connects with polkit's agent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmcryptd.cli.render import WIDTH, Page, bar, opening, printable, progress
 from vmcryptd.cli.verbs import UsageError, near
 from vmcryptd.core.errors import EXIT_OK, NoSuchVolumeError, VmcryptdError
 
-# A file that is full, or no longer there: what a write on a descriptor fails by.
+# Errors of writes to a full or closed file.
 UNWRITABLE = {
     errno.EBADF,
     errno.EDQUOT,
@@ -28,13 +28,13 @@ UNWRITABLE = {
 
 
 def say(text: str) -> None:
-    """A message, for people. Where nobody can read it, the exit status has to do."""
+    """Print a message to stderr. If that is closed, the exit status must suffice."""
     with contextlib.suppress(OSError):
         print(f"vmcryptctl: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def discard_output() -> None:
-    """What is left in the buffer of standard output must not fail again when Python ends."""
+    """Discard the buffer of standard output, so that flushing it does not fail again when Python ends."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(null, 1)
     os.close(null)
@@ -58,7 +58,7 @@ def page() -> Page:
 
 
 def check_names(client: Client, names: Iterable[str]) -> None:
-    """Raises NoSuchVolumeError before anybody is asked for anything; of a client that follows."""
+    """Raises NoSuchVolumeError before a person is asked. The client must `follow`."""
     for name in names:
         if name not in client.volumes:
             hint = near(name, list(client.volumes)) or (
@@ -69,7 +69,7 @@ def check_names(client: Client, names: Iterable[str]) -> None:
 
 @contextlib.asynccontextmanager
 async def changing() -> AsyncIterator[Client]:
-    """A connection whose caller can be asked by polkit."""
+    """A connection for which polkit can ask the caller for a password."""
     from vmcryptd.cli import terminal
 
     interactive = terminal.is_interactive()
@@ -78,7 +78,7 @@ async def changing() -> AsyncIterator[Client]:
 
 
 async def show_progress(client: Client, goal: str, begun: Callable[[], None]) -> None:
-    """Call `begun` when the daemon tells how far it is with a job, and on a terminal draw that until cancelled."""
+    """Call `begun` at a job's first progress, and draw its progress on a terminal until cancelled."""
 
     def done() -> float | None:
         return progress(goal, client.jobs.values())
@@ -91,7 +91,7 @@ async def show_progress(client: Client, goal: str, begun: Callable[[], None]) ->
 
 @contextlib.asynccontextmanager
 async def show_opening(client: Client, names: Sequence[str]) -> AsyncIterator[None]:
-    """Meanwhile, on a terminal, draw how many of several volumes are open: the named ones, or all on their way."""
+    """Inside the block, draw on a terminal how many volumes are open: of the named ones, or of all being opened."""
 
     def line(width: int) -> str | None:
         known = client.volumes
@@ -113,7 +113,7 @@ async def show_opening(client: Client, names: Sequence[str]) -> AsyncIterator[No
 
 
 async def _draw(client: Client, line: Callable[[int], str | None]) -> None:
-    """Keep one line of the terminal as it is to be for its width, until cancelled; nothing is left of it."""
+    """Keep one line of the terminal up to date until cancelled, then clear it."""
     try:
         width = os.get_terminal_size(2).columns or WIDTH
     except OSError:
@@ -139,14 +139,14 @@ def open_key(path: str) -> int:
             )
         return 0
     try:
-        # A directory or a device is the daemon's to refuse: it knows what can be read to an end.
+        # The daemon refuses directories and devices: it knows what can be read to the end.
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
 
 
 def report(errors: Iterable[VmcryptdError]) -> int:
-    """Say each, and return the highest exit status."""
+    """Print each failure, and return the highest exit status."""
     errors = list(errors)
     for error in errors:
         say(str(error))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the daemon shows, as lines for a person at a serial console and as JSON for a program. Pure."""
+"""Renders the daemon's state as lines for a serial console and as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _COLOURS = {
 
 _FAILED = {"failed", "crashed", "undefined"}
 _UNDER_WAY = {"waiting", "unlocking", "locking", "starting", "stopping"}
-# A device whose path has only so much room says nothing any more.
+# A shorter path of a device is useless.
 _SHORTEST = 12
 
 _PRIORITIES = {0: "ignored", 1: "normal", 2: "preferred"}
 
 
-# --- JSON: the members are promised, and only ever added to ---
+# --- JSON: the members are stable; new ones may be added ---
 
 
 def volume_members(values: Properties) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def guest_members(values: Properties) -> dict[str, Any]:
     }
 
 
-# The daemon runs what it read last.
+# The daemon runs the configuration that it read last.
 CHANGED_ON_DISK = "the configuration has changed on disk -- run: vmcryptctl reload"
 
 
@@ -92,7 +92,7 @@ def status_members(
 
 
 def snake(values: Properties) -> dict[str, Any]:
-    """Changed properties under their names in JSON."""
+    """Changed properties with their JSON names."""
     names = {re.sub(r"(?<!^)(?=[A-Z])", "_", key).lower(): value for key, value in values.items()}
     if "last_error" in names:
         names["error"] = names.pop("last_error")
@@ -103,13 +103,13 @@ def snake(values: Properties) -> dict[str, Any]:
 
 
 def has_failed(values: Properties) -> bool:
-    """Whether a volume or guest is not as it should be. What is on its way may have an error of before."""
+    """Whether a volume or guest has failed. One that is being brought up may still have an old error."""
     state = str(values["State"])
     return state in _FAILED or (bool(values["LastError"]) and state not in _UNDER_WAY)
 
 
 def by_urgency(many: Iterable[Properties]) -> list[Properties]:
-    """Volumes or guests: what has failed, then what waits, then what is on its way, then the rest."""
+    """Volumes or guests: the failed ones, then waiting, then in progress, then the rest."""
 
     def rank(values: Properties) -> int:
         state = str(values["State"])
@@ -123,7 +123,7 @@ def by_urgency(many: Iterable[Properties]) -> list[Properties]:
 
 
 class HasObjects(Protocol):
-    """The daemon's objects as a client mirrors them."""
+    """The daemon's objects, as mirrored by a client."""
 
     host: dict[str, Any]
     volumes: dict[str, dict[str, Any]]
@@ -135,11 +135,11 @@ class Row(NamedTuple):
 
     cells: Sequence[Any]
     names: Sequence[str]  # in the last column
-    notes: Sequence[str]  # on lines of their own below; empty ones are left out
+    notes: Sequence[str]  # on their own lines below; empty ones are left out
 
 
 class Page:
-    """Lines of at most `width` columns (0: of any), with colour or without. Names are whole at every width."""
+    """Lines of at most `width` columns (0: unlimited), with or without colour. Names are never cut."""
 
     def __init__(self, *, width: int = 0, colour: bool = False) -> None:
         self._width = width
@@ -158,7 +158,7 @@ class Page:
         guests: Sequence[Properties],
         jobs: Iterable[Properties] = (),
     ) -> list[str]:
-        """The whole: one line of what is so and what to do, then the tables."""
+        """The output of `vmcryptctl status`: one line with the state and what to do, then the tables."""
         word = str(host["State"])
         sentence = overall(host, volumes, guests)
         lines = self._wrapped(f"{word}: {sentence}")
@@ -269,13 +269,13 @@ class Page:
         shorten: int | None = None,
         drop: Sequence[int] = (),
     ) -> list[str]:
-        """Where it does not fit, the column `shorten` gives way, then `drop` are left out, then the last goes below."""
+        """If the table is too wide, `shorten` is shortened, then `drop` left out, then the last column put below."""
         if not rows:
             return []
         cells = [[printable(str(cell)) for cell in row.cells] for row in rows]
         names = [[printable(name) for name in row.names] for row in rows]
         widths = [max(map(width, column)) for column in zip(heads[:-1], *cells, strict=True)]
-        if self._width:  # one that takes half a line gets a line of its own
+        if self._width:  # a name of half a line gets its own line
             firsts = [width(heads[0]), *(width(texts[0]) for texts in cells)]
             widths[0] = max(one for one in firsts if one <= max(self._width // 2, firsts[0]))
         last = self._room_of_last(heads[-1], names)
@@ -311,7 +311,7 @@ class Page:
         return [line.rstrip() for line in lines]
 
     def _room_of_last(self, head: str, names: Sequence[Sequence[str]]) -> int:
-        """What the last column needs: all in one line up to a quarter of the width, and each name whole."""
+        """The width of the last column: one line up to a quarter of the page, but each name whole."""
         whole = max((width(", ".join(those)) for those in names), default=0)
         longest = max((width(name) + 1 for those in names for name in those), default=0)
         return max(width(head), min(whole, self._width // 4), min(longest, whole))
@@ -329,7 +329,7 @@ class Page:
 
 
 def overall(host: Properties, volumes: Sequence[Properties], guests: Sequence[Properties]) -> str:
-    """What the state means, and what to do next."""
+    """The meaning of the host's state, and what to do next."""
     waiting = list(host["Waiting"])
     if waiting:
         wait = "waits" if len(waiting) == 1 else "wait"
@@ -358,7 +358,7 @@ def overall(host: Properties, volumes: Sequence[Properties], guests: Sequence[Pr
 
 
 def held(key: Mapping[str, str]) -> str:
-    """What is in the daemon's memory, and when it will not be any more."""
+    """The keys in the daemon's memory, and when they will be wiped."""
     names = few(key["volumes"].split())
     match key["until"]:
         case "":
@@ -372,7 +372,7 @@ def held(key: Mapping[str, str]) -> str:
 
 
 class Snapshot(NamedTuple):
-    """What was open, ran and was held at one moment."""
+    """Open volumes, running guests and held keys at one moment."""
 
     volumes: dict[str, str]  # name → state
     guests: dict[str, str]
@@ -388,7 +388,7 @@ class Snapshot(NamedTuple):
 
 
 def panicked(before: Snapshot, after: Snapshot) -> list[str]:
-    """What panic did, one line for each guest, volume and the keys."""
+    """The report of panic: one line for each guest and volume, and one for the keys."""
     lines = []
     for name, state in before.guests.items():
         if state not in ("off", "undefined"):
@@ -447,7 +447,7 @@ def change(kind: str, name: str, event: str, values: Properties) -> str:
 
 
 def progress(goal: str, jobs: Iterable[Properties]) -> float | None:
-    """How much of a job is done, 0 to 1; None if there is none, or it cannot be told."""
+    """The progress of a job, 0 to 1; None if there is no job, or its progress is unknown."""
     for job in jobs:
         if job["Goal"] == goal and job.get("Progress", -1) >= 0:
             return float(job["Progress"])
@@ -455,7 +455,7 @@ def progress(goal: str, jobs: Iterable[Properties]) -> float | None:
 
 
 def opening(volumes: Iterable[Properties]) -> tuple[int, int]:
-    """How many of these volumes are open, and how many are or will be, or should."""
+    """How many of these volumes are open, and how many are open or are to be."""
     states = [str(values["State"]) for values in volumes]
     opened = states.count("unlocked")
     return opened, opened + sum(
@@ -464,7 +464,7 @@ def opening(volumes: Iterable[Properties]) -> tuple[int, int]:
 
 
 def bar(done: float, width: int, text: str = "") -> str:
-    """One line: how much is done, in words at its end."""
+    """A progress bar, with a text at its end."""
     text = text or percent(done)
     room = max(width - len(text) - 3, 1)
     full = int(done * room)
@@ -472,12 +472,12 @@ def bar(done: float, width: int, text: str = "") -> str:
 
 
 def percent(done: float) -> str:
-    """Never 100 % before the end."""
+    """The progress in percent, 100 only at the end."""
     return f"{int(done * 100):>3} %"
 
 
 def printable(text: str) -> str:
-    """Names and messages come from elsewhere; on a terminal they may not be more than text."""
+    """Escape names and messages from outside: they must not control the terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 

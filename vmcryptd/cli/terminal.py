@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Questions on the caller's own terminal: passphrases by systemd-ask-password, polkit's by pkttyagent.
+"""Asks on the caller's terminal: passphrases by systemd-ask-password, polkit's passwords by pkttyagent.
 
-Their answers go from the child into a pipe or a memfd, never through Python.
+The answers go from the child into a pipe or a memfd, never through Python.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AGENT_S = 5.0  # for polkit's agent to be registered
 
 
 class NoTerminalError(VmcryptdError):
-    """There is nobody to ask here."""
+    """No person can be asked here."""
 
 
 def is_interactive() -> bool:
@@ -34,21 +34,21 @@ def is_interactive() -> bool:
 
 
 async def ask(message: str, into: int) -> bool:
-    """Ask once, and have the answer written into a descriptor. False when that was declined.
+    """Ask once; the answer is written into a descriptor. False when the person declined.
 
-    A cancelled task ends the question; what was typed by then is thrown away, so that it does not
-    land in the shell (systemd#43497).
+    A cancelled task ends the question. Characters typed by then are discarded, so that the shell does not get
+    them (systemd#43497).
     """
     argv = ["systemd-ask-password", "-n", "--timeout=0", "--id=vmcryptctl", "--", message]
     with _terminal_restored():
         child = spawn_on_terminal(ASK, argv, {1: into})
         if child is None:
-            raise NoTerminalError("systemd-ask-password is not installed, so nobody can be asked")
+            raise NoTerminalError("systemd-ask-password is not installed, so asking is impossible")
         return await _ended(child) == 0
 
 
 def waiting_bytes(pipe: int) -> int:
-    """How much lies in a pipe, without reading it."""
+    """The number of unread bytes in a pipe."""
     return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4), sys.byteorder)
 
 
@@ -58,7 +58,7 @@ async def polkit_agent() -> AsyncIterator[None]:
     child = None
     if os.geteuid() != 0 and is_interactive():
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        # Any number will do in the child; 0 to 2 are the terminal.
+        # Any free number in the child; 0 to 2 are the terminal.
         argv = ["pkttyagent", "--notify-fd=3", "--fallback", f"--process={os.getpid()}"]
         try:
             child = spawn_on_terminal(AGENT, argv, {3: writer})
@@ -91,7 +91,7 @@ async def _ended(child: int) -> int:
 
 
 def _reaped(child: int) -> int:
-    """It has ended, or was told to: this takes no time."""
+    """Reap a child that has ended or was signalled, so this does not block for long."""
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
@@ -111,14 +111,14 @@ async def _closed(reader: int) -> None:
         async with asyncio.timeout(AGENT_S):
             await closed.wait()
     except TimeoutError:
-        pass  # then polkit finds no agent, and refuses
+        pass  # polkit finds no agent, and refuses
     finally:
         loop.remove_reader(reader)
 
 
 @contextlib.contextmanager
 def _terminal_restored() -> Iterator[None]:
-    """systemd-ask-password switches echo off, and on again unless a signal ends it."""
+    """Restore the terminal: systemd-ask-password leaves echo off when a signal ends it."""
     try:
         fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
@@ -127,7 +127,9 @@ def _terminal_restored() -> Iterator[None]:
         try:
             before = termios.tcgetattr(fd)
         except termios.error:
-            raise NoTerminalError("standard input is no terminal, so nobody can be asked") from None
+            raise NoTerminalError(
+                "standard input is no terminal, so asking is impossible"
+            ) from None
         try:
             yield
         except BaseException:

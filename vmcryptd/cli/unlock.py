@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmcryptctl unlock`: asks once, hands the answer to everything that waits, asks again for the rest."""
+"""`vmcryptctl unlock`: asks once, tries the answer on all waiting volumes, and asks again for the rest."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 TRIES = 3
 GATHER_S = 1.0
-AT_ONCE = 8  # calls of one key for several volumes
-# Each is as slow as a wrong key, and is only for a better sentence.
+AT_ONCE = 8  # parallel calls with one key for several volumes
+# Each call is as slow as a wrong key, and only improves the message.
 TRIES_WITHOUT_NEWLINE = 3
 
 Say = Callable[[str], None]
-Reader = Callable[[], int]  # gives a descriptor of the key, to be closed by who called
+Reader = Callable[[], int]  # returns a descriptor of the key; the caller closes it
 
 
 async def hand_over(
     client: Client, names: Sequence[str], reader: Reader
 ) -> dict[str, VmcryptdError]:
-    """Give the key to the named volumes, or to all that wait. Returns what failed; "" stands for all."""
+    """Try the key on the named volumes, or on all that wait. Returns the failures; "" stands for all."""
     failed: dict[str, VmcryptdError] = {}
     turn = asyncio.Semaphore(AT_ONCE)
 
@@ -63,14 +63,14 @@ async def hand_over(
     named = list(dict.fromkeys(names)) or [""]
     async with show_opening(client, names):
         await asyncio.gather(*map(give, named))
-    await client.ping()  # what has changed by now has been told when this is answered
+    await client.ping()  # all earlier changes arrive before the answer
     return {name: failed[name] for name in named if name in failed}
 
 
 async def with_key(
     client: Client, names: Sequence[str], key: MemfdKey, say: Say
 ) -> dict[str, VmcryptdError]:
-    """The key is not asked for. Returns what failed; "" stands for all."""
+    """Unlock with a key from a file. Returns the failures; "" stands for all."""
     failed = await hand_over(client, names, key.reader)
     wrong = [name for name, error in failed.items() if isinstance(error, WrongKeyError)]
     if wrong == [""]:
@@ -81,12 +81,12 @@ async def with_key(
 
 
 async def _explain_newline(client: Client, names: list[str], key: MemfdKey, say: Say) -> None:
-    """Say so if the key fits without the newline at its end: an editor or `echo` put that there."""
+    """Report a key that fits without its last newline, which an editor or `echo` has added."""
     from vmcryptd.cli.key_input import without_newline
 
     if (shorter := await without_newline(key)) is None:
         return
-    # A right that the caller may not have, and no reason to ask him for his password.
+    # The caller may lack this right, and a hint is no reason to ask for a password.
     client.interactive, interactive = False, client.interactive
     try:
         with contextlib.closing(shorter):
@@ -111,7 +111,7 @@ async def _explain_newline(client: Client, names: list[str], key: MemfdKey, say:
 
 
 def exit_status(client: Client, failed: dict[str, VmcryptdError]) -> int:
-    """Of one key for several volumes: the truth about all, as vmcryptctl(1) has it."""
+    """The exit status for one key and several volumes, as in vmcryptctl(1)."""
     codes = {error.exit_code for error in failed.values()}
     if len(codes) == 1 and codes != {EXIT_WAITING}:
         return codes.pop()
@@ -120,7 +120,7 @@ def exit_status(client: Client, failed: dict[str, VmcryptdError]) -> int:
 
 
 def named(failed: dict[str, VmcryptdError]) -> list[VmcryptdError]:
-    """Each failure in a sentence that names its volume."""
+    """Each failure as a sentence that names its volume."""
     return [
         error if name in str(error) else type(error)(f"volume {name}: {error}")
         for name, error in failed.items()
@@ -128,7 +128,7 @@ def named(failed: dict[str, VmcryptdError]) -> list[VmcryptdError]:
 
 
 async def without_asking(client: Client, names: Sequence[str]) -> dict[str, VmcryptdError]:
-    """Open the named volumes, or what boot would open, by what needs no person. Returns what failed."""
+    """Open the named volumes, or the boot set, by sources that need no person. Returns the failures."""
     failed: dict[str, VmcryptdError] = {}
 
     async def open_one(name: str) -> None:
@@ -150,7 +150,7 @@ async def without_asking(client: Client, names: Sequence[str]) -> dict[str, Vmcr
 
 
 def beneath(client: Client, names: Iterable[str]) -> set[str]:
-    """The named volumes and those they stand on."""
+    """The named volumes and those beneath them."""
     found = set(names)
     while True:
         more = {
@@ -164,7 +164,7 @@ def beneath(client: Client, names: Iterable[str]) -> set[str]:
 
 
 def waiting_for(names: Sequence[str]) -> str:
-    """What to say when a passphrase is needed, and there is no terminal to ask on."""
+    """The message when a passphrase is needed and there is no terminal to ask on."""
     return (
         f"waiting for a passphrase for {few(names)}; `vmcryptctl unlock` on a terminal asks for it, "
         "and so do the system's agents"
@@ -172,7 +172,7 @@ def waiting_for(names: Sequence[str]) -> str:
 
 
 def unread_key() -> str:
-    """What to say when something is piped in, and nobody reads it."""
+    """A hint when standard input is a pipe that is not read."""
     try:
         is_pipe = stat.S_ISFIFO(os.fstat(0).st_mode)
     except OSError:
@@ -187,20 +187,20 @@ class Unlocking:
 
     def __init__(self, client: Client, names: Sequence[str], *, can_ask: bool, say: Say) -> None:
         self._client = client
-        self._names = list(dict.fromkeys(names))  # that are still to be opened
+        self._names = list(dict.fromkeys(names))  # still to be opened
         self._is_for_all = not self._names
         self._can_ask = can_ask
         self._say = say
         self._calls: dict[
             str, asyncio.Task[object]
         ] = {}  # Unlock of a volume, or UnlockAll under ""
-        self._insist: set[str] = set()  # to be asked for although they do not wait
-        self._before = ""  # what the next question has to say first
+        self._insist: set[str] = set()  # asked for although they do not wait
+        self._before = ""  # the text before the next question
         self._tries = 0
         self._has_explained = False
 
     async def run(self) -> dict[str, VmcryptdError]:
-        """Returns what failed, by name. Raises what ends it all."""
+        """Returns the failures by volume. Raises an error that ends everything."""
         closed = {name for name in self._client.volumes if not self._is_open(name)}
         for name in self._names:
             if name not in closed:
@@ -209,7 +209,7 @@ class Unlocking:
         if not (self._is_for_all or self._names):
             return {}
         try:
-            # What waits has tried its other sources already; the rest may need no person at all.
+            # A waiting volume has tried its other sources; the others may need no person.
             for name in self._names or ([] if self._waiting() else [""]):
                 if not self._can_ask or name not in self._waiting():
                     self._begin(name)
@@ -221,7 +221,7 @@ class Unlocking:
             for name in self._names:
                 if not self._is_open(name) and name not in failed:
                     failed[name] = StillWaitingError(
-                        f"volume {name} is not open: somebody has given it up meanwhile"
+                        f"volume {name} is not open: another request has cancelled its unlock"
                     )
             return failed
         finally:
@@ -272,7 +272,7 @@ class Unlocking:
             self._calls[name] = asyncio.create_task(call)
 
     async def _next_event(self) -> None:
-        """Wait until a call has ended, or something is to be asked."""
+        """Wait until a call has ended, or a question is due."""
         explained = self._has_explained
         asked = asyncio.ensure_future(
             self._client.until(lambda: bool(self._targets()) and not explained)
@@ -333,7 +333,7 @@ class Unlocking:
         self._insist.update(name for name in targets if not self._is_open(name))
 
     async def _answered(self, text: str, targets: list[str], answer: _Answer) -> bool:
-        """False when the question has become needless. Raises StillWaitingError when it was declined."""
+        """False when the question is not needed any more. Raises StillWaitingError when the person declined."""
         waiting = set(self._waiting())
 
         def is_over() -> bool:
@@ -362,7 +362,7 @@ class Unlocking:
         self._say(f"{what}; the question is withdrawn")
         return False
 
-    # --- what the daemon shows ---
+    # --- the daemon's state ---
 
     def _state(self, name: str) -> str:
         return str(self._client.volumes.get(name, {}).get("State", ""))
@@ -374,20 +374,20 @@ class Unlocking:
         return self._state(name) in ("", "locked", "failed", "missing")
 
     def _is_settled(self) -> bool:
-        """Whether no volume is about to wait, and every volume that waits is known to.
+        """Whether no volume is about to wait, and all waiting volumes are known.
 
-        The daemon announces each volume by itself and the manager's `Waiting` last: between these, some may be missing.
+        The daemon announces each volume separately and the manager's `Waiting` last, so some may be missing in between.
         """
         if any(self._state(name) == "unlocking" for name in self._client.volumes):
             return False
         return set(self._waiting()) == set(self._client.host.get("Waiting", ()))
 
     def _waiting(self) -> list[str]:
-        # Not the manager's `Waiting`: that is told after the volumes, so for a moment it is older.
+        # Not the manager's `Waiting`: it is announced after the volumes, so it may be older.
         return [name for name in self._client.volumes if self._state(name) == "waiting"]
 
     def _targets(self) -> list[str]:
-        """What a question would be about now."""
+        """The volumes that a question would name now."""
         wanted = set(self._waiting())
         if not self._is_for_all:
             wanted &= beneath(self._client, self._names)
@@ -395,17 +395,17 @@ class Unlocking:
 
 
 class _Answer(NamedTuple):
-    """What was typed, in a pipe or a memfd: never in Python."""
+    """A typed answer, in a pipe or a memfd: never in Python."""
 
     writer: int
     reader: Reader
     size: Callable[[], int]
-    finish: Callable[[], None]  # once, when it is all written
+    finish: Callable[[], None]  # called once, when it is complete
 
 
 @contextlib.contextmanager
 def _answer(*, many: bool) -> Iterator[_Answer]:
-    """A pipe where one reader is enough: its pages are never swapped. Several need a memfd."""
+    """A pipe for one reader: its pages are never swapped. Several readers need a memfd."""
     if many:
         from vmcryptd.posix.memfd import LockedKey
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs of vmcryptctl as data: its parser, its help and the shells' completion come from here."""
+"""The verbs of vmcryptctl as data, for the parser, the help and the shells' completion."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Argument(NamedTuple):
 
     name: str
     help: str
-    nargs: str | None = None  # as argparse has it
+    nargs: str | None = None  # as in argparse
     value: str = ""  # an option's value: FILE, TIME; none for a switch
-    completes: str = ""  # volumes, guests, names, goals, files: what a shell may offer
+    completes: str = ""  # volumes, guests, names, goals, files: for the shells' completion
 
 
 class Verb(NamedTuple):
-    """One verb, from its one line in the list to its examples."""
+    """One verb, with its help and examples."""
 
     name: str  # one word, or two: the first is a group of verbs
     help: str
     text: str
     arguments: tuple[Argument, ...] = ()
-    examples: tuple[tuple[str, str], ...] = ()  # command, what it does
+    examples: tuple[tuple[str, str], ...] = ()  # command, explanation
     hidden: bool = False
     changes: bool = False  # polkit decides whether the caller may
     ends: bool = False  # stops, closes or destroys something: never suggested for a mistyped verb
@@ -54,8 +54,8 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "status",
         "show the state of volumes and guests",
-        "Shows the state of the whole in words, and what to do next; then the volumes; then the guests "
-        "that stand on volumes, start at boot or have failed; failures first. With names, only these.",
+        "Shows the state of the host and what to do next, then the volumes, then the guests "
+        "that use volumes, start at boot or have failed; failures first. With names, only these.",
         (
             Argument("NAME", "a volume or a guest", nargs="*", completes="names"),
             Argument("--failed", "show only what has failed"),
@@ -71,14 +71,14 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "unlock",
         "open volumes",
-        "Opens the named volumes and what they stand on; without a name all that wait for a key, or all "
+        "Opens the named volumes and all that they need; without a name all that wait for a key, or all "
         "that boot would open. On a terminal it asks for a passphrase once and tries the answer on all "
-        "of them. Without a terminal it leaves asking to the system's password agents. A volume may also be named "
+        "of them. Without a terminal the system's password agents ask. A volume may also be named "
         "by its device or its path in /dev/mapper.",
         (
             Argument("VOLUME", "a volume", nargs="*", completes="volumes"),
             KEY_FILE,
-            Argument("--no-ask", "ask nobody; exit status 6 if a person were needed"),
+            Argument("--no-ask", "do not ask; exit status 6 if a person is needed"),
             Argument("--timeout", "how long at most, such as 90s or 5min", value="TIME"),
         ),
         (
@@ -91,7 +91,7 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "lock",
         "close volumes",
-        "Closes the named volumes; without a name all. Refused while anything uses them, and then says who.",
+        "Closes the named volumes; without a name all. Refused while anything uses them; the message names the users.",
         (Argument("VOLUME", "a volume", nargs="*", completes="volumes"),),
         (("vmcryptctl lock cr_imap", ""), ("vmcryptctl lock", "closes every volume")),
         changes=True,
@@ -100,7 +100,7 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "start",
         "open a guest's volumes, then start it",
-        "Opens the volumes that the guest needs, asking for a passphrase as `unlock` does, then has libvirt start it.",
+        "Opens the volumes that the guest needs, asking for a passphrase as `unlock` does, then starts it in libvirt.",
         (Argument("GUEST", "a guest, by its libvirt name", nargs="+", completes="guests"),),
         (("vmcryptctl start imap", ""),),
         changes=True,
@@ -127,7 +127,7 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "boot",
         "bring up everything, as at boot",
-        "Opens the volumes of the boot set and starts the guests that start at boot. Comes back at once; "
+        "Opens the volumes of the boot set and starts the guests that start at boot. Returns at once; "
         "`vmcryptctl wait` waits for the end.",
         examples=(("vmcryptctl boot && vmcryptctl wait", "bring up everything and wait for it"),),
         changes=True,
@@ -135,8 +135,8 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "shutdown",
         "stop the guests and close the volumes",
-        "Stops the guests, closes the volumes, and comes back when that is done. The host stays up. "
-        "Works without the daemon and without D-Bus, too: then it does the same work itself, as root.",
+        "Stops the guests, closes the volumes, and returns when that is done. The host stays up. "
+        "Without the daemon or without D-Bus it does the same work itself, as root.",
         examples=(("vmcryptctl shutdown", ""),),
         changes=True,
         ends=True,
@@ -144,8 +144,8 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "panic",
         "kill the guests, wipe the keys, close the volumes: now",
-        "For the moment when somebody is at the door. Guests are killed as by pulling the plug, keys are wiped "
-        "from memory. Asks nothing, goes on past every error.",
+        "For an emergency. Guests are killed as by pulling the plug, keys are wiped "
+        "from memory. It asks no question, and goes on past every error.",
         examples=(("vmcryptctl panic", ""),),
         changes=True,
         ends=True,
@@ -155,7 +155,7 @@ VERBS: tuple[Verb, ...] = (
         "show what would be done, and why",
         "Shows the steps, in order and with reasons, that a goal would take now. Does nothing. "
         "Goals: boot, shutdown, lock-all, unlock:NAME, lock:NAME, start:NAME, stop:NAME.",
-        (Argument("GOAL", "what is to be reached", completes="goals"), JSON),
+        (Argument("GOAL", "the goal", completes="goals"), JSON),
         (
             ("vmcryptctl plan boot", "what boot would do now"),
             ("vmcryptctl plan start:imap", "what the guest imap needs"),
@@ -164,8 +164,8 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "check",
         "check the configuration and the host: will boot work?",
-        "Reads the configuration as the daemon would, and looks at the host: devices, headers, key files, "
-        "units, guests. Says what is wrong and what to do about it. To be run as root.",
+        "Reads the configuration as the daemon does, and examines the host: devices, headers, key files, "
+        "units, guests. Reports what is wrong and what to do. Run it as root.",
         (
             Argument(
                 "--config",
@@ -183,11 +183,11 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "wait",
         "wait until everything is up",
-        "Comes back with exit status 0 when the volumes of the boot set are open and their guests were started, "
-        "1 when some of it failed or a guest died, 6 when the time is over. A guest that was shut down since does "
+        "Returns with exit status 0 when the volumes of the boot set are open and their guests were started, "
+        "1 when any of them failed or a guest died, 6 when the time is over. A guest that was shut down since does "
         "not count, unless --all is given.",
         (
-            Argument("--all", "fail, too, while a guest of the boot set is off"),
+            Argument("--all", "also fail while a guest of the boot set is off"),
             Argument(
                 "--timeout",
                 'how long at most, such as 90s or 5min; default "infinity"',
@@ -213,9 +213,9 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "key list",
-        "show the ways into a volume",
-        "Shows the key slots of the volume's header: what opens each, and what one try of it costs; the tokens "
-        "that open slots without a person; and the key sources that the configuration names.",
+        "show the key slots, tokens and key sources of a volume",
+        "Shows the key slots of the volume's header, with what opens each and what one try costs, the tokens "
+        "that open slots without a passphrase, and the key sources in the configuration.",
         (ONE_VOLUME, JSON),
         (("vmcryptctl key list cr_imap", ""),),
     ),
@@ -223,7 +223,7 @@ VERBS: tuple[Verb, ...] = (
         "key test",
         "find out which key slot a key opens",
         "Tries a key on the key slots of a volume and prints the number of the one that it opens. The volume "
-        "itself is left as it is, open or locked.",
+        "itself stays as it is, open or locked.",
         (ONE_VOLUME, KEY_FILE, JSON),
         (
             ("vmcryptctl key test cr_imap", "do I still know the passphrase?"),
@@ -233,17 +233,17 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "key add",
-        "have another key open a volume, too",
-        "Asks for a passphrase that opens the volume and twice for the new one. The new key is tried before this "
-        "says that it is done. Afterwards a new backup of the header is due. With --keystore the new key is a random "
-        "one that lies in a keystore; what is to be written into the configuration is printed.",
+        "add a key to a volume",
+        "Asks for a passphrase that opens the volume and twice for the new one. The new key is tested before the "
+        "command reports success. Afterwards a new backup of the header is due. With --keystore the new key is a "
+        "random one in a keystore; the command prints the line for the configuration.",
         (
             ONE_VOLUME,
             KEY_FILE,
             NEW_KEY_FILE,
             Argument(
                 "--keystore",
-                "make the new key in this keystore, which is open",
+                "make the new key in this open keystore",
                 value="NAME",
                 completes="volumes",
             ),
@@ -257,10 +257,10 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "key change",
-        "put a new key in the place of another one",
-        "Asks for the passphrase that is to go and twice for the new one. The old one goes only when the new one "
-        "was seen to work. Afterwards a new backup of the header is due, and old ones are to be destroyed: the "
-        "old passphrase opens the volume with these for ever.",
+        "replace a key by a new one",
+        "Asks for the old passphrase and twice for the new one. The old one is removed after the new one "
+        "was tested. Afterwards make a new backup of the header and destroy the old ones: with these, the "
+        "old passphrase opens the volume for ever.",
         (ONE_VOLUME, KEY_FILE, NEW_KEY_FILE),
         (("vmcryptctl key change cr_imap", ""),),
         changes=True,
@@ -269,11 +269,11 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "key remove",
         "wipe a key slot of a volume",
-        "Asks for a passphrase of another key slot: only who can open the volume afterwards takes a way in away. The "
-        "last one stays. Afterwards a new backup of the header is due, and old ones are to be destroyed.",
+        "Asks for a passphrase of another key slot, so that the volume can still be opened afterwards. The last key "
+        "slot cannot be removed. Afterwards make a new backup of the header and destroy the old ones.",
         (
             ONE_VOLUME,
-            Argument("SLOT", "the number of the key slot, as `key list` shows it"),
+            Argument("SLOT", "the number of the key slot in `key list`"),
             KEY_FILE,
         ),
         (("vmcryptctl key list cr_imap", ""), ("vmcryptctl key remove cr_imap 1", "")),
@@ -282,21 +282,21 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "key rotate",
-        "encrypt an open volume anew, with a new volume key",
-        "Writes all data of the volume anew, under a volume key that nobody has had before, while guests go on using "
-        "it. Asks for the passphrase that is to stay; the other key slots cannot be taken along: refused while there "
-        "are any, unless --drop-others is given. It takes hours for a large volume. It goes on when this command is "
-        "interrupted or vmcryptd restarted, and stops when the volume is locked or the host shut down: the same "
-        "command goes on with it then. Older backups of the header are of no use afterwards, and none can be made "
+        "re-encrypt an open volume with a new volume key",
+        "Re-encrypts all data of the volume under a new volume key, while guests go on using "
+        "it. Asks for the passphrase that is to stay. Other key slots cannot be kept: while there are any, the command "
+        "is refused unless --drop-others is given. A large volume takes hours. The rotation goes on when this command "
+        "is interrupted or vmcryptd restarted. It pauses when the volume is locked or the host shut down; the same "
+        "command resumes it. Older backups of the header are useless afterwards, and none can be made "
         "meanwhile: have a backup of the data, and make one of the header at the end.",
         (
             ONE_VOLUME,
             KEY_FILE,
-            Argument("--drop-others", "lose the other key slots, and the tokens that open these"),
-            Argument("--stop", "stop it for now, where it can go on"),
+            Argument("--drop-others", "remove the other key slots, and the tokens that open these"),
+            Argument("--stop", "pause the rotation"),
         ),
         (
-            ("vmcryptctl key rotate cr_imap", "begin, or go on"),
+            ("vmcryptctl key rotate cr_imap", "begin, or resume"),
             ("vmcryptctl key rotate --stop cr_imap", "the disk is needed for something else"),
         ),
         changes=True,
@@ -306,16 +306,16 @@ VERBS: tuple[Verb, ...] = (
         "keystore init",
         "make a volume that holds the keys of others",
         "Makes a small LUKS volume with one passphrase, for random keys of other volumes: one slow key derivation then "
-        "opens them all. In a new file or on an empty device; what is not empty is not touched. It is configured in a "
-        "file of its own, conf.d/NAME.toml. If a step fails, nothing is left behind. To be run as root.",
+        "opens them all. It is made in a new file or on an empty device, never on a used one, and configured in "
+        "its own file, conf.d/NAME.toml. If a step fails, nothing is left behind. Run it as root.",
         (
-            Argument("NAME", "what the keystore is to be called"),
+            Argument("NAME", "the name of the keystore"),
             Argument("--file", "make it in this new file", value="FILE", completes="files"),
             Argument("--device", "make it on this empty device", value="DEVICE", completes="files"),
-            Argument("--size", "how large the file becomes; default 32M", value="SIZE"),
+            Argument("--size", "the size of the file; default 32M", value="SIZE"),
             Argument(
                 "--mount",
-                "where it is mounted while it is open; default /run/vmcryptd-keystore/NAME",
+                "the mount point while it is open; default /run/vmcryptd-keystore/NAME",
                 value="DIR",
                 completes="files",
             ),
@@ -330,14 +330,12 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "header backup",
         "back up the LUKS header of a volume",
-        "Writes the header, without which no key opens the volume, into a new file that belongs to root alone. Keep "
-        "it offline or encrypted: with it, every passphrase of now opens the volume for ever, also after it was "
-        "changed or removed. To be run as root.",
+        "Writes the header, without which no key opens the volume, into a new file for root only. Keep "
+        "it offline or encrypted: with it, every present passphrase opens the volume for ever, also after it was "
+        "changed or removed. Run it as root.",
         (
             ONE_VOLUME,
-            Argument(
-                "FILE", "where to: an absolute path, at which nothing is yet", completes="files"
-            ),
+            Argument("FILE", "the new file, an absolute path", completes="files"),
         ),
         (
             (
@@ -367,7 +365,7 @@ VISIBLE = tuple(verb for verb in VERBS if not verb.hidden)
 GROUPS = tuple(dict.fromkeys(verb.name.split()[0] for verb in VISIBLE if " " in verb.name))
 GOALS = ("boot", "shutdown", "lock-all", "unlock:", "lock:", "start:", "stop:")
 
-# Words of neighbours (cryptsetup, mount, virsh, systemctl) for what a verb of ours does.
+# Other programs' words (cryptsetup, mount, virsh, systemctl) for our verbs.
 SYNONYMS = {
     **dict.fromkeys(("open", "luksopen", "decrypt", "mount", "attach"), "unlock"),
     **dict.fromkeys(("close", "luksclose", "umount", "unmount", "detach"), "lock"),
@@ -389,7 +387,7 @@ Exit status: 0 done, 1 failed, 2 usage or configuration, 3 wrong key, 4 not auth
 
 
 class UsageError(Exception):
-    """What was typed is no command; the text says what is."""
+    """The command line is no valid command; the text names the valid form."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -399,12 +397,12 @@ class _Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        # To find out the terminal's width it would import shutil, for each argument that is added.
+        # argparse would import shutil for the terminal's width, for each added argument.
         super().__init__(prog, width=79)
 
 
 def overview() -> str:
-    """What `vmcryptctl --help` prints."""
+    """The output of `vmcryptctl --help`."""
     lines = [
         "usage: vmcryptctl VERB [ARGUMENT...]",
         "",
@@ -438,12 +436,12 @@ def parse(argv: list[str]) -> tuple[Verb, argparse.Namespace]:
     try:
         return verb, parser(verb).parse_args(rest)
     except UsageError:
-        # Also understands "unlock cr_a --key-file F cr_b", and takes twice the time.
+        # It also accepts "unlock cr_a --key-file F cr_b", and takes twice the time.
         return verb, parser(verb).parse_intermixed_args(rest)
 
 
 def _unknown(name: str) -> str:
-    """What is wrong with a verb, and which one was meant, as far as that is safe to guess."""
+    """The error for an unknown verb, with a suggestion if that is safe."""
     group, _, member = name.rpartition(" ")
     known = [verb.name for verb in VISIBLE if verb.name.rpartition(" ")[0] == group]
     known += [] if group else GROUPS
@@ -462,7 +460,7 @@ def _unknown(name: str) -> str:
 
 
 def _in_group(group: str, rest: list[str]) -> tuple[str, list[str]]:
-    """The verb of two words, and its arguments. Raises UsageError; SystemExit(0) for --help."""
+    """Parse a verb of two words, and its arguments. Raises UsageError; SystemExit(0) for --help."""
     members = [verb for verb in VISIBLE if verb.name.startswith(f"{group} ")]
     if rest[:1] in (["-h"], ["--help"]):
         lines = [f"usage: vmcryptctl {group} VERB [ARGUMENT...]", "", *_listed(members)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Volumes by their paths: a device, or a mapping in /dev/mapper, in the place of a volume's name."""
+"""Finds volumes by paths of their devices and mappings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Volumes = Mapping[str, Mapping[str, Any]]
 
 
 def resolve(words: Iterable[str], volumes: Volumes) -> list[str]:
-    """The volumes' names. No name has a "/" or a "=" in it; a path that belongs to none stays as it is."""
+    """The volumes' names. No name contains "/" or "="; a path of no volume is returned unchanged."""
     return [_volume(word, volumes) if "/" in word or "=" in word else word for word in words]
 
 
@@ -35,12 +35,12 @@ def _volume(word: str, volumes: Volumes) -> str:
 
 
 def _identity(path: str) -> str:
-    """The same for all links to one device."""
+    """A value that is the same for all links to one device."""
     return os.path.realpath(path)
 
 
 def _luks_uuid(path: str) -> str:
-    """Of the volume that a mapping shows, without hyphens; the mapping may have any name. Empty if it is none.
+    """The LUKS UUID of a mapping of any name, without hyphens. Empty if it is no LUKS mapping.
 
     The mapping's UUID is CRYPT-LUKS2-<UUID>-<name>, as libcryptsetup writes it.
     """

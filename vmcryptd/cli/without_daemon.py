@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`shutdown` and `panic` when the daemon or the bus is dead: the same engine in this process.
 
-Never beside a living daemon. One that is silent, or is being restarted, holds the host's lock: then whichever comes
-first counts, its answer or the lock. One that lives while the bus is dead cannot answer: in the end it is killed, which
-closes nothing.
+It never works beside a living daemon, because a daemon holds the host's lock. If the daemon is silent or restarting,
+the first of its answer and the lock counts. If the bus is dead, a living daemon cannot answer: it is killed in the end,
+which closes nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from vmcryptd.core.errors import EXIT_OK, BusyError, UnreachableError
 from vmcryptd.core.model import Infinity
 from vmcryptd.posix.host_lock import DAEMON, HostLock
 
-# systemd kills a silent daemon after 30 s (WatchdogSec=); a start takes seconds.
+# systemd kills a silent daemon after 30 s (WatchdogSec=), and its start takes seconds.
 DAEMON_END_S = 120.0
-# What the kernel may take to end a process that was killed.
+# The kernel's time to end a killed process.
 KILLED_S = 60.0
 
 
@@ -45,7 +45,7 @@ def go_down(verb: str, reason: str, again: Callable[[], Coroutine[Any, Any, int]
 async def _answer(
     lock: HostLock, verb: str, again: Callable[[], Coroutine[Any, Any, int]]
 ) -> int | None:
-    """The daemon's answer after all; None once this process holds the lock. Raises VmcryptdError."""
+    """The daemon's late answer; None once this process holds the lock. Raises VmcryptdError."""
     role = f"vmcryptctl {verb}"
     if lock.try_hold(role):
         return None
@@ -71,7 +71,7 @@ async def _answer(
 
 
 async def _until_free(holding: asyncio.Task[None], role: str) -> None:
-    """Wait until the lock is ours; a daemon that nobody can reach has its time. Raises BusyError."""
+    """Wait until the lock is ours, for as long as an unreachable daemon may take to end. Raises BusyError."""
     await asyncio.wait({holding}, timeout=DAEMON_END_S)
     if holding.done():
         return
@@ -89,7 +89,7 @@ async def _until_free(holding: asyncio.Task[None], role: str) -> None:
 
 
 def _kill_holder(role: str) -> None:
-    # Of its own: if it gets the lock at this moment, it must not keep that from its caller.
+    # A separate lock, released at the end: kill_holder may get the lock, and must not keep it from the caller.
     lock = HostLock()
     try:
         lock.kill_holder(role)
