@@ -23,6 +23,7 @@ The host's directory keeps the console's and the journal's transcript of every b
 """
 
 import base64
+import codecs
 import contextlib
 import dataclasses
 import fcntl
@@ -197,11 +198,13 @@ class Console:
         self.reader.start()
 
     def _read(self) -> None:
+        # A character may arrive in two pieces.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         with contextlib.suppress(OSError), self._connection:
             while data := self._connection.recv(65536):
                 self.mirror(data)
                 with self._changed:
-                    self._text += data.decode(errors="replace")
+                    self._text += decoder.decode(data)
                     self._changed.notify_all()
         with self._changed:
             self._closed = True
@@ -423,7 +426,8 @@ class Vm:
     ) -> None:
         self.host = host
         if saved:
-            text = host.console_path(host.boots).read_text(errors="replace")
+            # `read_text` would drop the carriage returns, which are counted in what was seen.
+            text = host.console_path(host.boots).read_bytes().decode(errors="replace")
             self.console = Console(sockets.console, text, saved.console_seen)
             self._control = _Control(sockets.control, [saved.boot_id], saved.next_command)
         else:
