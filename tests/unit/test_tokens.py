@@ -12,6 +12,7 @@ from tests.lib import Running, digest, handed_in, opened_by, play
 from vmcryptd.core.errors import CancelledError, KeyUnavailableError, VmcryptdError, WrongKeyError
 from vmcryptd.core.model import VolumeSpec
 from vmcryptd.engine import attempt, unlock_with_key
+from vmcryptd.engine.tokens import TPM_SHARERS
 
 ALPHA = opened_by("alpha")
 PIN = f'pin_sha256 = "{digest("1234")}"'
@@ -281,18 +282,66 @@ async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -
 # --- side by side ---
 
 
-@play("".join(volume(name, BOTH, TPM) for name in "ab") + volume("c", '"fido2"', STICK))
-async def test_one_at_a_time_of_each_kind(run: Running) -> None:
-    for name in "abc":
+async def turns() -> None:
+    """Turns of the loop, in which nothing more may begin."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+NAMES = "abcdefghij"
+
+
+@play("".join(volume(name, BOTH, TPM) for name in NAMES))
+async def test_a_tpm_opens_volumes_side_by_side_but_not_any_number(run: Running) -> None:
+    for name in NAMES:
         run.host.hold(f"token {name} 0")
     run.engine.boot()
+    await run.until(lambda: len(run.host.done("token")) == TPM_SHARERS)
+    await turns()
+    assert len(run.host.done("token")) == TPM_SHARERS == 8
+    run.host.release(run.host.done("token")[3])
+    await run.until(lambda: len(run.host.done("token")) == TPM_SHARERS + 1)
+    assert len(run.host.done("open")) == 1
+    for call in {f"token {name} 0" for name in NAMES} - {run.host.done("token")[3]}:
+        run.host.release(call)
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play("".join(volume(name, '"tpm2"', WITH_PIN) for name in "ab") + volume("c", BOTH, TPM))
+async def test_pins_are_tried_on_a_tpm_one_after_the_other(run: Running) -> None:
+    """Wrong ones side by side would lock it before the first is seen to be wrong."""
+    for name in "ab":
+        run.host.hold(f"token {name} 0 with a PIN")
+    run.engine.boot()
+    await asked(run, 2)
+    await run.until(lambda: run.volume("c").key_source == "tpm2")
+    run.host.answer("1234", to="volume a")
+    run.host.answer("1234", to="volume b")
     await run.until(lambda: len(run.host.done("token")) == 2)
-    for _ in range(50):  # turns of the loop, in which nothing more may begin
-        await asyncio.sleep(0)
-    first, second = run.host.done("token")
-    assert {first, second} in ({"token a 0", "token c 0"}, {"token b 0", "token c 0"})
-    for name in "abc":
-        run.host.release(f"token {name} 0")
+    await turns()
+    [first] = [call for call in run.host.done("token") if call.endswith("with a PIN")]
+    run.host.release(first)
+    await run.until(lambda: len(run.host.done("token")) == 3)
+    [second] = {f"token {name} 0 with a PIN" for name in "ab"} - {first}
+    assert run.host.done("token")[-1] == second
+    run.host.release(second)
+    await run.idle()
+    assert run.state == "ready"
+
+
+@play("".join(volume(name, '"fido2", "prompt"', STICK) for name in "ab") + volume("c", BOTH, TPM))
+async def test_sticks_are_used_one_at_a_time(run: Running) -> None:
+    for name in "ab":
+        run.host.hold(f"token {name} 0")
+    run.engine.boot()
+    await run.until(lambda: run.volume("c").key_source == "tpm2")
+    await run.until(lambda: len(run.host.done("token")) == 2)
+    await turns()
+    [first] = set(run.host.done("token")) - {"token c 0"}
+    run.host.release(first)
+    await run.until(lambda: len(run.host.done("token")) == 3)
+    run.host.release(run.host.done("token")[-1])
     await run.idle()
     assert run.state == "ready"
 

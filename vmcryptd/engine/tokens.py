@@ -4,23 +4,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import defaultdict
 
 from vmcryptd.core.errors import KeyUnavailableError
-from vmcryptd.core.model import Header, KeySource, Token, VolumeSpec
+from vmcryptd.core.model import Header, KeySource, SourceKind, Token, VolumeSpec
 from vmcryptd.core.ports import Crypt, Key
 from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.inventory import Inventory
 
+# As many volumes are opened by a TPM at once. The kernel gives each opener of /dev/tpmrm0 the chip as if it were alone
+# (drivers/char/tpm/tpm2-space.c), but all of them share the chip's sessions, which can run out.
+TPM_SHARERS = 8
+
 
 class Tokens:
-    """Opens volumes by their tokens: one of a kind at a time, as there is one chip, and rarely a second stick."""
+    """Opens volumes by their tokens: by a TPM side by side, by sticks one of a kind at a time, with a PIN one by one.
+
+    A host rarely has a second stick. A TPM locks itself after wrong PINs, so each has its outcome before the next.
+    """
 
     def __init__(self, crypt: Crypt, inventory: Inventory, derivations: Derivations) -> None:
         self._crypt = crypt
         self._inventory = inventory
         self._derivations = derivations
-        self._devices: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tpm = asyncio.Semaphore(TPM_SHARERS)
+        self._sticks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._pins = asyncio.Lock()
 
     def of(self, spec: VolumeSpec, header: Header, source: KeySource) -> list[Token]:
         """Those that the source means. Raises KeyUnavailableError if there are none."""
@@ -41,7 +51,10 @@ class Tokens:
         Raises WrongPinError, also if one is needed and not given, and KeyUnavailableError.
         """
         slots = [slot for slot in header.slots if slot.number in token.slots]
-        async with self._devices[token.kind], self._derivations.room_for_token(spec, slots):
+        is_tpm = token.kind == SourceKind.TPM2.token_kind
+        device = self._tpm if is_tpm else self._sticks[token.kind]
+        pins = self._pins if is_tpm and pin is not None else contextlib.nullcontext()
+        async with pins, device, self._derivations.room_for_token(spec, slots):
             node = self._inventory.graph.volumes[spec.name]
             suspended = node.mapping if node.is_open and node.suspended else ""
             await self._crypt.open_by_token(spec, token, pin, suspended)
