@@ -27,7 +27,7 @@ from vmcryptd.core.errors import (
     WrongKeyError,
 )
 from vmcryptd.core.goals import BOOT
-from vmcryptd.core.model import DaemonSpec, GuestState, Settings
+from vmcryptd.core.model import DaemonSpec, DiskSource, GuestState, Settings
 from vmcryptd.engine import hooks, panic, prompt, unlock_with_key
 from vmcryptd.engine.opening import Phase
 from vmcryptd.engine.prompt import Held
@@ -85,6 +85,42 @@ async def test_one_question_opens_everything(run: Running) -> None:
     assert len(run.host.questions) == 1
     await run.until(lambda: "target reached" in run.host.calls)
     assert run.host.goals() == ("up",)
+
+
+@play(volume("a") + volume("b") + volume("c") + guest("g", "a") + guest("h", "b", "c"))
+async def test_a_guest_starts_as_soon_as_its_own_volumes_are_open(run: Running) -> None:
+    run.engine.derivations._budget._cores = 3
+    for name in "bc":
+        run.host.hold(f"try {name}")
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.guests()["g"] == "running")
+    assert run.host.done("open") == ["open a"]
+    run.host.release("try b")
+    await run.until(lambda: run.host.done("open") == ["open a", "open b"])
+    assert run.guests()["h"] == "off"
+    run.host.release("try c")
+    await run.idle()
+    assert run.host.done("start ") == ["start g", "start h"]
+
+
+@play(volume("a") + volume("b") + guest("g", "a") + guest("h", "b"))
+async def test_a_guest_does_not_wait_for_another_ones_backing_chain(run: Running) -> None:
+    is_read = asyncio.Event()
+
+    async def chain(source: DiskSource) -> tuple[DiskSource, ...]:
+        if source.path == "/dev/mapper/b":
+            await is_read.wait()
+        return ()
+
+    run.host.chain = chain  # type: ignore[method-assign]
+    run.engine.boot()
+    run.host.answer("alpha")
+    await run.until(lambda: run.guests()["g"] == "running")
+    assert run.guests()["h"] != "running"
+    is_read.set()
+    await run.idle()
+    assert run.host.done("start ") == ["start g", "start h"]
 
 
 @play(volume("a") + volume("b", B))

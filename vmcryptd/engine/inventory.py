@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from vmcryptd.core import graph as graphs
@@ -39,6 +38,8 @@ log = logging.getLogger(__name__)
 # end is looked at at once.
 COALESCE_S = 0.2
 LIBVIRT_TIMEOUT_S = 30.0
+# Backing chains are read side by side: a disk that does not answer holds up its own guest only.
+CHAIN_READERS = 4
 
 
 class Sight(NamedTuple):
@@ -89,7 +90,8 @@ class Inventory:
         self._may_follow_libvirt = False
         self._look: asyncio.TimerHandle | None = None
         self._shared: asyncio.Future[None] | None = None
-        self._reading: set[asyncio.Task[None]] = set()
+        self._reading: dict[asyncio.Task[None], str] = {}  # of backing chains, by image
+        self._readers = asyncio.Semaphore(CHAIN_READERS)
         self._looker: asyncio.Task[None] | None = None
         self._wanted: list[asyncio.Future[None] | None] = []  # looks that have not begun
 
@@ -355,18 +357,15 @@ class Inventory:
 
     def _read_chains(self) -> None:
         """Follow the backing chains of disks that have become readable, be it a qcow2 image on a block device."""
-        unread = {}
-        for domain in self._observation.virtualisation.domains.values():
+        virtualisation = self._observation.virtualisation
+        for domain in virtualisation.domains.values():
             for source in domain.sources:
-                path = self._observation.virtualisation.path_of(source)
+                path = virtualisation.path_of(source)
                 if self._is_unread(path):
-                    unread[path] = source
-        if unread:
-            for path in unread:
-                self._chains_read[path] = self._readable(path)
-            task = asyncio.create_task(self._read(unread))
-            self._reading.add(task)
-            task.add_done_callback(self._reading.discard)
+                    self._chains_read[path] = self._readable(path)
+                    task = asyncio.create_task(self._read(path, source))
+                    self._reading[task] = path
+                    task.add_done_callback(self._reading.pop)
 
     def _readable(self, path: str) -> frozenset[str]:
         has = self._observation.storage.has
@@ -377,14 +376,14 @@ class Inventory:
             return False
         return path not in self._chains_read or not self._readable(path) <= self._chains_read[path]
 
-    async def _read(self, sources: Mapping[str, DiskSource]) -> None:
-        for path, source in sources.items():
-            try:
+    async def _read(self, path: str, source: DiskSource) -> None:
+        try:
+            async with self._readers:
                 chain = await self._chain(source)
-            except VmcryptdError as error:
-                log.warning("what %s is backed by cannot be read: %s", path, error)
-                self._chains_read.pop(path, None)  # tried again when anything has changed
-                continue
+        except VmcryptdError as error:
+            log.warning("what %s is backed by cannot be read: %s", path, error)
+            self._chains_read.pop(path, None)  # tried again when anything has changed
+        else:
             self._chains[path] = tuple(member.path for member in chain if member.path)
         self.changed()
 
@@ -394,9 +393,15 @@ class Inventory:
         except DeadlineError:
             return await self._domains.chain(source)  # a disk that had to spin up has by now
 
-    async def chains_known(self) -> None:
-        """Wait until the backing chains of all disk files that are there have been read."""
+    async def chains_known(self, guest: str) -> None:
+        """Wait until the backing chains of those of the guest's disks that are there have been read."""
         await self.look()
-        while self._reading:
-            await asyncio.wait(self._reading)
+        while reading := self._reading_of(guest):
+            await asyncio.wait(reading)
             await self.look()
+
+    def _reading_of(self, guest: str) -> list[asyncio.Task[None]]:
+        virtualisation = self._observation.virtualisation
+        domain = virtualisation.domains.get(guest)
+        paths = {virtualisation.path_of(source) for source in domain.sources} if domain else set()
+        return [task for task, path in self._reading.items() if path in paths]

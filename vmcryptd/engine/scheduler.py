@@ -274,7 +274,7 @@ class Scheduler:
         """Open what a disk image is backed by: that shows only once it can be read, when the plan is long made."""
         tried: set[str] = set()
         while True:
-            await self._inventory.chains_known()
+            await self._inventory.chains_known(step.object)
             graph = self._inventory.graph
             guest = graph.guests.get(step.object)
             late = [
