@@ -7,20 +7,18 @@ machine down slows both. Nothing here waits for the control channel while a cloc
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import platform
 import shlex
 import signal
 import socket
-import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from tests.bench import opening
+from tests.bench import guests, opening
 from tests.bench.machine import (
     BENCH,
     KEY,
@@ -36,7 +34,7 @@ from tests.bench.machine import (
 
 DISK = "/dev/disk/by-id/virtio-disk0"
 # How many volumes of each kind are opened at once.
-COUNTS = {"slow": (1, 8, 32), "kept": (1, 8, 32), "tpm": (8,), "fast": (1, 8, 64)}
+COUNTS = {"slow": (1, 8, 32), "lanes": (8,), "kept": (1, 8, 32), "tpm": (8,), "fast": (1, 8, 64)}
 LARGEST = max(max(counts) for counts in COUNTS.values())
 FEW = 8  # what more than so many cost is measured in fewer rounds
 # The libraries that the daemon depends on.
@@ -91,10 +89,18 @@ def starting(daemon: Daemon, rounds: int) -> Samples:
 
 
 def refusing(daemon: Daemon, rounds: int) -> Samples:
+    return called(daemon, f"runuser -u nobody -- python3 -m tests.bench.refusing {rounds}")
+
+
+def flooding(daemon: Daemon, rounds: int) -> Samples:
+    return called(daemon, f"python3 -m tests.bench.flooding {rounds}")
+
+
+def called(daemon: Daemon, command: str) -> Samples:
+    """What a client measures while the daemon has nothing else to do."""
     opening.configure(opening.KIND["fast"], FEW)
     daemon.start()
-    command = f"cd {BENCH} && exec runuser -u nobody -- python3 -m tests.bench.refusing {rounds}"
-    out: Samples = json.loads(sh(command))
+    out: Samples = json.loads(sh(f"cd {BENCH} && exec {command}"))
     daemon.stop()
     return out
 
@@ -103,9 +109,9 @@ def refusing(daemon: Daemon, rounds: int) -> Samples:
 
 
 @contextlib.contextmanager
-def all_up(daemon: Daemon, guests: list[str]) -> Iterator[None]:
+def all_up(daemon: Daemon, names: list[str]) -> Iterator[None]:
     daemon.unlock_all()
-    for name in guests:
+    for name in names:
         daemon.call(f"StartGuest s {name}")
     quiet()
     time.sleep(1)
@@ -113,16 +119,16 @@ def all_up(daemon: Daemon, guests: list[str]) -> Iterator[None]:
     quiet()
 
 
-def panic(daemon: Daemon, guests: list[str], rounds: int) -> Samples:
+def panic(daemon: Daemon, names: list[str], rounds: int) -> Samples:
     out: Samples = {"panic": [], "polite": []}
     kind = opening.KIND["fast"]
     opening.prepare(kind, FEW)
-    put_guests(kind, len(guests))
+    put_guests(kind, len(names))
     daemon.start()
     for _ in range(rounds):
-        for name, method in (("panic", "Panic"), ("polite", "Shutdown")):
-            with all_up(daemon, guests):
-                out[name].append(daemon.call(method))
+        for what, method in (("panic", "Panic"), ("polite", "Shutdown")):
+            with all_up(daemon, names):
+                out[what].append(daemon.call(method))
                 expect_mapped(kind.name, 0)
     daemon.stop()
     return out
@@ -139,15 +145,36 @@ def put_guests(kind: opening.Kind, count: int) -> None:
 # --- all of it ---
 
 
-def prepare(domains: list[str]) -> None:
-    done = BENCH / "prepared"
-    if done.exists():  # measuring once more in the same machine
-        return
+Part = Callable[[Daemon, dict[str, Any], int], Samples]
+
+
+def _opening(kind: opening.Kind, count: int) -> Part:
+    def part(daemon: Daemon, _work: dict[str, Any], rounds: int) -> Samples:
+        fewer = max(1, min(rounds, rounds * FEW // count))
+        return opening.measure(daemon, kind, count, fewer)
+
+    return part
+
+
+PARTS: dict[str, Part] = {
+    **{
+        f"{kind.name}{count}": _opening(kind, count)
+        for kind in opening.KINDS
+        for count in COUNTS[kind.name]
+    },
+    "guests": lambda daemon, work, rounds: guests.measure(daemon, work["guests"], rounds + 1),
+    "start": lambda daemon, _, rounds: starting(daemon, 2 * rounds),
+    "refusing": lambda daemon, _, rounds: refusing(daemon, 2 * rounds),
+    "flood": lambda daemon, _, rounds: flooding(daemon, rounds),
+    "panic": lambda daemon, work, rounds: panic(daemon, list(work["panic"]), max(rounds // 2, 1)),
+}
+
+
+def prepare(work: dict[str, Any]) -> None:
     make_devices(DISK, LARGEST)
     opening.make_headers(LARGEST)
-    for domain in domains:
+    for domain in work["panic"].values():
         sh("virsh -q define /dev/stdin", domain)
-    done.touch()
 
 
 def versions() -> dict[str, str]:
@@ -163,43 +190,17 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
+    """One part, after `prepare`: so what is known is known when a later one fails."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--only", default="")
+    parser.add_argument("part", choices=["prepare", *PARTS])
+    parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
-    rounds: int = options.rounds
     work = json.loads((BENCH / "work.json").read_text())
-    wanted = set(options.only.split(",")) - {""}
-
-    begun = time.monotonic()
-    prepare(work["domains"])
-    print(f"prepared: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    daemon = Daemon()
-    raw: dict[str, Samples] = {}
-    parts: dict[str, Callable[[], Samples]] = {
-        f"{kind.name}{count}": functools.partial(
-            opening.measure, daemon, kind, count, max(1, min(rounds, rounds * FEW // count))
-        )
-        for kind in opening.KINDS
-        for count in COUNTS[kind.name]
-    }
-    parts["start"] = lambda: starting(daemon, 2 * rounds)
-    parts["refusing"] = lambda: refusing(daemon, 2 * rounds)
-    parts["panic"] = lambda: panic(daemon, work["guests"], max(rounds // 2, 1))
-    for name, part in parts.items():
-        if not wanted or wanted & {name, name.rstrip("0123456789")}:
-            begun = time.monotonic()
-            raw[name] = part()
-            print(f"{name}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
-            for what, samples in raw[name].items():
-                if samples:
-                    shown = " ".join(f"{value:.3f}" for value in samples)
-                    print(
-                        f"  {what:12} {statistics.median(samples):.3f}   {shown}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-    print(json.dumps({"versions": versions(), "raw": raw}))
+    if options.part == "prepare":
+        prepare(work)
+        print(json.dumps(versions()))
+    else:
+        print(json.dumps(PARTS[options.part](Daemon(), work, options.rounds)))
 
 
 if __name__ == "__main__":

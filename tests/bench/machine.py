@@ -12,6 +12,7 @@ BENCH = Path("/run/bench")
 # The passphrase of every volume; what a person would type.
 KEY = BENCH / "key"
 CONFIG = Path("/etc/vmcryptd/vmcryptd.toml")
+KIB_PER_MIB = 1024
 CALL = "busctl --quiet --timeout=600 call org.vmcryptd1 /org/vmcryptd1 org.vmcryptd1.Manager"
 
 Samples = dict[str, list[float]]
@@ -63,6 +64,12 @@ def cpu_s(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
+def available_mib() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [available] = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available) // KIB_PER_MIB
+
+
 def children_cpu_s(pid: int) -> float:
     """What the children of a process have used that it has waited for: cutime and cstime."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -86,17 +93,21 @@ class Daemon:
     def pid(self) -> int:
         return int(sh("systemctl show --value -p MainPID vmcryptd"))
 
+    # busctl passes on what it was itself handed as a socket-activated service is.
+    unlocking_all = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {CALL} UnlockAllWithKey h 3 3<{KEY}"
+
     def unlock_all(self) -> float:
-        # busctl passes on what it was itself handed as a socket-activated service is.
-        call = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {CALL} UnlockAllWithKey h 3 3<{KEY}"
-        return seconds(call)
+        return seconds(self.unlocking_all)
 
     def unlock(self, name: str) -> float:
         call = f"LISTEN_FDS=1 LISTEN_PID=$$ exec {CALL} UnlockWithKey sh {name} 3 3<{KEY}"
         return seconds(call)
 
+    def calling(self, method: str) -> str:
+        return f"exec {CALL} {method}"
+
     def call(self, method: str) -> float:
-        return seconds(f"exec {CALL} {method}")
+        return seconds(self.calling(method))
 
 
 # --- logical volumes ---
