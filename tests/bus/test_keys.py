@@ -112,7 +112,7 @@ async def ctl(*argv: str, typed: str | None = None) -> Ctl:
         subprocess.run,
         [sys.executable, "-c", code, *argv],
         cwd=PROJECT, input=typed, stdin=None if typed is not None else subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert "canary" not in done.stdout + done.stderr

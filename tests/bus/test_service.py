@@ -733,7 +733,7 @@ async def stranger(address: str) -> dict[str, Any]:
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", STRANGER, __file__, address],
-        cwd=PROJECT, stdout=subprocess.PIPE, timeout=20, check=True,
+        cwd=PROJECT, stdout=subprocess.PIPE, timeout=120, check=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -832,7 +832,7 @@ def test_a_second_daemon_touches_nothing(start: Start, run: Any, bus_address: st
                 second = await asyncio.to_thread(
                     subprocess.run,
                     [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
-                    cwd=PROJECT, stderr=subprocess.PIPE, timeout=60,
+                    cwd=PROJECT, stderr=subprocess.PIPE, timeout=120,
                 )  # fmt: skip
                 assert second.returncode == 1
                 assert b"the bus name org.vmcryptd1 is taken" in second.stderr
@@ -853,7 +853,7 @@ def test_a_bad_configuration_is_told_at_the_start(
         sim.write_text(text)
     done = subprocess.run(
         [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
-        cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=10, check=False,
+        cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert said in done.stderr
@@ -865,7 +865,7 @@ def test_each_mistake_is_a_line_of_the_journal(tmp_path: Path, bus_address: str)
     sim.write_text('[deamon]\n[volume.a]\ndevise = "/dev/a"\n')
     done = subprocess.run(
         [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
-        cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "did you mean" in line] == [

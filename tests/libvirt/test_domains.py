@@ -589,7 +589,7 @@ asyncio.run(main())
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
         check=False,
     )
