@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon: puts engine, adapters and bus together, and lives until it is told to stop."""
+"""Builds the daemon from engine, adapters and bus, and runs it until a signal stops it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vmcryptd.posix.threads import DaemonThreads
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 86400.0
-# How long panic waits for libvirt to say which guests run.
+# Panic waits this long for libvirt's list of running guests.
 PANIC_LIBVIRT_S = 5.0
 
 LOAD_S = 30.0  # for reading the configuration again, and for parsing it
@@ -73,7 +73,7 @@ class Arguments:
 
 def _arguments(argv: list[str]) -> Arguments:
     if not argv:
-        return Arguments()  # systemd's way, which needs no parser to be imported
+        return Arguments()  # as systemd starts it: no parser is imported
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -129,7 +129,7 @@ def real_ports(settings: Settings, directory: Path = configuration.DIRECTORY) ->
 
 
 class Source:
-    """The files with the configuration, and what they said when it was taken over."""
+    """The configuration files, and their texts when they were last applied."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class Source:
         return self._parse(self._loaded)
 
     async def load_again(self) -> Settings:
-        """The same beside the loop: models are built for it, and files may lie on a disk that does not answer.
+        """The same in a thread: building models takes time, and the files may lie on a disk that hangs.
 
         Raises ConfigError, and DeadlineError when the files cannot be read in time.
         """
@@ -167,16 +167,16 @@ class Source:
                 settings = await self._threads.call(LOAD_S, parse)
             else:
                 settings = self._parse(texts)
-            if mine == self._loads:  # else these texts are older than those that run
+            if mine == self._loads:  # else newer texts were applied meanwhile
                 self._loaded = texts
                 return settings
 
     def taken_over(self) -> None:
-        """What was loaded last is what runs."""
+        """Note that the configuration loaded last is applied."""
         self._running = self._loaded
 
     def texts(self) -> Mapping[str, str] | None:
-        """What the files say now; None if they cannot be read."""
+        """The present texts of the files; None if they cannot be read."""
         try:
             return self._read()
         except ConfigError:
@@ -221,11 +221,11 @@ async def _serve(arguments: Arguments) -> int:
     if arguments.sim is None and not await _hold_alone(stop):
         return 0
     connection = await transport.connect(arguments.bus)
-    # A simulated host belongs to who runs it.
+    # The user who runs the simulation is its administrator.
     trusted = {polkit.ROOT} if arguments.sim is None else {polkit.ROOT, os.getuid()}
     authority = polkit.Polkit(connection, trusted=frozenset(trusted))
     objects = Objects(connection, service.ROOT, authority)
-    # Before anything is read or written: beside a daemon that runs, this one must touch nothing.
+    # Before anything is read or written: a second daemon must not change anything.
     await objects.own(service.NAME)
     settings, ports, source = _composition(arguments)
     engine = Engine(settings, ports)
@@ -276,7 +276,7 @@ async def _serve(arguments: Arguments) -> int:
     engine.changes.watch(shown.changed)
     objects.serve()
     notify.ready()
-    # What was made by now lives as long as the process: the collector need not look at it again.
+    # The objects made so far live as long as the process: the collector need not visit them.
     gc.freeze()
     files.start()
     watchdog = asyncio.create_task(_watchdog())
@@ -303,15 +303,15 @@ async def _watchdog() -> None:
         await asyncio.sleep(interval_s)
 
 
-# Held for as long as the process lives.
+# Held until the process ends.
 _lock = HostLock()
 
 
 async def _hold_alone(stop: asyncio.Event) -> bool:
     """Take the host's lock. False if the daemon is to stop before it has it. Raises BusyError.
 
-    `vmcryptctl shutdown` or `panic` may be doing the daemon's work in a process of their own: two at a time would open
-    what the other closes.
+    `vmcryptctl shutdown` or `panic` may be doing the daemon's work in their own process: one would open what the
+    other closes.
     """
     if _lock.try_hold(DAEMON):
         return True
@@ -335,8 +335,7 @@ async def _hold_alone(stop: asyncio.Event) -> bool:
 def down_here(verb: str) -> None:
     """`shutdown` or `panic` in this process, when the daemon or the bus is dead. Raises VmcryptdError.
 
-    The caller holds the host's lock. A configuration with a mistake does not keep anything open: then the last valid
-    one counts.
+    The caller holds the host's lock. If the configuration has a mistake, the last valid one is used.
     """
     journal.log_to_journal()
     keep_out_of_core_dumps()
@@ -349,7 +348,7 @@ def down_here(verb: str) -> None:
         await engine.inventory.look()
         try:
             if verb == "panic":
-                # Without libvirt's answer no guest could be killed, and each would keep its volumes open.
+                # Without libvirt's answer no guest can be killed, and each keeps its volumes open.
                 with contextlib.suppress(VmcryptdError):
                     await ports.domains.refresh(PANIC_LIBVIRT_S)
                 await engine.panic()

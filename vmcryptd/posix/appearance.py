@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tells when files appear that are not there yet: inotify(7) on the nearest directory of each that is."""
+"""Reports the appearance of absent files: inotify(7) on the nearest existing directory of each."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Appearances:
     def await_(self, paths: Iterable[str], context: object = None) -> None:
         """Wait for these paths, which have no symbolic links, and for no others.
 
-        `context`: anything that is different once a path may lead elsewhere, as the host's mounts are.
+        `context`: a value that changes when a path may lead elsewhere, such as the host's mounts.
         """
         awaited = frozenset(paths)
         if (awaited, context) != (self._awaited, self._context):
@@ -84,9 +84,9 @@ class Appearances:
                 self._disarm()
                 if not awaited:
                     continue
-                inotify = Inotify()  # a thread that hangs keeps the one that it has
+                inotify = Inotify()  # a hanging thread keeps its own instance
                 try:
-                    # In a thread: the walk may meet a disk that does not answer.
+                    # In a thread: the lookup may reach a disk that hangs.
                     arm = functools.partial(_armed, inotify, awaited, unfinished)
                     self._names, is_there = await self._threads.call("", ARMING_S, arm)
                 except (OSError, DeadlineError) as error:
@@ -125,7 +125,7 @@ class Appearances:
 def _armed(
     inotify: Inotify, paths: Iterable[str], unfinished: Container[str]
 ) -> tuple[Names, bool]:
-    """Watch the nearest directory of each path. Also whether one of the paths is there by now. Raises OSError."""
+    """Watch the nearest directory of each path. Returns also whether one of the paths exists. Raises OSError."""
     inotify.open()
     names: Names = {}
     for path in paths:
@@ -140,7 +140,7 @@ def _armed(
 
 
 def _is_there(path: str, is_new: bool) -> bool:
-    """A new file of its own is none before its writer has closed it; links have no writer."""
+    """Whether the file exists. A new file counts when its writer has closed it; links have no writer."""
     try:
         status = os.lstat(path)
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A broadcast: something has changed; each that waits for it looks for itself what that is."""
+"""A broadcast of changes without content: each receiver finds out what has changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 
 
 class Changes:
-    """Wakes all tasks that wait, and calls all watchers, at every change."""
+    """Wakes all waiting tasks and calls all watchers at every change."""
 
     def __init__(self) -> None:
         self._next = asyncio.Event()  # the next change: set once, and replaced
@@ -27,15 +27,15 @@ class Changes:
             watcher()
 
     def wait(self) -> Coroutine[None, None, object]:
-        """To be awaited: the next change.
+        """An awaitable for the next change.
 
-        It counts from this call on, not from when a task that is to await it gets to run: a change in between may be
-        the last one.
+        It counts from this call on, not from the start of a task that awaits it: a change in between may be the
+        last one.
         """
         return self._next.wait()
 
     async def until(self, predicate: Callable[[], bool], timeout_s: float = math.inf) -> bool:
-        """Wait until it is so; False when that took too long."""
+        """Wait until the condition holds; False when that took too long."""
         try:
             async with asyncio.timeout(None if math.isinf(timeout_s) else timeout_s):
                 while not predicate():

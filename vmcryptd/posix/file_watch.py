@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Looks at files again whenever they may have changed: inotify(7)."""
+"""Calls a function again whenever files may have changed: inotify(7)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Not IN_MODIFY: a file that is being written is looked at when it is whole.
+# Not IN_MODIFY: a file is read when its writer has closed it.
 MASK = (
     IN_ATTRIB | IN_CLOSE_WRITE | IN_CREATE | IN_DELETE | IN_DELETE_SELF
     | IN_MOVED_FROM | IN_MOVED_TO | IN_MOVE_SELF
@@ -42,7 +42,7 @@ DRAINED = 64 * 1024
 class FileWatch(Generic[T]):
     """Calls `look` in a thread at first and after each change, and `looked` in the loop with its result.
 
-    `paths` are files and directories; of one that is not there, the directory that it would lie in is watched.
+    `paths` are files and directories; for an absent one, its directory is watched.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class FileWatch(Generic[T]):
             self._looking.cancel()
         elif not self._hangs:
             self._inotify.close()
-        self._inotify = Inotify()  # a thread that still looks has the other
+        self._inotify = Inotify()  # a running thread keeps the old instance
 
     def _read(self, fd: int) -> None:
-        # Whatever it was, the files tell more than the events, which may have been too many to be kept.
+        # The events are not evaluated: some may be lost. The files are read instead.
         os.read(fd, DRAINED)
         self.look_again()
 
@@ -106,7 +106,7 @@ class FileWatch(Generic[T]):
 
 
 def _watched(inotify: Inotify, paths: Iterable[Path], look: Callable[[], T]) -> T:
-    """Watch first: what changes during the look is looked at again."""
+    """Watch, then call `look`: a change during the call causes another one."""
     for path in paths if inotify.fd >= 0 else ():
         if inotify.add(path, MASK) is None:
             inotify.add(path.parent, MASK)

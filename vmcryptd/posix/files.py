@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Small files: read whole and bounded, written whole or not at all."""
+"""Reads small files with a size limit, and writes them atomically."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_bounded(path: str | Path, most: int = LARGEST) -> bytes:
 def write_atomically(path: str | Path, content: bytes, mode: int = 0o644) -> None:
     """Replace the file's content, on its disk when this returns. Raises OSError, and then the old content stays.
 
-    A reader, or a crash, meets the old content or the new one. It is written as NAME.new beside the old one.
+    Readers see the old or the new content, also after a crash. It is first written as NAME.new.
     """
     path = Path(path)
     temporary = path.with_suffix(".new")
@@ -45,7 +45,7 @@ def write_atomically(path: str | Path, content: bytes, mode: int = 0o644) -> Non
 
 
 def write_new(path: str | Path, content: bytes, mode: int = 0o644) -> None:
-    """Make a file with this content and mode, whatever the umask, on its disk when this returns.
+    """Make a file with this content and mode, regardless of the umask, on its disk when this returns.
 
     Raises OSError, and then nothing is made; FileExistsError where something has the name. It is written as .NAME.new.
     """
@@ -62,7 +62,7 @@ def write_new(path: str | Path, content: bytes, mode: int = 0o644) -> None:
 
 def _write(temporary: Path, content: bytes, mode: int) -> None:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)  # of a process that was killed here; or anything else that would hang
+        os.unlink(temporary)  # left by a killed process, or a file that would hang
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(temporary, flags, mode)
     try:
@@ -77,7 +77,7 @@ def _write(temporary: Path, content: bytes, mode: int) -> None:
 
 
 def sync_directory(path: str | Path) -> None:
-    """A file that was made, renamed or removed in it is so after a crash, too. Raises OSError."""
+    """Make new, renamed and removed files in it survive a crash. Raises OSError."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)

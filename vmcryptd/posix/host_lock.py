@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The lock that one process at a time holds: the one that may open and close this host's volumes.
+"""The lock of the one process that may open and close this host's volumes.
 
-The daemon holds it for as long as it lives. `vmcryptctl shutdown` and `panic` take it before they do the daemon's work
-in their own process. The kernel frees it when the holder dies, however that ends (flock(2)).
+The daemon holds it until it ends. `vmcryptctl shutdown` and `panic` take it before they do the daemon's work in their
+own process. The kernel frees it whenever the holder dies (flock(2)).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vmcryptd.core.errors import BusyError, DeadlineError, StorageError
 from vmcryptd.posix.threads import DaemonThreads
 
 PATH = Path("/run/vmcryptd/lock")
-DAEMON = "vmcryptd"  # the role of the holder that is to stay
+DAEMON = "vmcryptd"  # the role of the daemon as holder
 
 _TEXT_BYTES = 64
 
 
 class Holder(NamedTuple):
-    """The process that has the lock, as it wrote that down itself."""
+    """The process that holds the lock, as it has recorded itself."""
 
     role: str
     pid: int
@@ -63,12 +63,12 @@ class HostLock:
         try:
             await DaemonThreads().call(timeout_s, lambda: fcntl.flock(fd, fcntl.LOCK_EX))
         except DeadlineError:
-            # The thread waits on, and the descriptor must stay its own: the process is about to give up.
+            # The thread still waits on the descriptor, so it is not closed: the process is about to exit.
             raise BusyError(f"{self.holder() or 'another process'} holds {self._path}") from None
         self._take(fd, role)
 
     def holder(self) -> Holder | None:
-        """The process that has the lock now; None if that has not written down yet which it is."""
+        """The process that holds the lock now; None if it has not recorded itself yet."""
         try:
             with self._path.open("rb") as file:
                 text = file.read(_TEXT_BYTES)
@@ -78,14 +78,14 @@ class HostLock:
         return Holder(match[1].decode("ascii"), int(match[2])) if match else None
 
     def kill_holder(self, spared_role: str) -> None:
-        """End the process that has the lock, unless that has this role. A crash of it closes nothing."""
+        """Kill the process that holds the lock, unless it has this role. Its death closes no volume."""
         holder = self.holder()
         if holder is None or holder.role == spared_role:
             return
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(holder.pid)
             try:
-                # The lock is taken after the pidfd was opened: so that is the process which holds it.
+                # The lock is still taken after the pidfd was opened, so the pidfd is of the holder.
                 if not self.try_hold(spared_role) and self.holder() == holder:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             finally:

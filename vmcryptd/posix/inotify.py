@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel's own news of files and directories: inotify(7), which Python's library has no call for."""
+"""inotify(7), for which Python's library has no call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IN_ONLYDIR, IN_ISDIR = 0x01000000, 0x40000000
 
 
 class Inotify:
-    """One instance, closed when nothing refers to it any more, if not before."""
+    """One instance, closed at the latest when it is garbage collected."""
 
     def __init__(self) -> None:
         self.fd = -1
@@ -31,7 +31,7 @@ class Inotify:
 
     def open(self) -> int:
         """The descriptor that events are read from; it never blocks. Raises OSError."""
-        import ctypes  # takes a while, and is not needed for the start
+        import ctypes  # slow to import, and not needed at the start
 
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.fd = int(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
@@ -40,9 +40,9 @@ class Inotify:
         return self.fd
 
     def add(self, path: str | Path, mask: int) -> int | None:
-        """The watch's number; None if nothing is there that can be watched. May block, as any look at a path.
+        """The watch's number; None if the path cannot be watched. May block, like any lookup of a path.
 
-        Once more does no harm: the kernel knows the file by its inode.
+        Repeating it is harmless: the kernel identifies the file by its inode.
         """
         watch = int(self._libc.inotify_add_watch(self.fd, os.fsencode(path), mask))
         return None if watch < 0 else watch

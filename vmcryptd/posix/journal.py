@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The log, as the journal or a terminal takes it from standard error: one line is one line."""
+"""Formats the log for the journal or a terminal on standard error: one line for each message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lines(logging.Formatter):
 
 
 class JournalLines(Lines):
-    """With the level in front, as the journal reads it: sd-daemon(3)."""
+    """Prefixes the level for the journal: sd-daemon(3)."""
 
     def prefix(self, record: logging.LogRecord) -> str:
         level = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
@@ -37,7 +37,7 @@ class JournalLines(Lines):
 def log_to_journal(level: int = logging.INFO) -> None:
     """Log to standard error, with levels if that is the journal.
 
-    python-systemd's own handler would say no more, and takes a tenth of a start to import.
+    python-systemd's handler logs nothing more, and importing it takes a tenth of a start.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JournalLines() if _stderr_is_journal() else Lines())
@@ -45,7 +45,7 @@ def log_to_journal(level: int = logging.INFO) -> None:
 
 
 def _stderr_is_journal() -> bool:
-    # systemd.exec(5), $JOURNAL_STREAM: compare, since the variable is inherited by what redirects.
+    # systemd.exec(5), $JOURNAL_STREAM: compared, because children with redirected output inherit the variable.
     try:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):

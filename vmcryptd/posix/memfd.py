@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A key in memory, and the ways into it: splice(2), sendfile(2), a child. None through Python.
+"""Keys in memory, filled by splice(2), sendfile(2) or a child, never through Python.
 
 The pages of a memfd belong to the daemon's control group, and `MemorySwapMax=0` in its unit keeps
 them from swap. The command line has no such unit, and locks them itself.
@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 from vmcryptd.core.errors import KeyUnusableError, KeyWithdrawnError
 from vmcryptd.posix.run import run
 
-if TYPE_CHECKING:  # the command line is not to wait for these
+if TYPE_CHECKING:  # not imported at run time, for a fast command line
     import ctypes
 
     from vmcryptd.core.ports import Key
 
-LIMIT = 8 * 1024 * 1024  # what cryptsetup reads of a key file at most
+LIMIT = 8 * 1024 * 1024  # cryptsetup's limit for key files
 
 # fcntl(2); the module has these names from Python 3.8 on only where the C library had them too.
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
@@ -39,11 +39,11 @@ MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3
 
 
 class TooLargeError(Exception):
-    """More than LIMIT; the caller knows which key it was."""
+    """The key is larger than LIMIT; the caller names the key."""
 
 
 class MemfdKey:
-    """A key in an anonymous file in memory: written once, sealed, then only read, by children."""
+    """A key in a memfd: written once, sealed, then read by children only."""
 
     def __init__(self) -> None:
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
@@ -74,7 +74,7 @@ class MemfdKey:
     def reader(self) -> int:
         if self._fd < 0:
             raise KeyWithdrawnError("the key was withdrawn before it was tried on all key slots")
-        # Opened anew, so that each child has an offset of its own.
+        # Opened again, so that each child has its own offset.
         return os.open(f"/proc/self/fd/{self.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -87,9 +87,9 @@ class MemfdKey:
 
 
 class LockedKey(MemfdKey):
-    """A key whose pages are locked, as far as the process may lock so many: in a control group that may be swapped.
+    """A key whose pages are locked, up to the process's limit, for processes that may be swapped.
 
-    They are locked through a mapping that cannot be read, so that they are no part of what the process remembers.
+    They are locked through a mapping that cannot be read, so that core dumps do not contain them.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class LockedKey(MemfdKey):
         if not self.size or self._mapping is not None:
             return
         libc = _libc()
-        # Private: a shared mapping of what is sealed against writing is refused before Linux 6.7.
+        # Private: before Linux 6.7 the kernel refuses a shared mapping of a sealed memfd.
         address = libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_PRIVATE, self.fileno(), 0)
         if address != MAP_FAILED:
             self._mapping = address, self.size
@@ -147,7 +147,7 @@ def send_start(source: MemfdKey, size: int, key: MemfdKey) -> None:
 async def copy_from_caller(fd: int, key: MemfdKey) -> None:
     """Read a descriptor to its end; the caller bounds the time.
 
-    Its O_NONBLOCK is shared with the process that sent it, so it is neither trusted nor changed.
+    Its O_NONBLOCK flag is shared with the sender, so it is neither trusted nor changed.
     """
     mode = os.fstat(fd).st_mode
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -182,7 +182,7 @@ def _is_in_memory(fd: int) -> bool:
 
 
 class Pump:
-    """Moves a pipe's or a socket's content into a key as it comes, inside the kernel."""
+    """Moves a pipe's or a socket's content into a key, inside the kernel."""
 
     def __init__(self, source: int, key: MemfdKey) -> None:
         self._source = source
@@ -207,7 +207,7 @@ class Pump:
             loop.remove_reader(self._source)
 
     def step(self) -> bool:
-        """Move what is there. True at the end of it."""
+        """Move the available data. True at its end."""
         while True:
             try:
                 moved = self._splice()
@@ -222,7 +222,7 @@ class Pump:
         # SPLICE_F_NONBLOCK holds for this call only, whatever the description's O_NONBLOCK says.
         if self._is_pipe:
             return os.splice(self._source, self._key.fileno(), LIMIT, flags=os.SPLICE_F_NONBLOCK)
-        # splice(2) wants a pipe on one side.
+        # splice(2) needs a pipe on one side.
         reader, writer = os.pipe2(os.O_CLOEXEC)
         try:
             moved = os.splice(self._source, writer, LIMIT, flags=os.SPLICE_F_NONBLOCK)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""News of this service for systemd: sd_notify(3)."""
+"""Sends the service's state to systemd: sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 
 
 def notify(message: str) -> None:
-    """Send assignments, one a line. Does nothing without systemd; one that cannot be reached is no error."""
+    """Send assignments, one a line. Does nothing without systemd; an unreachable systemd is no error."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
@@ -33,12 +33,12 @@ def alive() -> None:
 
 
 def extend_timeout(seconds: float) -> None:
-    """A start or stop that goes on may take so much longer from now."""
+    """Extend a running start or stop to so long from now."""
     notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
 
 def watchdog_interval_s() -> float | None:
-    """How often to say `alive`: half of what systemd allows. None when it does not watch."""
+    """The interval of watchdog messages: half of systemd's limit. None without a watchdog."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     try:

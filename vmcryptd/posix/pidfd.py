@@ -8,9 +8,9 @@ import os
 
 
 def exit_of(pid: int) -> asyncio.Future[None]:
-    """Done when the process has exited; a child is a zombie then, and its number stays its own until it is reaped.
+    """A future that is done when the process has exited; a child is a zombie then, and keeps its number until reaped.
 
-    Cancel it when it is not wanted any more. Raises ProcessLookupError, and OSError if there is no descriptor left.
+    Cancel it to release its descriptor. Raises ProcessLookupError, and OSError if there is no free descriptor.
     """
     loop = asyncio.get_running_loop()
     pidfd = os.pidfd_open(pid)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The one place that starts processes.
 
-No shell, a short environment, an own process group, bounded output, and always a deadline.
+No shell, a short environment, a process group for each child, bounded output, and always a deadline.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Completed(NamedTuple):
 
     @property
     def complaint(self) -> str:
-        """The last thing the program said about its failure, for an error's sentence."""
+        """The program's last line about its failure, for an error's text."""
         lines = [line.strip() for line in self.err.splitlines() if line.strip()]
         return escaped(lines[-1].rstrip("."), LONGEST_COMPLAINT) if lines else self.reason
 
@@ -126,7 +126,7 @@ async def run(
         finally:
             in_time = ended.done()
             if not in_time:
-                # Reaped as soon as the kernel ends it, be it in an uninterruptible call now.
+                # Reaped as soon as the kernel ends it: it may be in an uninterruptible call.
                 ended.add_done_callback(lambda _: child.poll())
                 await _kill(child, ended)
         if not in_time:
@@ -146,7 +146,7 @@ def spawn_on_terminal(
     if path is None:
         return None
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    # The terminal is opened by name; on standard error it would only repeat what we say.
+    # The program opens the terminal by name; its standard error would only repeat our messages.
     actions = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in {2: null, **fds}.items()]
     try:
         return os.posix_spawn(
@@ -161,7 +161,7 @@ def spawn_on_terminal(
 
 
 class _Output:
-    """The first bytes of what a child writes; the rest is dropped, so that it never blocks."""
+    """The first bytes of a child's output; the rest is dropped, so that the child never blocks."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self._loop = loop
@@ -194,7 +194,7 @@ class _Output:
         return bool(block)
 
     def text(self) -> str:
-        # The content that is there now, not to the end: a grandchild may keep the pipe open, or write on.
+        # The available content, not to the end: a grandchild may keep the pipe open, or go on writing.
         for _ in range(16):
             if not self._read():
                 break
@@ -207,7 +207,7 @@ class _Output:
 
 
 class _NoOutput:
-    """Stands for an output that goes elsewhere."""
+    """An output that is not captured."""
 
     writer = -1
     is_cut = False
@@ -233,7 +233,7 @@ def _capture(
 
 
 def _expend(pid: int) -> None:
-    # It would inherit the daemon's own OOMScoreAdjust=, and guests would be killed for its memory.
+    # It would inherit the daemon's OOMScoreAdjust=, and guests would be killed for its memory.
     with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
         file.write("1000")
 
@@ -243,7 +243,7 @@ async def _kill(child: subprocess.Popen[bytes], ended: asyncio.Future[None]) -> 
         _signal_group(child, signal.SIGTERM)
         await asyncio.wait({ended}, timeout=GRACE_S)
     finally:
-        _signal_group(child, signal.SIGKILL)  # also what a leader that obeyed left behind
+        _signal_group(child, signal.SIGKILL)  # also what the leader left behind
     await asyncio.wait({ended}, timeout=GRACE_S)
 
 

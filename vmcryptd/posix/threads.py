@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Blocking calls that may never return, each in a daemon thread and bounded in time.
+"""Makes blocking calls that may never return, each in a daemon thread and bounded in time.
 
-`asyncio.to_thread` will not do: its threads are joined when the process exits
+`asyncio.to_thread` is no alternative: its threads are joined when the process exits
 (https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.shutdown_default_executor),
 so one call that hangs would keep the daemon from stopping.
 """
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class DaemonThreads:
-    """Makes blocking calls, and leaves behind those that take too long."""
+    """Makes blocking calls, and abandons those that take too long."""
 
     def __init__(self, most_overdue: int = 16) -> None:
         self._most_overdue = most_overdue
@@ -43,7 +43,7 @@ class DaemonThreads:
 
 
 class PlaceThreads:
-    """The same for calls that go to places, as reads of disks do: one thread for each place at most.
+    """The same for calls to a place, such as a disk: one thread for each place at most.
 
     A place that does not answer takes no thread from the others, however many calls go to it. Its calls come one
     after the other.
@@ -70,7 +70,7 @@ class PlaceThreads:
             async with asyncio.timeout_at(None if math.isinf(timeout_s) else deadline):
                 await turn.acquire()
         except TimeoutError:
-            # A turn that came free just now leaves nobody behind whose return would end the silence.
+            # If the turn has just become free, no thread is left whose return would end the silence.
             if turn.locked():
                 self._silent.add(place)
             self._leave(place)
@@ -107,7 +107,7 @@ def _start(
     answer: asyncio.Future[T],
     ended: Callable[[], None],
 ) -> threading.Thread:
-    """Call it in a thread. `ended` is called in the loop when it has returned, be that too late."""
+    """Call it in a thread. `ended` is called in the loop when it has returned, also after the deadline."""
 
     def deliver(result: T | None, error: BaseException | None) -> None:
         ended()
@@ -124,7 +124,7 @@ def _start(
             result = function()
         except BaseException as error:  # noqa: BLE001 (handed on to the awaiting task)
             failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(deliver, result, failure)
         # The error's traceback has this frame, which would keep it until a garbage collection.
         result = failure = None
@@ -135,7 +135,7 @@ def _start(
 
 
 async def _answer_of(answer: asyncio.Future[T], timeout_s: float, told_s: float | None = None) -> T:
-    """The answer. It is cancelled when it does not come in time, and DeadlineError says so."""
+    """The result. The future is cancelled at the deadline, and DeadlineError raised."""
     bound = asyncio.timeout(None if math.isinf(timeout_s) else timeout_s)
     try:
         async with bound:
