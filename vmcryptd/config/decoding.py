@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Dataclasses from the JSON that `dataclasses.asdict` gives, by the types of their fields.
+"""Rebuilds dataclasses from the JSON of `dataclasses.asdict`, by the types of their fields.
 
-A field or type that is new needs no line here, and comes back as what it was: an Enum is no plain string.
+A new field needs no code here and keeps its type: an Enum does not become a plain string.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def decoded(kind: type[T], value: object) -> T:
-    """Fields that are missing have their defaults. Raises ValueError, TypeError if it is none of the kind."""
+    """Missing fields have their defaults. Raises ValueError or TypeError for a value of another type."""
     decode: Callable[[Any], T] = _decoder(kind)  # type: ignore[arg-type]
     return decode(value)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The configuration files, and what they meant when they were last validated.
+"""Reads the configuration files, and caches the settings of their last validation.
 
-Importing pydantic and building its models takes longer than all else that the daemon does until it is ready. Files that
-have not changed since they were validated need neither.
+Importing pydantic and building its models takes longer than the rest of the daemon's start. Files that have not
+changed since their validation need neither.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from vmcryptd.posix.files import read_bounded, write_atomically
 DIRECTORY = Path("/etc/vmcryptd")
 MAIN, DROP_INS = "vmcryptd.toml", "conf.d"
 LARGEST = 16 << 20  # bytes of one file: a hundred thousand volumes
-LARGEST_VALIDATED = 256 << 20  # bytes of what all of them meant
-LONGEST_PATH = 4096  # characters that an error names
+LARGEST_VALIDATED = 256 << 20  # bytes of the cached settings
+LONGEST_PATH = 4096  # characters of a path in an error
 NULL = os.makedev(1, 3)
 VALIDATED = Path("/var/lib/vmcryptd/settings.json")
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def read(directory: Path, *, required: bool = False) -> dict[str, str]:
     """The files below the directory in their order, name → text.
 
-    A file that is there and cannot be read is a mistake: its volumes would vanish. So is a missing directory if it is
+    A file that exists and cannot be read is a mistake: its volumes would vanish. So is a missing directory if it is
     `required`. Raises ConfigError.
     """
     texts: dict[str, str] = {}
@@ -55,7 +55,7 @@ def read(directory: Path, *, required: bool = False) -> dict[str, str]:
         try:
             texts[str(path)] = _text(path)
         except FileNotFoundError:
-            if target := _link(path):  # else it is not there, or has just gone
+            if target := _link(path):  # else the file does not exist, or was just removed
                 text = f"a link to {target}, which is not there; correct it, or remove it"
                 mistakes.append(Mistake(escaped(f"{path}: {text}", 2 * LONGEST_PATH)))
         except (OSError, ValueError) as error:
@@ -66,12 +66,12 @@ def read(directory: Path, *, required: bool = False) -> dict[str, str]:
 
 
 def not_read(directory: Path) -> list[str]:
-    """The names in conf.d that look like configuration to a person, but are none: not *.toml, or hidden."""
+    """The files in conf.d that are not read: not *.toml, or hidden."""
     try:
         names = sorted(os.listdir(directory / DROP_INS))
     except OSError:
         return []
-    # Editors keep hidden files of their own beside: ".#NAME" is Emacs' lock, ".NAME.swp" vim's copy.
+    # Editors make hidden files: ".#NAME" is Emacs' lock, ".NAME.swp" vim's copy.
     return [
         name
         for name in names
@@ -97,7 +97,7 @@ def _text(path: Path) -> str:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
-        # A link to /dev/null is how drop-ins are switched off elsewhere.
+        # As with systemd, a link to /dev/null disables a drop-in.
         if not stat.S_ISREG(status.st_mode) and status.st_rdev != NULL:
             is_directory = stat.S_ISDIR(status.st_mode)
             raise ValueError("it is a directory" if is_directory else "it is no regular file")
@@ -110,7 +110,7 @@ def _text(path: Path) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("it is UTF-16; save it as UTF-8")
     try:
-        return content.decode("utf-8-sig")  # Windows' editors begin with a mark
+        return content.decode("utf-8-sig")  # editors of Windows add a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line} is not UTF-8; save it as UTF-8") from None
@@ -131,7 +131,7 @@ def load(
 
 
 def settings(texts: Mapping[str, str], validated: Path | None = None) -> Settings:
-    """The settings, from the file `validated` if that was written for these very files.
+    """The settings, from the file `validated` if that was written for exactly these files.
 
     Raises ConfigError.
     """
@@ -144,7 +144,7 @@ def settings(texts: Mapping[str, str], validated: Path | None = None) -> Setting
         return parsed
     content = {"version": __version__, "texts": texts, "settings": asdict(parsed)}
     try:
-        # Not for everybody: the arguments of a fetcher may tell more than they should.
+        # For root only: the arguments of a fetcher may hold a token.
         write_atomically(validated, json.dumps(content).encode(), 0o600)
     except OSError as error:
         log.debug("%s cannot be written, the next start takes longer: %s", validated, error)
@@ -152,7 +152,7 @@ def settings(texts: Mapping[str, str], validated: Path | None = None) -> Setting
 
 
 def last_valid(validated: Path) -> Settings | None:
-    """The settings that were valid last, whatever the files say now; None if none were kept.
+    """The last valid settings, regardless of the present files; None if none were kept.
 
     An older vmcryptd may have written them.
     """
@@ -166,4 +166,4 @@ def _load_validated(validated: Path, texts: Mapping[str, str] | None) -> Setting
             return None
         return decoded(Settings, content["settings"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # not there, or not whole: validate again
+        return None  # missing or incomplete: validate again

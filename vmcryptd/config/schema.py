@@ -56,7 +56,7 @@ _SHOWN = 60  # characters of a value that an error repeats
 
 
 class _WrongKeyError(ValueError):
-    """Two keys of a table contradict each other; `key` is the one to look at."""
+    """Two keys of a table contradict each other; the error points at `key`."""
 
     def __init__(self, key: str, text: str) -> None:
         super().__init__(text)
@@ -64,7 +64,7 @@ class _WrongKeyError(ValueError):
 
 
 def _toml(value: object) -> str:
-    """A value as the file has it, for an error."""
+    """A value in TOML syntax, for an error."""
     return escaped(json.dumps(value, ensure_ascii=False, default=str), _SHOWN)
 
 
@@ -145,14 +145,14 @@ def _uuid(value: str) -> str:
 
 
 def _vg_name(value: str) -> str:
-    """As lvm(8) allows them."""
+    """A name that lvm(8) allows."""
     if value in (".", "..") or not re.fullmatch(r"[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,126}", value):
         raise ValueError(f"{_toml(value)} is not a valid volume group name")
     return value
 
 
 def _key_source(value: str) -> str:
-    """No error repeats the value: it may be a passphrase that does not belong here, or a fetcher's token."""
+    """Errors do not repeat the value: it may be a passphrase written here by mistake, or a fetcher's token."""
     kind, colon, argument = value.partition(":")
     if kind not in tuple(SourceKind):
         known = "prompt, tpm2, fido2, pkcs11, clevis, file:/path, credential:name, exec:/command"
@@ -312,10 +312,10 @@ class VolumeTable(_Table):
         "tpm2, fido2, pkcs11 (tokens in the LUKS2 header, as systemd-cryptenroll(1) makes them; cryptsetup needs its "
         "plugin for them), clevis (what `clevis luks bind` made, with a Tang server or the like), "
         "prompt (ask a person). "
-        'A person is asked after all others have failed; without "prompt" nobody is asked and the volume has failed. '
+        'A person is asked after all others have failed; without "prompt" the volume has failed then. '
         "The PIN of a token is asked for then, too, by a question of its own beside that for the passphrase, at most "
         "three times. While a person is asked, clevis, exec and tokens that are not connected are tried again, after a "
-        "second at first and every minute in the end; clevis for five minutes even where nobody is asked, since the "
+        "second at first and every minute in the end; clevis for five minutes even where no person is asked, since the "
         "network may come up later. "
         "The first that fits opens the volume.",
         json_schema_extra={"shown": ["tpm2", "file:/etc/vmcryptd/keys/imap", "prompt"]},
@@ -381,7 +381,7 @@ class VolumeTable(_Table):
 
 
 class GuestTable(_Table):
-    """Settings that libvirt does not have. A guest needs no table to be found and started."""
+    """Settings that libvirt does not have. A guest without a table is found and started, too."""
 
     start: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -437,7 +437,7 @@ def parse(texts: Mapping[str, str]) -> Settings:
 
 
 def parse_tables(tables: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """The same from file name → parsed TOML. Raises ConfigError."""
+    """The same for file name → parsed TOML. Raises ConfigError."""
     reading = _Reading()
     for name, raw in tables.items():
         reading.read(name, syntax.Document(raw, {}, (), whole=True))
@@ -448,13 +448,13 @@ _T = TypeVar("_T", bound=_Table)
 
 
 class _Reading:
-    """Goes through all files and collects what is right, where it stands, and what is wrong."""
+    """Reads all files and collects settings, their lines, and mistakes."""
 
     def __init__(self) -> None:
         self._mistakes: list[tuple[int, int, Mistake]] = []  # file's number, line
         self._files = 0
         self._name, self._document = "", syntax.Document({}, {}, (), whole=True)
-        self._all_known = True  # no name is hidden by a syntax error
+        self._all_known = True  # False if a syntax error may hide names
         self._daemon: dict[str, Any] = {}
         self._volumes: dict[str, VolumeTable] = {}
         self._guests: dict[str, GuestTable] = {}
@@ -513,7 +513,7 @@ class _Reading:
 
     @staticmethod
     def _dotted(model: type[_Table], raw: Mapping[str, Any]) -> list[str]:
-        """The rest of a name such as [volume.a.b], which TOML takes for a table in a table."""
+        """The rest of a name such as [volume.a.b], which TOML reads as a table in a table."""
         parts: list[str] = []
         while len(raw) == 1:
             [(key, inner)] = raw.items()
@@ -582,7 +582,7 @@ class _Reading:
 
     @staticmethod
     def _home(model: type[_Table], key: str, raw: Mapping[str, Any]) -> str:
-        """Where a key belongs that stands in a table of another kind; else what may have been meant."""
+        """The table to which a misplaced key belongs, else the key that was probably meant."""
         for table, other in TABLES.items():
             if other is not model and key.replace("-", "_") in other.model_fields:
                 return f"; it belongs in {_table_name(table)}"
@@ -591,10 +591,10 @@ class _Reading:
         )
 
     def _mistake(self, path: syntax.Path, text: str, *, about: str = ": ", hint: str = "") -> None:
-        """`about` stands between the table and the text, and names the key."""
+        """Note a mistake. `about` names the key, between the table and the text."""
         line = self._document.line(path)
         if any(line == number > 0 for number, _ in self._document.mistakes):
-            return  # the line was guessed at; its own mistake is reported
+            return  # the line was corrected by a guess; its own mistake is reported
         known = [str(part) for part in (path[:1] if path[0] == "daemon" else path[:2])]
         table = "" if about.startswith(f" {path[0]}:") else f" [{escaped('.'.join(known))}]"
         place = _place(self._name, self._document, path)
@@ -629,13 +629,13 @@ class _Reading:
         return [name for kind, name in self._documents if kind == table]
 
     def _check_references(self) -> None:
-        """The names that tables give of each other, in all files."""
+        """Check the names by which tables refer to each other, in all files."""
         seen: dict[tuple[str, str], str] = {}
         for name, volume in self._volumes.items():
             path = ("volume", name)
             self._files, self._name, self._document = self._documents[path]
             self._check_names((*path, "after"), volume.after)
-            # A tag and the link that it stands for are one device.
+            # A tag and its link are one device.
             device = _volume(name, volume, "").device_path
             if device == f"/dev/mapper/{name}":
                 text = "this is the mapping that the volume gets; name the device beneath it"
@@ -691,7 +691,7 @@ def _table_name(table: str) -> str:
 
 
 def _list_form(key: str, item: Mapping[str, Any]) -> str:
-    """How to write as a list what is a text."""
+    """How to write the text as a list."""
     if item["type"] != "list_type" or not isinstance(item["input"], str):
         return ""
     words = re.split(r"[,\s]+" if key != "keys" else r"\s*,\s*", item["input"].strip())
@@ -709,9 +709,7 @@ def _message(item: Mapping[str, Any]) -> str:
             return f"expected one of {expected}, not {_toml(value)}{_hint(str(value), options)}"
         case "too_short":
             return "expected at least one"
-        case "list_type" if isinstance(
-            value, str
-        ):  # what it says is no business of the journal: see _key_source
+        case "list_type" if isinstance(value, str):  # not for the journal: see _key_source
             return 'expected a list such as ["one", "two"], not a text'
         case "list_type":
             return f"expected a list, not {_toml(value)}"

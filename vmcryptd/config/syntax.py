@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""TOML with line numbers, and with a hint for what people write instead of TOML.
+"""Parses TOML with line numbers, and suggests corrections of common mistakes.
 
-tomllib says where a syntax error is, but not where a valid key is; the line of a key is found here.
+tomllib reports the line of a syntax error, but not of a valid key; this module finds that.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from vmcryptd.core.text import escaped
 
 Path = tuple[str | int, ...]  # table, name, key, index into a list
 
-_MOST_MISTAKES = 20  # in one file; more are not worth the reading
-_SHOWN = 100  # characters of a line that is shown
-_TRIED = 1 << 20  # characters that are parsed to guess what was meant: a second or so
+_MOST_MISTAKES = 20  # in one file; the rest is not reported
+_SHOWN = 100  # characters of a quoted line
+_TRIED = 1 << 20  # characters that are parsed to find corrections: about a second
 _TABLES_WITH_NAMES = ("volume", "guest")
 
 _SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -34,22 +34,22 @@ _AT = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 
 class Document(NamedTuple):
-    """One file as far as it can be read."""
+    """The valid part of one file, and its mistakes."""
 
     tables: Mapping[str, Any]
     lines: Mapping[Path, int]
-    mistakes: tuple[tuple[int, Mistake], ...]  # line, what is wrong there
-    whole: bool  # False: what follows a mistake is not known
+    mistakes: tuple[tuple[int, Mistake], ...]  # line, mistake
+    whole: bool  # False: the rest after a mistake is unknown
 
     def line(self, path: Path) -> int:
-        """Where a key stands, else its table; 0 if that is not known."""
+        """The line of a key, else of its table; 0 if unknown."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 0)
 
 
 def parse(name: str, text: str, lists: Container[str] = ()) -> Document:
-    """Parse one file. A line that can be guessed is corrected, so that the next mistake is found, too.
+    """Parse one file. A line with a likely correction is corrected, so that later mistakes are found, too.
 
     `lists` are the keys whose values are lists.
     """
@@ -77,11 +77,11 @@ def parse(name: str, text: str, lists: Container[str] = ()) -> Document:
     return Document({}, {}, tuple(mistakes), whole=False)
 
 
-# --- what is wrong with a line ---
+# --- mistakes ---
 
 
 def _longest(text: str, pattern: str) -> int:
-    """The line with the most characters that match."""
+    """The line with the most matching characters."""
     lines = text.split("\n")
     lengths = [sum(map(len, re.findall(pattern, line))) for line in lines]
     return lengths.index(max(lengths)) + 1
@@ -90,7 +90,7 @@ def _longest(text: str, pattern: str) -> int:
 def _explained(
     name: str, text: str, error: str, lists: Container[str], trials: _Trials
 ) -> tuple[int, Mistake | None, str | None]:
-    """The line, what is wrong there, and the whole text with the line corrected as far as it can be guessed.
+    """The line, its mistake, and the whole text with the line corrected if possible.
 
     No mistake if the corrected line is refused anyway, for a better reason.
     """
@@ -120,7 +120,7 @@ def _explained(
 
 
 def _in_words(error: str, line: str) -> str:
-    """tomllib's sentence, in the terms of the configuration where it speaks of its own."""
+    """tomllib's message, in the configuration's terms instead of tomllib's."""
     key, equals, value = line.partition("=")
     if match := re.match(r"Cannot declare (\(.*\)) twice", error):
         name = ".".join(str(part) for part in ast.literal_eval(f"({match[1]},)")[0])
@@ -147,13 +147,13 @@ def _shown(line: str) -> str:
 
 
 class _Trials:
-    """Parses again and again what may be meant, up to a bound: the daemon reads the configuration, too."""
+    """Parses possible corrections, up to a bound: the daemon reads the configuration, too."""
 
     def __init__(self) -> None:
         self._left = _TRIED
 
     def _error(self, text: str) -> str:
-        """tomllib's sentence; empty if there is none."""
+        """tomllib's message; empty if the text is valid."""
         self._left -= len(text)
         if self._left < 0:
             return "not tried"
@@ -167,13 +167,13 @@ class _Trials:
         return not self._error(text)
 
     def goes_beyond(self, text: str, number: int) -> bool:
-        """Whether the parser has nothing to say of this line any more."""
+        """Whether the parser accepts this line."""
         error = self._error(text)
         at = _AT.search(error)
         return not error or (at is not None and (not at[1] or int(at[1]) > number))
 
     def begin(self, lines: list[str], number: int) -> int:
-        """The line in which the statement begins that goes wrong in line `number`."""
+        """The first line of the statement with the error in line `number`."""
         for first in range(number, max(0, number - 100), -1):
             if self.parses("\n".join(lines[: first - 1])):
                 return first
@@ -191,7 +191,7 @@ def _is_refused_anyway(line: str) -> bool:
 
 
 def _corrections(line: str, continues: bool, lists: Container[str]) -> Iterator[str]:
-    """Lines that may have been meant, best guess first."""
+    """Possible corrections of a line, the most likely first."""
     straight = line.translate(
         dict.fromkeys(map(ord, "“”„«»"), '"') | dict.fromkeys(map(ord, "‘’‚"), "'")
     )
@@ -240,7 +240,7 @@ def _without_comment(rest: str) -> tuple[str, str]:
 def _values(value: str, is_list: bool) -> Iterator[str]:
     if not value:
         return
-    yield value  # what is wrong may stand around it
+    yield value  # the mistake may be around it
     if " = " in value:
         return  # two keys in one line
     word = value.strip("\"'").lower()
@@ -257,15 +257,15 @@ def _values(value: str, is_list: bool) -> Iterator[str]:
 
 
 def _quoted(value: str) -> str:
-    """A text in quotes, whatever quotes it has or lacks now."""
+    """The text in correct quotes."""
     return json.dumps(re.sub(r"[\"']", "", value).strip(), ensure_ascii=False)
 
 
-# --- where the keys are ---
+# --- lines of keys ---
 
 
 def _lines(text: str) -> dict[Path, int]:
-    """Path → line, for every table and key of a valid document; of what stands twice the first."""
+    """Path → line, for every table and key of a valid document; the first if there are several."""
     try:
         return _Scanner(text).found
     except (RecursionError, IndexError, ValueError):
@@ -273,7 +273,7 @@ def _lines(text: str) -> dict[Path, int]:
 
 
 class _Scanner:
-    """Follows TOML's outlines; what is valid has been decided by tomllib."""
+    """Scans TOML's structure; tomllib has already checked that it is valid."""
 
     def __init__(self, text: str) -> None:
         self.found: dict[Path, int] = {}
@@ -304,7 +304,7 @@ class _Scanner:
         return match[0]
 
     def _key(self, prefix: Path) -> Path:
-        """A dotted key; ends at what follows it."""
+        """A dotted key; stops after it."""
         while True:
             self._skip_space()
             self._note(prefix)

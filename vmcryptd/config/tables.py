@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The configuration files that vmcryptd itself adds: one for each volume that it makes; no other is ever written."""
+"""Writes configuration files for volumes that vmcryptd makes, one for each. No other file is ever written."""
 
 from __future__ import annotations
 
