@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pursues goals through the ports."""
+"""Reaches goals through the ports."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Gives a mapping that another program opened the name under which guests look for it."""
+"""Renames mappings that another program opened to the name that guests use."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Adoption:
-    """Renames such mappings while nobody uses them.
+    """Renames such mappings while they are unused.
 
-    UDisks, and with it Cockpit, opens a volume as luks-UUID for anybody who asks: that is renamed as soon as it is
-    seen. Another name was chosen by an administrator, who may be about to use it: it stays until a guest is started.
+    UDisks, and so Cockpit, opens a volume as luks-UUID: such a mapping is renamed at once. An administrator chose any
+    other name, and may be about to use it: it stays until a guest is started.
     """
 
     def __init__(self, ports: Ports, inventory: Inventory, activities: Activities, jobs: Jobs):
@@ -46,7 +46,7 @@ class Adoption:
             self._at.discard(name)
 
     async def rename(self, name: str) -> None:
-        """Rename the volume's mapping if that is necessary and nobody uses it; else it stays as it is."""
+        """Rename the volume's mapping if that is necessary and it is unused."""
         node = self._inventory.graph.volumes[name]
         if not node.is_misnamed:
             return

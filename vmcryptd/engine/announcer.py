@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is shown: the host's state and every volume's and guest's; systemd's status line and target follow it."""
+"""Computes the shown states of host, volumes and guests, and keeps systemd's status line and target up to date."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vmcryptd.engine.rotation import Rotations
 
 
 class Announcer:
-    """Tells systemd, and keeps for the next daemon, what has become different."""
+    """Announces changes to systemd, and keeps them for the next daemon."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Announcer:
         errors = {of: named(*error) for of, error in self._errors.items()}
         self._activities.restore(errors, self._inventory.graph)
 
-    # --- what is shown ---
+    # --- states ---
 
     @property
     def state(self) -> HostState:
@@ -90,7 +90,7 @@ class Announcer:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """What keeps the boot set from being up: name → why. The name of libvirt itself is empty."""
+        """Why the boot set is not up: name → reason. The name of libvirt itself is empty."""
         graph, found = self._inventory.graph, {}
         volumes, guests = self._inventory.boot_set
         if self._inventory.libvirt_error is not None:
@@ -114,7 +114,7 @@ class Announcer:
 
     @property
     def host_error(self) -> str:
-        """What is wrong with the host as a whole: libvirt is away. Else empty."""
+        """The error of the host as a whole: libvirt is away. Else empty."""
         return str(self._inventory.libvirt_error or self._inventory.graph.libvirt_error)
 
     @property
@@ -152,7 +152,7 @@ class Announcer:
         graph = self._inventory.graph
         return [guest_view(graph, name, self._activities.guest(name)) for name in graph.guests]
 
-    # --- whom it is told to ---
+    # --- announcements ---
 
     def _announce(self) -> None:
         self._keep_sources()
@@ -168,7 +168,7 @@ class Announcer:
             self._host.status(line)
 
     def _report(self, state: HostState) -> None:
-        """When the host becomes degraded, and when something else has failed since."""
+        """Log when the host becomes degraded, and each later failure."""
         if state in (HostState.READY, HostState.STOPPING) or not self._boot.booted:
             self._reported = None
             return
@@ -201,7 +201,7 @@ class Announcer:
             self._jobs.spawn(self._move_target())
 
     async def _move_target(self) -> None:
-        """One after the other: two at once could arrive the wrong way round."""
+        """Start or stop the target, one request at a time: two could arrive in the wrong order."""
         try:
             while (wanted := self._is_target_wanted) is not self._is_target_reached:
                 if wanted is None:

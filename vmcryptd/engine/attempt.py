@@ -30,19 +30,19 @@ from vmcryptd.engine.opening import Opening, Phase
 from vmcryptd.engine.prompt import Answer, Prompt
 from vmcryptd.engine.tokens import Tokens, question
 
-# A TPM locks itself after some wrong PINs, for hours: so many are tried, and then the other sources stand.
+# A TPM locks itself for hours after some wrong PINs: after so many only the other sources are left.
 PIN_TRIES = 3
-# What asks elsewhere is asked again after so long, then after twice that, up to the second: the network may come up
-# later than we do, and a server come back.
+# A network source is tried again after the first time, then after twice that, up to the second: the network may come
+# up later, and a server come back.
 AGAIN_S = (1.0, 60.0)
-# Where nobody can be asked, the volume has failed when that went on for so long.
+# Without a person to ask, the volume fails after this time.
 ALONE_S = 300.0
 
 Way = Coroutine[Any, Any, str]  # opens the volume and returns what with; raises when it gives up
 
 
 class Attempt:
-    """What is known of it; `run` or `by_answer` is called once."""
+    """One attempt; call either `run` or `by_answer`, once."""
 
     def __init__(
         self,
@@ -75,11 +75,11 @@ class Attempt:
         self._one = asyncio.Lock()
 
     async def run(self, may_ask: Callable[[], bool]) -> str:
-        """Returns what opened it; an empty string if that was somebody else. Raises VmcryptdError."""
+        """Returns the source that opened it; an empty string for another program. Raises VmcryptdError."""
         given = self._prompt.untried(self._spec.name)
         if given is not None and self._is_keystores(given):
             given = None  # it has opened what holds the key, which is a source
-        # A key that somebody handed in for this volume goes before its sources.
+        # A caller's key for this volume is tried before its sources.
         if given is not None and given.only is not None and await self._try_answer(given):
             return given.source
         if given is None or given.target != self._spec.name:
@@ -96,7 +96,7 @@ class Attempt:
         return await self._wait()
 
     async def by_answer(self, answer: Answer) -> str | None:
-        """With an answer and nothing else. Returns what `run` does; None if it does not fit."""
+        """Try only an answer. Returns as `run`; None if it does not fit."""
         async with self._turn():
             if self._is_usable:
                 return ""
@@ -106,10 +106,10 @@ class Attempt:
         node = self._inventory.graph.volumes.get(self._spec.name)
         return node is not None and not answer.accepted.isdisjoint(node.keys_in)
 
-    # --- sources that need nobody ---
+    # --- sources that need no person ---
 
     async def _try_source(self, source: KeySource) -> str | None:
-        """What opened it, as `run` tells it; None if it is still locked."""
+        """Try one source. Returns as `run`; None if the volume is still locked."""
         try:
             match source.kind:
                 case SourceKind.PROMPT:
@@ -183,10 +183,10 @@ class Attempt:
         if (source, token) not in self._pins:
             self._pins.append((source, token))
 
-    # --- when these are exhausted: whatever comes first ---
+    # --- when these are exhausted: the first of several ways ---
 
     async def _wait(self) -> str:
-        # Whoever hands in a key, or opens it by hand, always counts; for these alone nobody waits.
+        # A caller's key, or a mapping made by hand, always counts; but the attempt does not wait for these alone.
         ways = [self._by_pin(source, token) for source, token in self._pins]
         if not self._asks:
             # The network may come up later; a program knows best itself for how long to try.
@@ -201,7 +201,7 @@ class Attempt:
         if self._pins:
             self._prompt.expect(
                 self._spec.name
-            )  # it waits for a person, so what people type is tried on it
+            )  # it waits for a person, so typed answers are tried on it
         self._opening.phase = Phase.WAITING if self._asks else Phase.ALONE
         self._rest()
         try:
@@ -222,7 +222,7 @@ class Attempt:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 errors = [error for task in done if (error := task.exception()) is not None]
                 if opened := [task.result() for task in done if task.exception() is None]:
-                    return max(opened)  # who opened it knows better than who only saw it
+                    return max(opened)  # a source's name wins over the empty one
                 for error in errors:
                     if not isinstance(error, (KeyUnavailableError, WrongKeyError)):
                         raise error
@@ -300,7 +300,7 @@ class Attempt:
         raise error
 
     async def _by_what_comes_later(self) -> str:
-        """Goes on for as long as a person is waited for, too."""
+        """Try sources again that may succeed later, also while a person is asked."""
         patience_s = None if self._asks else ALONE_S
         pause_s = AGAIN_S[0]
         try:
@@ -336,12 +336,12 @@ class Attempt:
             if self._is_usable:
                 return True
             self._shows(VolumeState.UNLOCKING)
-            # Whoever was asked may have added the key slot only now.
+            # The person may have added the key slot only now.
             await self._read_header()
             return await self._try_answer(answer)
 
     async def _read_header(self) -> None:
-        """Anew, after a wait: its slots may be others by now, and its path may lead to another disk."""
+        """Read the header again after a wait: its slots may have changed, or its path lead to another disk."""
         header = await self._crypt.header(self._spec)
         self._inventory.accept_header(self._spec.name, header)
         self._header = header
@@ -353,7 +353,7 @@ class Attempt:
                 self._spec, self._header, answer.key, answer.source, answer.tried
             )
         except KeyWithdrawnError:
-            return False  # whoever handed it in has gone
+            return False  # its caller has gone
         except WrongKeyError as error:
             self._prompt.refuse(name, answer, error)
             self._failures.note_answer(answer.source, error)
@@ -368,14 +368,14 @@ class Attempt:
             async with self._one:
                 yield
         finally:
-            self._prompt.changes.notify()  # who saw the mapping appear has waited for this
+            self._prompt.changes.notify()  # wakes those that saw the mapping appear
 
     @property
     def _is_over(self) -> bool:
         """Open, and not by an attempt of our own that is just about to end: that is not to be called off."""
         return self._is_usable and not self._one.locked()
 
-    # --- telling ---
+    # --- states ---
 
     def _rest(self) -> None:
         """Nothing is tried just now."""
@@ -396,7 +396,7 @@ class Attempt:
         return node is not None and node.is_usable
 
     def _fail(self, source: str, error: VmcryptdError) -> None:
-        """A source has failed: told at once, since the volume may wait for a long time now."""
+        """Show a source's failure at once, because the volume may wait for a long time now."""
         self._failures.note(source, error)
         self._activity.error = self._failures.summary()
         self._inventory.changes.notify()

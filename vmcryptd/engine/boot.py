@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is begun by itself: boot's late comers, guests whose volumes are opened, volumes that nothing uses any more."""
+"""Decides what starts without a request: late volumes of boot, their guests, and closing idle volumes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from vmcryptd.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-# What is kept beside goals: that boot was asked for, and the volumes that it opens when their device appears.
+# Kept beside the goals: that boot was requested, and the volumes that it opens when their device appears.
 _UP, _LATE = "up", "late:"
 # Errors of a volume that lacks its device, the right one of several, or its key file.
 _LACKS = (AmbiguousDeviceError, DeviceMissingError, KeyFileMissingError)
 
 
 class BootPolicy:
-    """Whether boot was asked for, and what follows from that."""
+    """Whether boot was requested, and what follows from that."""
 
     def __init__(
         self,
@@ -44,14 +44,14 @@ class BootPolicy:
         openings: Openings,
         scheduler: Scheduler,
     ) -> None:
-        self.booted = False  # asked for, and nothing took it back
+        self.booted = False  # requested, and not cancelled
         self._inventory = inventory
         self._activities = activities
         self._jobs = jobs
         self._openings = openings
         self._scheduler = scheduler
         self._late = Late(inventory)
-        # What boot brings up and has been up since it was asked for: if it is down now, somebody meant it.
+        # Parts of the boot set that have been up since the request: if they are down now, that was on purpose.
         self._came_up: set[StepId] = set()
         self._was_running: dict[str, tuple[str, ...]] = {}  # guest → what it needs
         self._was_usable: set[str] = set()
@@ -61,7 +61,7 @@ class BootPolicy:
         scheduler.on_job.append(self._close_keystores)
 
     def boot(self) -> Job:
-        """Bring up the boot set, as somebody has asked. Raises VmcryptdError."""
+        """Bring up the boot set, on request. Raises VmcryptdError."""
         before, self.booted = self.booted, True
         try:
             job = self._scheduler.begin(BOOT)
@@ -74,7 +74,7 @@ class BootPolicy:
         return job
 
     def resume(self, memory: Memory) -> None:
-        """Take up again what an earlier run of the daemon was about to do."""
+        """Continue what an earlier run of the daemon had begun."""
         with self._jobs.kept_at_once():
             self._resume(memory.goals())
         self._open_late()
@@ -116,7 +116,7 @@ class BootPolicy:
         self._jobs.keep_beside(*late, *([_UP] if self.booted else ()))
 
     def _begin(self, goal: Goal, arrived: Container[str] = ()) -> None:
-        """Nobody asked for it now: what was up and is down again stays down.
+        """Continue boot without a new request: what was up and is down again stays down.
 
         Of what has failed only volumes that have `arrived` are tried again.
         """
@@ -217,7 +217,7 @@ class BootPolicy:
                 self._jobs.spawn(self._lock(idle, f"guest {name} was the last to use it"))
 
     def _start_guests(self) -> None:
-        """Guests that boot could not start because a volume was locked start when somebody opens that."""
+        """Start the guests of boot whose locked volume is open now."""
         graph = self._inventory.graph
         usable = {name for name, node in graph.volumes.items() if node.is_usable}
         fresh, self._was_usable = usable - self._was_usable, usable
@@ -241,7 +241,7 @@ class BootPolicy:
             self._open_late()  # it may have come in this moment
 
     def _close_keystores(self, job: Job) -> None:
-        """What was only opened to open others (lock = "boot") is closed when nothing comes up any more."""
+        """Close keystores (lock = "boot") when nothing is being brought up any more."""
         volumes = self._inventory.graph.volumes
         if job.is_rising and job.goal != BOOT:
             self._keystores.update(

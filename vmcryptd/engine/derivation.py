@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keys against key slots: the likeliest slot first, each at most once, and as many side by side as there is room for.
+"""Tries keys on key slots: the likeliest slot first, each at most once, in parallel as far as memory allows.
 
 An Argon2id key slot may ask for 1 GiB and all cores, per volume: opening all at once calls the OOM killer
 (systemd pull request 12124), one after another takes minutes (systemd issue 19161).
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Derivations:
-    """Tries keys, as many side by side as the budget allows."""
+    """Tries keys, as many in parallel as the budget allows."""
 
     def __init__(self, crypt: Crypt, inventory: Inventory) -> None:
         self._crypt = crypt
@@ -120,7 +120,7 @@ class Derivations:
             yield
 
     def room_aside(self, memory_kib: int) -> AbstractAsyncContextManager[None]:
-        """For a key derivation that opens nothing: it waits behind those that do."""
+        """Room for a key derivation that opens nothing: it waits behind those that do."""
         share = self._inventory.settings.daemon.kdf_memory
         return self._budget.take(memory_kib, share, 0, is_absurd=memory_kib > ABSURD_KIB)
 
@@ -202,7 +202,7 @@ class KdfBudget:
         self._start()
 
     def _start(self) -> None:
-        """Let in who fits, in order. A small one may pass a large one that has to wait for memory."""
+        """Start the entries that fit, in order. A small one may pass a large one that waits for memory."""
         if not self._waiting or self._running >= self._cores:
             return
         available_kib = self._available_kib()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs: all that callers may want of the volumes and guests of a host."""
+"""The verbs that callers can use on the volumes and guests of a host."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from vmcryptd.engine.steps import Steps
 
 log = logging.getLogger(__name__)
 
-# Whatever does not end within this is left to end by itself: the keys do not wait for it.
+# Operations that take longer are left to end by themselves: wiping the keys does not wait for them.
 PANIC_CANCEL_S = 2.0
 # A header that is being changed is waited for on the way down, for so long.
 CHANGE_S = 30.0
@@ -45,7 +45,7 @@ CHANGE_S = 30.0
 class Engine:
     """All volumes and guests of one host.
 
-    What is built first is handed to what is built later, and knows nothing of that.
+    Each part gets the parts built before it, and does not know those built later.
     """
 
     def __init__(self, settings: Settings, ports: Ports) -> None:
@@ -132,7 +132,7 @@ class Engine:
         return self._announcer.guest_views()
 
     def plan(self, goal: Goal) -> Plan:
-        """What the goal would take now. Raises VmcryptdError."""
+        """The plan for a goal now. Raises VmcryptdError."""
         self.inventory.observe()
         return planner.plan(self.graph, goal)
 
@@ -148,7 +148,7 @@ class Engine:
         self.keystores.start()
 
     def resume(self) -> None:
-        """Take up again what an earlier run of the daemon was about to do."""
+        """Continue what an earlier run of the daemon had begun."""
         self._boot.resume(self._ports.memory)
 
     def configure(self, settings: Settings) -> None:
@@ -178,7 +178,7 @@ class Engine:
         """Wait until what goes on beside the jobs has ended."""
         await self._jobs.background_done()
 
-    # --- the way up ---
+    # --- bringing up ---
 
     def boot(self) -> Job:
         """Bring up the boot set; returns at once."""
@@ -226,7 +226,7 @@ class Engine:
         """Read a caller's key; `fd` is closed. Raises KeyUnusableError."""
         return await self._ports.keys.receive(fd)
 
-    # --- the way down ---
+    # --- bringing down ---
 
     async def stop_guest(self, name: str) -> None:
         """Stop a guest, then close what only it kept open. Raises what kept it up."""
@@ -253,7 +253,7 @@ class Engine:
             await self.scheduler.pursue(LOCK_ALL)
 
     async def shutdown(self) -> None:
-        """The whole way down. What fails is told at the end; the rest is closed all the same."""
+        """Stop all guests and close all volumes. Failures are raised at the end; the rest is closed all the same."""
         with self._jobs.going_down():
             await self._shutdown()
 
@@ -279,7 +279,7 @@ class Engine:
             raise together(failures.values())
 
     async def panic(self) -> None:
-        """Now: guests killed, keys wiped, mappings closed; goes on past every error and tells them at the end."""
+        """Kill guests, wipe keys and close mappings at once, past every error; errors are raised at the end."""
         with self._jobs.going_down():
             await self._panic()
 

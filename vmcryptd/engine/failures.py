@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How the key sources of one volume have failed, and what that comes to."""
+"""Collects the failures of one volume's key sources, and sums them up in one error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ANSWERS = {"key", "prompt"}  # the sources of answers, beside those of the conf
 
 
 class Failures:
-    """Of each source the last one."""
+    """The last failure of each source."""
 
     def __init__(self, volume: str) -> None:
         self._volume = volume

@@ -65,7 +65,7 @@ class Guests:
 
     def _started(self, name: str, starting: asyncio.Future[None]) -> None:
         self._starting.discard(name)
-        # Read here in any case: overtaken twice, it has no waiter any more.
+        # The result is always read here: a start that was cancelled twice has no other waiter.
         if not starting.cancelled() and (error := starting.exception()):
             log.info("libvirt did not start guest %s: %s", name, error)
 

@@ -18,7 +18,7 @@ LONGEST_LINE = 1000
 
 
 class Hooks:
-    """Runs what `[daemon]` names, with what it is about in the environment."""
+    """Runs the commands in `[daemon]`, with details in the environment."""
 
     def __init__(self, host: Host, inventory: Inventory) -> None:
         self._host = host
@@ -31,7 +31,7 @@ class Hooks:
             await self._host.run_hook(argv, {"VMCRYPTD_WAITING": _joined(" ", names)})
 
     async def failed(self, reasons: Mapping[str, str]) -> None:
-        """The host is degraded: by name what has failed, and why. What has no name is libvirt."""
+        """The host is degraded: name → reason of each failure. The empty name is libvirt."""
         if argv := self._inventory.settings.daemon.on_failed:
             environment = {
                 "VMCRYPTD_FAILED": _joined(" ", filter(None, reasons)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host as it is now: looks through the ports, and keeps the graph built from what it saw."""
+"""Observes the host through the ports, and keeps the graph up to date."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHAIN_READERS = 4
 
 
 class Sight(NamedTuple):
-    """What is there of a volume that is to be opened."""
+    """The visible parts of a volume that is to be opened."""
 
     is_there: bool  # device and header, and the disk answers
     device: BlockDevice | None = None
@@ -176,7 +176,7 @@ class Inventory:
             self._look = asyncio.get_running_loop().call_later(COALESCE_S, self._look_for_all)
 
     async def look(self) -> None:
-        """Look now, once for everybody who wants that in this turn of the loop."""
+        """Look now, once for all callers in this turn of the loop."""
         if self._shared is None:
             self._shared = asyncio.get_running_loop().create_future()
             asyncio.get_running_loop().call_soon(self._look_for_all)
@@ -263,7 +263,7 @@ class Inventory:
         return self._observation.storage.has(path)
 
     def sight(self, name: str) -> Sight:
-        """What can be seen of a volume before it is opened."""
+        """The visible parts of a volume before it is opened."""
         node, storage = self.graph.volumes[name], self._observation.storage
         files = (one.argument for one in node.spec.keys if one.kind is SourceKind.FILE)
         return Sight(

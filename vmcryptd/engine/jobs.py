@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Jobs: goals that are pursued, the steps begun for them, how they ended, and whether new ones may begin."""
+"""Keeps the running jobs, each with its goal, steps and results, and decides whether new ones may begin."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Job:
     id: int
     goal: Goal
     may_ask: bool = True  # a person may be asked for what it opens
-    without: frozenset[StepId] = frozenset()  # steps of boot that nobody asked for again
+    without: frozenset[StepId] = frozenset()  # steps of boot that were not requested again
     deadline: float = Infinity  # event loop time, for stopping guests
     tasks: dict[StepId, asyncio.Task[None]] = field(default_factory=dict)
     state: JobState = JobState.RUNNING
     error: VmcryptdError | None = None
-    progress: float = -1.0  # 0 to 1, where that can be told
+    progress: float = -1.0  # 0 to 1, if known
     is_stopped: bool = False  # overtaken by another request: nothing new is begun
     task: asyncio.Task[None] | None = None
     planned: tuple[Graph, Plan] | None = None  # the latest plan, and what it was made from
@@ -62,7 +62,7 @@ class Job:
         return all(task.done() for step_id, task in self.tasks.items() if step_id not in needless)
 
     def forget(self, to_be_done: Container[StepId], but: Container[StepId] = ()) -> None:
-        """What failed may be tried again, and what was done and has been undone since may be done again.
+        """Allow failed steps to be tried again, and done ones that were undone since to be repeated.
 
         `but`: these steps are not.
         """
@@ -84,9 +84,9 @@ class Job:
 
 
 class Unasked(NamedTuple):
-    """For what begins by itself: steps that are not taken for it."""
+    """Steps that a job without a request does not take."""
 
-    done: frozenset[StepId]  # were done, and if they are undone now, somebody meant it
+    done: frozenset[StepId]  # were done; if they are undone now, that was on purpose
     failed: frozenset[StepId]  # have failed for a reason that is still there
 
     @property
@@ -181,7 +181,7 @@ class Jobs:
     # --- for the next daemon ---
 
     def keep_beside(self, *beside: str) -> None:
-        """What the next daemon is to know beside the goals that are pursued now."""
+        """Keep something for the next daemon beside the present goals."""
         if beside != self._beside:
             self._beside = beside
             self._keep()
@@ -222,14 +222,14 @@ class Jobs:
 
 
 def together(errors: Iterable[VmcryptdError]) -> VmcryptdError:
-    """One error that tells all of them, of the kind of the first. At least one is needed."""
+    """One error with all texts, of the first one's class. At least one is needed."""
     first, *more = errors
     texts = dict.fromkeys(str(error) for error in (first, *more))
     return type(first)("; ".join(texts)) if more else first
 
 
 def outcome(task: asyncio.Task[None]) -> VmcryptdError | None:
-    """How a task that is done has failed, if it has."""
+    """The error of a finished task, if it failed."""
     if task.cancelled():
         return CancelledError(OVERTAKEN)
     error = task.exception()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The ways into a volume: which key opens which key slot, new ones, and old ones that go.
+"""Lists, tests, adds, changes and removes the keys of volumes.
 
-Whatever fails or breaks off in between: a key that opened the volume before still does, or its successor was
-seen to. A new key is tried before an old one goes, and only who can open the volume afterwards takes a key away.
+After a failure at any point, the old key or its tested successor opens the volume. A new key is tested before the
+old one is removed, and a removal needs a key that still opens the volume afterwards.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from vmcryptd.engine.operations import Operations
 
 log = logging.getLogger(__name__)
 
-# What cryptsetup gives Argon2id at the most unless it is told otherwise.
+# cryptsetup's default limit of memory for Argon2id.
 NEW_SLOT_KIB = 1024 * 1024
-# What cryptsetup does at the least. Nobody makes a slot for a passphrase so cheap.
+# cryptsetup's minimum. A slot for a passphrase is never so cheap.
 FEWEST_ITERATIONS = 1000
 
 
 class KeySlots:
-    """Looks into headers and changes them, each volume's one thing at a time."""
+    """Reads and changes headers, one operation at a time for each volume."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class KeySlots:
         self._derivations = derivations
         self._operations = operations
         self._due = ports.memory.backups_due()
-        self.rotating: set[str] = set()  # volumes whose header somebody else is at, for hours
+        self.rotating: set[str] = set()  # volumes whose header a rotation changes, for hours
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def listed(self, name: str) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class KeySlots:
             added = [slot for slot in after.slots if slot.number not in known]
             if len(added) != 1:
                 raise StorageError(
-                    f"somebody else has changed the header of {spec.name} meanwhile; "
+                    f"another program has changed the header of {spec.name} meanwhile; "
                     f"`vmcryptctl key list {spec.name}` shows what it holds now"
                 )
             number = added[0].number
@@ -291,7 +291,7 @@ class KeySlots:
         return await self.header(spec)
 
     async def _changeable(self, spec: VolumeSpec) -> Header:
-        """Raises BusyError if it is one that cryptsetup lets nobody change, and that is no good as a backup."""
+        """Raises BusyError if a rotation is unfinished: cryptsetup allows no change, and a backup would be useless."""
         header = await self.header(spec)
         if header.is_reencrypting:
             raise BusyError(
@@ -346,7 +346,7 @@ class KeySlots:
 
     @contextlib.asynccontextmanager
     async def _alone(self, name: str) -> AsyncIterator[VolumeSpec]:
-        """Nobody else of ours is at the volume's header."""
+        """Hold the volume's header for one operation."""
         async with self._locks.setdefault(name, asyncio.Lock()):
             if name in self.rotating:
                 raise BusyError(

@@ -50,7 +50,7 @@ class Keystores:
             self._jobs.spawn(self._recover(making))
 
     async def check(self, name: str, options: Mapping[str, object]) -> Keystore:
-        """What would be refused later is refused before a key is asked for. Raises VmcryptdError."""
+        """Make all checks before a key is asked for. Raises VmcryptdError."""
         keystore = wanted(name, options, str(uuid.uuid4()))
         if name in self._running or name in self._making:
             raise BusyError(f"keystore {name} is being made already")
@@ -173,7 +173,7 @@ class Keystores:
         await self._take_back(making)
 
     async def _take_back(self, making: Making) -> None:
-        """What bears the keystore's UUID goes. What remains is named, and tried again by the next daemon."""
+        """Remove all parts with the keystore's UUID. The rest is logged, and tried again by the next daemon."""
         try:
             await self._ports.formatting.take_back(
                 making.place, making.uuid, is_file=making.is_file

@@ -9,7 +9,7 @@ from vmcryptd.engine.inventory import Inventory, Sight
 
 
 class Late:
-    """What was there of each such volume when it was looked at last."""
+    """The visible parts of each such volume at the last look."""
 
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory

@@ -65,7 +65,7 @@ class Opener:
         header = await self._crypt.header(spec)
         self._inventory.accept_header(name, header)
         if self._is_usable(name):
-            return ""  # somebody else was quicker
+            return ""  # another program was faster
         if taken_by := self._inventory.graph.volumes[name].taken_by:
             raise BusyError(
                 f"volume {name}: the mapping name {name} is taken by something else ({taken_by}); "
@@ -76,7 +76,7 @@ class Opener:
         try:
             return await attempt(self._attempt(spec, header))
         except BusyError:
-            # Somebody else may have been quicker just now.
+            # Another program may have been faster.
             self._inventory.observe()
             if self._is_usable(name):
                 return ""

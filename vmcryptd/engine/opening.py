@@ -20,7 +20,7 @@ class Phase(Enum):
     ABSENT = auto()  # it waits for its device or header
     TRYING = auto()  # header, sources, and the answers that are there
     WAITING = auto()  # its sources are exhausted: a person is asked
-    ALONE = auto()  # the same, but nobody is asked: a server may come back
+    ALONE = auto()  # the same, but no person is asked: a server may come back
     ENDED = auto()
 
 

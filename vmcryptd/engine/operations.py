@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What callers do with keys that they hand in: whatever goes down ends it, so that it takes no effect afterwards."""
+"""Callers' operations with their keys: going down ends them, so that they have no effect afterwards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Operation:
             self._task.cancel()
 
     def was_overtaken(self) -> bool:
-        """Whether the cancellation that has just arrived is ours, and nobody else's."""
+        """Whether the present cancellation comes from `overtake` alone."""
         return self._is_overtaken and self._task.uncancel() <= self._cancelling
 
 

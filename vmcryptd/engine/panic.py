@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Everything shut at once: guests killed, mappings closed, and where that fails, keys wiped."""
+"""Kills all guests and closes all mappings at once; keys of mappings that do not close are wiped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KILL_S = 5.0
 async def panic(
     inventory: Inventory, ports: Ports, release: Callable[[str], Awaitable[None]]
 ) -> dict[str, VmcryptdError]:
-    """Never stops at an error; returns each, by "NAME" of a volume or "guest NAME". The journal says what was done.
+    """Continue past every error. Returns the errors by "NAME" of a volume or "guest NAME"; the journal has the actions.
 
     `release` ends what works on one volume, before that is closed and while the others are.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waiting for the steps before a step; what waits for a keystore tries the answers that do not open that."""
+"""Waits for the steps before a step. Volumes behind a keystore meanwhile try answers that do not open it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # Volumes whose other sources are still being tried may join the first question for so long.
 GATHER_S = 1.0
-# Who mistyped a keystore's passphrase is asked again after so long, though volumes still try what it did not fit.
+# After a mistyped keystore passphrase the question comes again after so long, though volumes still try the answer.
 PASSED_ON_S = 5.0
 # A question that was declined, or whose agent broke, comes again after a while: at once would be a tight loop.
 AGAIN_S = (1.0, 30.0)
@@ -117,7 +117,7 @@ class Prompt:
     def expect(self, volume: str) -> None:
         """The volume is on its way up: answers are kept until it has tried them."""
         self._expected.add(volume)
-        self.drop_unneeded()  # an answer that was about to be let go is needed again
+        self.drop_unneeded()  # an answer that was about to be discarded is needed again
 
     def release(self, volume: str) -> None:
         """The volume takes no more answers."""
@@ -229,7 +229,7 @@ class Prompt:
     def offer(
         self, key: Key, source: str, only: frozenset[str] | None = None, target: str = ""
     ) -> Answer:
-        """Hand in a key that somebody brought; it is held until everything expected has tried it."""
+        """Take a caller's key; it is held until all expected volumes have tried it."""
         answer = Answer(key, source, only, target)
         self._answers.append(answer)
         self.changes.notify()
@@ -237,7 +237,7 @@ class Prompt:
         return answer
 
     def withdraw(self, answer: Answer) -> None:
-        """Let go of an answer now."""
+        """Discard an answer now."""
         if timer := self._timers.pop(answer, None):
             timer.cancel()
         if answer in self._answers:
@@ -258,10 +258,10 @@ class Prompt:
             self.drop_unneeded()
 
     def drop_unneeded(self) -> None:
-        """Let go of the answers that nothing on its way up can still use (after `key_cache_s`)."""
+        """Discard the answers that no opening volume can still use (after `key_cache_s`)."""
         for answer in list(self._answers):
             if answer.only is not None:
-                continue  # whoever handed it in withdraws it
+                continue  # its caller withdraws it
             needed = any(answer.is_for(volume) for volume in self._expected)
             if needed and answer.until:
                 answer.until = 0.0
@@ -285,12 +285,12 @@ class Prompt:
         self._changed()
 
     def wipe(self) -> None:
-        """Let go of every answer now."""
+        """Discard every answer now."""
         for answer in list(self._answers):
             self.withdraw(answer)
 
     def close(self) -> None:
-        """Stop asking for good and let go of everything."""
+        """Stop asking for good, and discard all answers."""
         self._is_closed = True
         if self._asking is not None:
             self._asking.cancel()
@@ -332,7 +332,7 @@ class Prompt:
             again_s = min(again_s * 2, AGAIN_S[1])
 
     async def _announce(self, announced: set[str]) -> None:
-        """Tell who waits, if that is somebody new."""
+        """Announce the waiting volumes, if there is a new one."""
         if not announced.issuperset(self._waiting):
             announced.update(self._waiting)
             await self._on_waiting(sorted(self._waiting))
@@ -343,7 +343,7 @@ class Prompt:
         while self._is_trying and not first:
             await (
                 self.changes.wait()
-            )  # who is asked again is told which volumes it is that the answer did not fit
+            )  # a second question names the volumes that the answer did not fit
         try:
             async with asyncio.timeout(PASSED_ON_S):
                 while self._passed_on or any(map(self._left, self._behind)):
@@ -352,7 +352,7 @@ class Prompt:
             pass
 
     async def _until_all_wait(self) -> None:
-        """Until nobody tries a key, or is about to: then all that will wait, waits."""
+        """Wait until no volume tries a key or is about to: then all that will wait are waiting."""
         try:
             async with asyncio.timeout(GATHER_S):
                 while self._fetching or self._is_trying:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""New volume keys, while the volumes are in use; stopped and gone on with at any point.
+"""Rotates the volume keys of volumes in use; a rotation can be paused and resumed at any point.
 
-A rotation belongs to no caller and no daemon: who asked for it may leave, and a daemon that comes back finds it.
-The key is let go of as soon as cryptsetup has it.
+A rotation survives its caller and the daemon, and a restarted daemon finds it. The key is closed as soon as
+cryptsetup has it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Rotations:
                 self._jobs.spawn(self._look(spec))
 
     def close(self) -> None:
-        """Let them go on by themselves."""
+        """Stop following; the rotations go on."""
         for rotation in self._running.values():
             rotation.task.cancel()
 
@@ -95,7 +95,7 @@ class Rotations:
         return "unfinished" if name in self._inventory.reencrypting else ""
 
     async def rotate(self, name: str, fd: int, *, drop_others: bool) -> None:
-        """Put all data of an open volume under a new volume key, or go on with that; returns at the end.
+        """Re-encrypt an open volume under a new volume key, or resume that; returns at the end.
 
         `fd` is closed; its key stays, and all other keys go: unless `drop_others`, none may be there.
         Raises OtherKeysError, WrongKeyError, BusyError, StorageError; CancelledError when it was stopped.
@@ -153,7 +153,7 @@ class Rotations:
         timeout = None if grace_s == Infinity else grace_s
         begun = asyncio.create_task(rotation.begun.wait())
         try:
-            # While it starts there is nothing yet that could be told.
+            # It cannot be stopped while it starts.
             await asyncio.wait(
                 {begun, rotation.task}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
             )
@@ -210,7 +210,7 @@ class Rotations:
         await self._finish(rotation, before)
 
     async def _move(self, rotation: _Rotation, mapping: str, key: Key, slot: int | None) -> None:
-        """Put the data under the new key. Who is killed with only the end left has not failed."""
+        """Re-encrypt the data. A rotation that is killed before its last step has not failed."""
         spec, reencryption = rotation.spec, self._ports.reencryption
         try:
             # Before it moves anything, cryptsetup opens the old volume key and the new one by this key.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pursues goals: everything independent side by side, each step once however many callers wait for it.
+"""Runs the jobs: independent steps in parallel, each step once for all callers that wait for it.
 
 A job plans on the inventory's graph, begins the steps that are new, and plans again when a step has ended or the graph
 has changed, until nothing new is to be done.
@@ -300,7 +300,7 @@ class Scheduler:
         """Open a volume that a step of the job turned out to need."""
         spec = self._inventory.settings.volumes[volume]
         if job.goal == BOOT and spec.unlock is Unlock.MANUAL:
-            raise KeyUnavailableError(f"{volume} is opened only when told to")
+            raise KeyUnavailableError(f"{volume} is opened only on request")
         await self.wait(self.begin(Goal(Verb.UNLOCK, volume), may_ask=job.may_ask))
 
     def _step_done(self, step_id: StepId, task: asyncio.Task[None]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What each action of a plan means, in terms of the ports."""
+"""Carries out each action of a plan through the ports."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Steps:
         self._guests = Guests(ports.domains, inventory)
 
     def activity(self, step: Step) -> Activity:
-        """Of what the step is about; one of its own where nobody shows that."""
+        """The activity of the step's volume or guest; a new one for objects without a shown state."""
         match step.action:
             case Action.START | Action.STOP:
                 return self._activities.guest(step.object)

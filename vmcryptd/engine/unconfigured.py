@@ -12,7 +12,7 @@ from vmcryptd.core.ports import Memory
 
 
 class Unconfigured:
-    """Those that are open, or are about to be by a step that was begun before they left."""
+    """Such volumes that are open, or that a step begun earlier is opening."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory

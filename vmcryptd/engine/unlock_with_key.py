@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Opening volumes with a key that a caller hands in."""
+"""Opens volumes with a caller's key."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ async def _unlock_all(engine: Engine, fd: int) -> None:
     key = await engine.receive(fd)
     engine.inventory.observe()
     volumes, _ = engine.inventory.boot_set
-    # What stands behind a keystore does not wait for a person itself, and may take an answer all the same.
+    # A volume behind a keystore does not wait for a person itself, but may take an answer.
     closed = _closed(engine, [*volumes, *engine.waiting, *sorted(engine.prompt.expected)])
     answer = engine.prompt.offer(key, "key")
     try:
-        # Whoever needs a keystore has begun to open it, and may find another key meanwhile.
+        # A volume that needs a keystore has begun to open it, and may find another key meanwhile.
         jobs = [
             engine.scheduler.begin(Goal(Verb.UNLOCK, name), may_ask=False, look=False)
             for name in closed
