@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_forgotten(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """An error of a task that nobody looked at shows up when the task is collected, perhaps in a later test."""
+    """An unretrieved error of a task shows up when the task is collected, perhaps in a later test."""
     yield
     records = [*caplog.get_records("setup"), *caplog.get_records("call")]
     assert not [

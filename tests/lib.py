@@ -38,7 +38,7 @@ def key(passphrase: str) -> MemfdKey:
 
 
 def handed_in(passphrase: str) -> int:
-    """A descriptor with a key in it, as a caller sends one; whoever takes it closes it."""
+    """A descriptor with a key in it, as a caller sends one; the receiver closes it."""
     reader, writer = os.pipe()
     os.write(writer, passphrase.encode())
     os.close(writer)
@@ -214,7 +214,7 @@ class Running:
         await self.until(lambda: not self.engine.jobs)
 
     async def looked(self) -> None:
-        """What the host has told is known to the engine."""
+        """The engine knows the host's latest state."""
         await self.engine.inventory.look()
 
     @property
@@ -275,7 +275,7 @@ def play(text: str) -> Callable[[Callable[[Running], Awaitable[None]]], Callable
         def played() -> None:
             forgotten: list[str] = []
             with asyncio.Runner() as runner:
-                # What asyncio would only write to the log: above all, an error that nobody looked at.
+                # What asyncio would only write to the log: above all an unretrieved error.
                 runner.get_loop().set_exception_handler(
                     lambda _, context: forgotten.append(f"{context}")
                 )

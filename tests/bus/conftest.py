@@ -81,7 +81,7 @@ def _on_the_private_bus(bus_address: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def polkitd(bus_address: str) -> Iterator[None]:
-    """python-dbusmock's polkitd: refuses everything until it is told otherwise."""
+    """python-dbusmock's polkitd: refuses everything until a test allows it."""
     # Debian's: from PyPI it would have to be compiled against D-Bus and GObject.
     mock = subprocess.Popen(
         ["/usr/bin/python3", "-m", "dbusmock", "--system", "--template", "polkitd"],

@@ -110,7 +110,7 @@ def test_root_is_not_asked(run: Any) -> None:
     run(test())
 
 
-def test_without_polkit_nobody_but_root_may(run: Any, nobody: str) -> None:
+def test_without_polkit_only_root_may(run: Any, nobody: str) -> None:
     async def test() -> None:
         async with connected() as connection:
             with pytest.raises(NotAuthorizedError, match="polkit cannot be asked"):
@@ -119,7 +119,7 @@ def test_without_polkit_nobody_but_root_may(run: Any, nobody: str) -> None:
     run(test())
 
 
-def test_who_is_trusted_may_without_polkit(run: Any, nobody: str) -> None:
+def test_a_trusted_user_may_without_polkit(run: Any, nobody: str) -> None:
     """As who runs a simulated host."""
 
     async def test() -> None:
@@ -158,14 +158,14 @@ def test_an_answer_that_makes_no_sense_is_a_refusal(run: Any, nobody: str, answe
 
 
 class Silent:
-    """A polkit that never answers, and notes what it is told."""
+    """A polkit that never answers, and records its calls."""
 
     def __init__(self, connection: transport.Connection) -> None:
         self.calls: asyncio.Queue[transport.Call] = asyncio.Queue()
         connection.on_call = self.calls.put_nowait
 
 
-def test_hanging_polkit_is_a_refusal_and_is_told(run: Any, nobody: str) -> None:
+def test_hanging_polkit_is_a_refusal_and_is_logged(run: Any, nobody: str) -> None:
     async def test() -> None:
         async with connected() as connection, connected() as polkit:
             silent = Silent(polkit)
@@ -191,7 +191,7 @@ def test_hanging_polkit_is_a_refusal_and_is_told(run: Any, nobody: str) -> None:
     run(test())
 
 
-def test_one_who_is_asked_keeps_nobody_waiting(run: Any, polkitd: None, nobody: str) -> None:
+def test_a_password_dialog_delays_no_other_caller(run: Any, polkitd: None, nobody: str) -> None:
     async def test() -> None:
         async with connected() as connection:
             authority = Polkit(connection)

@@ -761,7 +761,7 @@ def test_busctl_finds_its_way(run: Any, bus_address: str) -> None:
     run(test())
 
 
-def test_a_signal_of_somebody_else_is_not_believed(run: Any) -> None:
+def test_a_signal_of_another_sender_is_ignored(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
             listener, liar = await transport.connect(), await transport.connect()

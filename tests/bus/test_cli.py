@@ -68,7 +68,7 @@ autostart = true
 [sim.guest.dns]
 running = true
 """
-# Opened by itself, by nobody, and in use.
+# Opened by itself, without a person, and in use.
 MANUAL = f"""
 [volume.low]
 device = "/dev/vg/low"
@@ -842,7 +842,7 @@ def test_unlock_with_nothing_waiting_begins_the_boot_set(host: Host) -> None:
     assert terminal.end() == 0
 
 
-def test_the_question_ends_when_somebody_else_answers(mail: Host) -> None:
+def test_the_question_ends_when_another_person_answers(mail: Host) -> None:
     terminal = Terminal("unlock", "cr_a")
     terminal.expect("Passphrase for volume cr_a")
     terminal.type("half a passphr")
@@ -918,7 +918,7 @@ def test_no_ask_asks_nobody(host: Host) -> None:
         assert refused.code == 6
         assert "asking" in refused.err
         assert host.states()["asking"] == "locked"
-    assert ctl("unlock", "--no-ask", "keyless").code == 1  # nobody could be asked for it
+    assert ctl("unlock", "--no-ask", "keyless").code == 1  # it has no passphrase
     terminal = Terminal("unlock", "--no-ask")
     assert terminal.end() == 6
     assert "Passphrase" not in terminal.seen

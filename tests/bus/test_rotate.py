@@ -154,7 +154,7 @@ async def test_on_the_command_line(daemon: Daemon) -> None:
     assert shown.code == 0
     assert (await ctl("key", "rotate", "one", "--key-file", "-", typed=BETA)).code == 3
     assert (await ctl("key", "rotate", "no", "--key-file", "-", typed=ALPHA)).code == 2
-    assert (await ctl("key", "rotate", "one")).code == 2  # nobody can be asked
+    assert (await ctl("key", "rotate", "one")).code == 2  # no person can be asked
     assert (await ctl("key", "rotate", "--stop", "one")).code == 0  # there is nothing to be done
     assert (await ctl("key", "rotate", "--stop", "no")).code == 2
 

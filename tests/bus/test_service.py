@@ -501,7 +501,7 @@ async def test_descriptors_of_every_kind(daemon: Daemon) -> None:
     os.close(zero)
     with handed_in(b"") as fd:
         assert await refused(fd) == "KeyUnusable"
-    # What never ends holds up nobody.
+    # A call that never ends delays no other.
     reader, writer = os.pipe()
     master, slave = pty.openpty()
     hanging = [asyncio.ensure_future(daemon.call("UnlockWithKey", "sh", "outer", 0, fds=[fd]))
@@ -539,7 +539,7 @@ async def test_arguments_that_do_not_fit(daemon: Daemon) -> None:
 
 @with_daemon(HOST)
 async def test_a_flood_of_malformed_calls_leaves_nothing_behind(daemon: Daemon) -> None:
-    """Each with a descriptor: one for an unknown name, one of a wrong type, one for nobody."""
+    """Each with a descriptor: one for an unknown name, one of a wrong type, one without a receiver."""
     peer = "org.freedesktop.DBus.Peer"
     with handed_in(b"x") as fd:
 

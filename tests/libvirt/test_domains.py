@@ -451,7 +451,7 @@ def test_stop_survives_a_lost_connection(
             await pressed.wait()
             monkeypatch.undo()
             session = observer.session
-            # Off while nobody listens.
+            # Off while no program listens.
             session._events = lambda *_: None
             observer.domains._link.mark(Event.CLOSED, "", session)
             outsider.lookupByName("test").destroy()
@@ -471,7 +471,7 @@ def test_ready_by_port(run: Any, outsider: Any, monkeypatch: pytest.MonkeyPatch)
             port = server.sockets[0].getsockname()[1]
             await observer.domains.ready(GuestSpec("test", ready=f"tcp:127.0.0.1:{port}"), 10)
             await observer.domains.ready(GuestSpec("test", ready=f"tcp:localhost:{port}"), 10)
-            # A name with two addresses, and nobody listens on the first.
+            # A name with two addresses, and no program listens on the first.
             both = [(*[0] * 4, ("::1", port, 0, 0)), (*[0] * 4, ("127.0.0.1", port))]
             with monkeypatch.context() as names:
                 names.setattr(module.socket, "getaddrinfo", lambda *_, **__: both)

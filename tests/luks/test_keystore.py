@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not CRYPTSETUP or not WIPEFS, reason="needs root and cryptsetup"
 )
 
-# A mapping is a file here. What makes a file system sees that it is there, and may fail or hang.
+# A mapping is a file here. The maker of the file system checks that it exists, and may fail or hang.
 STAND_IN = """#!/bin/sh
 echo "${{0##*/}} $*" >>{place}/log
 case ${{0##*/}} in

@@ -47,7 +47,7 @@ async def test_what_is_used_keeps_its_name_and_says_so(run: Running) -> None:
     assert f"`dmsetup rename {UDISKS} a`" in view.error
     run.host.volume("a", fault="")
     run.host.guest("g", GuestState.OFF)
-    await run.engine.start_guest("g")  # nobody uses it by now
+    await run.engine.start_guest("g")  # it is unused now
     assert run.host.done("rename") == [f"rename {UDISKS} a"]
 
 

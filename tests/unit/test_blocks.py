@@ -167,7 +167,7 @@ def test_all_devices_that_claim_a_link_are_seen(tree: Tree) -> None:
     tree.udev_links("253:0", "disk/by-label/x")
     assert observe(tree.roots, paths, {}, known).claims == {}
     tree.udev_links("253:0", link)
-    assert observe(tree.roots, paths, {}, known).claims == {}  # no event has told of it yet
+    assert observe(tree.roots, paths, {}, known).claims == {}  # no event has come yet
     forget({}, known, "dm-0")
     assert observe(tree.roots, paths, {}, known).claims == {f"/dev/{link}": ("dm-0", "vda")}
     (tree.sys / "dm-0").unlink()
@@ -298,7 +298,7 @@ def test_a_file_system_that_hangs_holds_up_no_other(
 def test_nothing_is_looked_at_on_a_suspended_device(
     tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """dm-1 is suspended, and dm-2 lies on it. What was known of their files is kept."""
+    """dm-1 is suspended, and dm-2 lies on it. The known files stay."""
     tree.change("dm-1", dm__suspended="0")
     paths = []
     for name, number in (("crypt", "253:1"), ("lv", "253:2")):
@@ -425,7 +425,7 @@ def test_holders(tree: Tree) -> None:
 
 
 def test_no_name_of_a_holder_forges_a_line(tree: Tree) -> None:
-    """QEMU's -name, a process's own name, a mount point: all are somebody else's choice."""
+    """QEMU's -name, a process's own name, a mount point: all come from outside."""
     tree.mount("253:1", "/srv/a\\012b")
     hostile = "imap\n<1>volume cr_imap: closed"
     tree.process(9, fd3="/srv/a\nb/x", cmdline=f"qemu\0-name\0guest={hostile}\0")

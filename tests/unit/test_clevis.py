@@ -96,7 +96,7 @@ async def test_a_key_that_is_handed_in_while_the_server_is_away(run: Running) ->
 
 @play(volume("a", AWAY, '"clevis"') + volume("b", A))
 async def test_a_key_for_all_that_wait_for_a_person(run: Running) -> None:
-    """The other asks nobody: its server is not waited for."""
+    """No person is asked for the other: its server is not waited for."""
     run.engine.boot()
     await run.until(lambda: run.volume("a").error and run.host.questions)
     with pytest.raises(StillWaitingError, match="opened: b; still locked: a"):

@@ -270,7 +270,7 @@ async def test_sources_in_order_then_a_person_and_without_one_failed(run: Runnin
     assert run.state == "degraded"
     assert run.guests() == {"g": "off", "h": "running"}
     assert "was not tried, because unlock c failed" in run.guest("g").error
-    # Somebody opens it: the guest that should run starts.
+    # It is opened: the guest that should run starts.
     await unlock_with_key.unlock(run.engine, "c", handed_in("alpha"))
     await run.until(lambda: run.guests()["g"] == "running")
     await run.idle()
@@ -467,7 +467,7 @@ async def test_a_keystore_is_closed_when_nothing_is_opened_with_it_any_more(run:
 
 
 @play(STORE + on_store("a"))
-async def test_a_keystore_that_somebody_asked_for_stays(run: Running) -> None:
+async def test_a_keystore_opened_on_request_stays(run: Running) -> None:
     run.host.answer("alpha")
     await run.engine.unlock("store")
     await run.engine.unlock("a")
@@ -565,7 +565,7 @@ async def test_a_key_that_is_handed_in_needs_no_keystore(run: Running) -> None:
 
 @play(STORE + beside("a", unlock="manual"))
 async def test_a_keystores_key_handed_in_for_what_stands_behind_it(run: Running) -> None:
-    """Who unlocks the volume and is asked for the keystore gives the keystore's passphrase."""
+    """Unlocking the volume asks for the keystore, and gets the keystore's passphrase."""
     for is_asked in (True, False):
         if is_asked:
             asking = asyncio.ensure_future(run.engine.unlock("a"))
@@ -647,7 +647,7 @@ PUT_DOWN = (
 
 @play(PUT_DOWN)
 async def test_what_was_put_down_stays_so_when_a_device_appears(run: Running) -> None:
-    """Whoever stopped a guest and closed a volume meant it, and did not ask for boot again."""
+    """A stopped guest and a closed volume stay so until boot is requested again."""
     run.engine.boot()
     run.host.answer("alpha")
     await run.idle()
@@ -831,7 +831,7 @@ async def test_a_key_file_that_appears_and_does_not_fit(run: Running) -> None:
     + guest("h", "bad")
 )
 async def test_what_has_failed_is_not_tried_again_for_another_that_appears(run: Running) -> None:
-    """Also while boot still waits for somebody."""
+    """Also while boot still waits for a person."""
     run.engine.boot()
     await run.until(lambda: run.volume("a").error and run.guest("h").error)
     assert run.engine.waiting == ["d"]
@@ -875,7 +875,7 @@ async def test_what_lies_on_what_is_missing(run: Running) -> None:
 
 
 @play(volume("a"))
-async def test_what_somebody_opened_by_hand_is_adopted(run: Running) -> None:
+async def test_a_volume_opened_by_hand_is_adopted(run: Running) -> None:
     run.engine.boot()
     await run.until(lambda: run.engine.waiting)
     run.host.volume("a", open=True)

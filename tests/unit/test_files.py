@@ -75,7 +75,7 @@ def interfaces(trees: list[ast.AST]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def used_actions(trees: list[ast.AST]) -> set[str]:
-    """@exported(action="org.vmcryptd1.unlock"), a tuple of these, or None, which asks nobody"""
+    """@exported(action="org.vmcryptd1.unlock"), a tuple of these, or None, which needs no authorisation"""
     actions = set()
     for tree in trees:
         constants = {
@@ -123,7 +123,7 @@ def test_bus_policy(interfaces: set[str]) -> None:
     assert {rule.get("send_destination") for rule in rules} == {NAME}
     assert {rule.get("send_interface") for rule in rules} == interfaces | STANDARD_INTERFACES
     members = {rule.get("send_member") for rule in rules if rule.get("send_member")}
-    assert members == {"Get", "GetAll"}, "nobody has a property to set"
+    assert members == {"Get", "GetAll"}, "no property can be set"
 
 
 def test_each_action_is_declared_and_used(used_actions: set[str]) -> None:

@@ -348,7 +348,7 @@ def test_a_volume_on_itself() -> None:
 # --- which mapping is whose ---
 
 
-def test_a_mapping_that_somebody_made_under_another_name() -> None:
+def test_a_mapping_made_by_hand_under_another_name() -> None:
     graph = build(
         settings(volume("a", "/dev/sda")),
         storage(disk("sda"), luks("dm-0", "by_hand", "sda"), sda="/dev/sda"),
@@ -441,7 +441,7 @@ def test_a_volume_that_is_reencrypted() -> None:
 
 
 def test_a_volume_whose_only_piece_was_dropped() -> None:
-    """A small one is moved in one piece, and where that was let go of, nothing leads to the device."""
+    """A small one is moved in one piece; once that is released, nothing leads to the device."""
     torn = BlockDevice("dm-1", "", (), "a-hotzone-forward", "CRYPT-SUBDEV-1-a-hotzone-forward")
     seen = storage(
         disk("sda"), disk("sdb"), luks("dm-0", "a", "dm-1"), torn, sda="/dev/sda", sdb="/dev/sdb"

@@ -127,7 +127,7 @@ def test_parts_of_one_device_are_no_copies(
 
 
 def test_a_mapping_on_another_volumes_disk_is_that_ones() -> None:
-    """Kernel names have changed places, and somebody opened one by hand."""
+    """Kernel names have changed places, and one was opened by hand."""
     specs = settings(volume("cr_a", "/dev/sdb"), volume("cr_b", "/dev/sdc"))
     devices = [disk("sdb"), disk("sdc"), luks("dm-0", "by-hand", "sdb", uuid=OTHER)]
     seen = storage(*devices, sdb="/dev/sdb", sdc="/dev/sdc")
@@ -173,7 +173,7 @@ def test_a_copy_that_comes_during_the_key_derivation_is_not_opened(
         ({}, {"cr_b": OTHER}, OTHER, "was last seen as volume cr_b"),
         ({}, {"old": OTHER}, OTHER, ""),  # the volume has another name by now
         ({}, {"cr_a": UUID, "old": OTHER}, OTHER, "was last seen as volume old"),
-        ({"uuid": OTHER}, {"cr_b": OTHER}, OTHER, ""),  # somebody has said so
+        ({"uuid": OTHER}, {"cr_b": OTHER}, OTHER, ""),  # configured
         ({"uuid": UUID}, {}, OTHER, "the configuration says"),
         ({"device": TAG}, {}, OTHER, "the configuration says"),
         ({"device": TAG, "header": "/h"}, {}, OTHER, ""),  # the tag is not the header's

@@ -56,7 +56,7 @@ DOORS = {
     "libvirtaio": "adapters.libvirt.domains",
     "pydantic": "config.schema",
     "subprocess": "posix.run",
-    "systemd": "",  # nobody: what systemd is told needs no library
+    "systemd": "",  # in no module: sd_notify needs no library
 }
 OS_STARTERS = ("exec", "fork", "posix_spawn", "spawn")
 PROCESS_STARTERS = {"create_subprocess_exec", "create_subprocess_shell", "subprocess"}

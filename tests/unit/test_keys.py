@@ -125,7 +125,7 @@ def test_largest_file(key_file: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_somebody_elses_file(key_file: Path) -> None:
+def test_a_file_of_another_user(key_file: Path) -> None:
     os.chown(key_file, 12345, -1)
     with pytest.raises(KeyUnavailableError, match="does not belong to root"):
         fetch(SourceKind.FILE, str(key_file))

@@ -63,7 +63,7 @@ def in_transit() -> Iterator[tuple[int, int]]:
 
 
 def finish(writer: int) -> None:
-    with pytest.raises(BrokenPipeError):  # nobody reads it any more
+    with pytest.raises(BrokenPipeError):  # it is not read any more
         os.write(writer, b"ha")
 
 

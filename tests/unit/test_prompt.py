@@ -273,7 +273,7 @@ async def test_a_key_for_one_volume_is_for_no_other(asked: Prompt, person: Perso
     assert asked.untried("a") is answer
     assert asked.untried("b") is None
     asked.release("a")
-    assert not token.closed  # whoever handed it in takes it back
+    assert not token.closed  # its caller withdraws it
     asked.withdraw(answer)
     asked.withdraw(answer)
     assert asked.untried("a") is None
@@ -400,7 +400,7 @@ async def test_a_failing_hook_does_not_end_the_asking(asked: Prompt, person: Per
 async def test_who_comes_just_as_the_asking_ends_is_asked_for(
     asked: Prompt, person: Person
 ) -> None:
-    """In the very turn in which the question found nobody waiting any more."""
+    """In the same turn in which the question found no volume waiting."""
     [task] = wait(asked, "a")
     token = Token()
     person.answers.put_nowait(token)

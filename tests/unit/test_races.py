@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Two things at the same moment end as either of them would, never as an internal error or one that nobody reads."""
+"""Two events at the same moment end as either of them would, never as an internal error or an unretrieved one."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_the_only_answer_is_withdrawn_between_two_key_slots(run: Running) 
 
 @play(volume("a", "open = true") + guest("g", "a", sim='autostart = true\nfault = "no network"'))
 async def test_a_guest_fails_after_its_start_was_overtaken_twice(run: Running) -> None:
-    """The harness fails on an error that nobody reads."""
+    """The harness fails on an unretrieved error."""
     run.host.hold("starting g")
     run.engine.boot()
     await run.until(lambda: run.guests()["g"] == "starting")

@@ -116,7 +116,7 @@ def test_how_it_is_started(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
             assert timeout_s == Infinity
             site.messages.write_text(LINE % 150)
             await looked.wait()
-            # From now on nobody holds the key but who handed it in.
+            # From now on only the caller holds the key.
             assert not os.path.exists(path)
             return Completed(0)
 
@@ -171,7 +171,7 @@ def test_how_it_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match="Failed to start"):
         asyncio.run(site.rotate())
     assert not let_go
-    # Killed, it leaves somebody waiting for what it was at.
+    # Killed, it leaves processes waiting for the hotzone.
     code, said = 255, LINE % 7
     with pytest.raises(StorageError, match="`vmcryptctl lock ma.il` and `vmcryptctl unlock ma.il`"):
         asyncio.run(site.rotate())
@@ -244,7 +244,7 @@ def test_what_a_killed_rotation_left_is_removed_with_its_mapping(
         tmp_path, "mapped", "mapped-hotzone-forward", "mapped-overlay",
         "other-overlay", "mine", "mine-overlay",
     )  # fmt: skip
-    # Of such a name, but a volume of somebody's.
+    # Such a name, but an ordinary volume.
     (tmp_path / "dm-5/dm/uuid").write_text("CRYPT-LUKS2-1-mine-overlay\n")
     commands: list[str] = []
     code = 0

@@ -50,9 +50,7 @@ def test_a_shorter_key_cache_holds_for_keys_that_are_held_already() -> None:
 @pytest.mark.parametrize(
     ("target", "users"), [("/srv/vm", None), ("/mnt", "mounted at /mnt; stop")]
 )
-def test_what_somebody_else_mounted_is_not_unmounted_by_a_lock(
-    target: str, users: str | None
-) -> None:
+def test_a_lock_does_not_unmount_a_mount_of_another_program(target: str, users: str | None) -> None:
     spec = VolumeSpec("a", "/dev/sda", content=Content.FILESYSTEM, mount="/srv/vm")
     devices = {
         "sda": BlockDevice("sda", "8:0"),

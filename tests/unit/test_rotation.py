@@ -88,7 +88,7 @@ async def test_no_key_is_lost_that_nobody_gave_up(run: Running) -> None:
     with pytest.raises(CancelledError):
         await task
     run.host.volume("mail", rotates_in_s=0.0)
-    # To go on takes the key that it was begun with, and nobody is asked again about the others.
+    # To go on takes the key that it was begun with, and no question about the others is asked again.
     await rotating(run, "two")
     with pytest.raises(WrongKeyError):
         await run.engine.key_slots.test("mail", handed_in("one"))
@@ -125,7 +125,7 @@ async def test_it_is_stopped_and_goes_on(run: Running) -> None:
         await task
     assert (shown(run), progress(run)) == ("unfinished", None)
     await run.engine.rotations.stop("mail")  # there is nothing left to do
-    # A backup of now would be worth nothing in an hour, and cryptsetup itself lets nobody change the header.
+    # A backup of now would be worth nothing in an hour, and cryptsetup itself refuses changes of the header.
     for done in (
         run.engine.key_slots.back_up("mail", handed_in("")),
         run.engine.key_slots.add("mail", handed_in("one"), handed_in("two")),
@@ -335,7 +335,7 @@ def test_tokens_go_with_their_key_slots(monkeypatch: pytest.MonkeyPatch) -> None
                 Token(0, "systemd-recovery", kept),
                 Token(1, "systemd-tpm2", gone),
                 Token(2, "clevis", gone),
-                Token(3, "note", ()),  # somebody's own, never bound to anything
+                Token(3, "note", ()),  # of another program, never bound to a slot
             )
             return (await read(volume))._replace(tokens=tokens)
 
@@ -393,7 +393,7 @@ async def test_what_lacks_only_its_end_gets_it_when_it_is_gone_on_with(run: Runn
 def test_who_is_killed_with_only_the_end_left_has_not_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Unless it had not let go of the last piece yet: what uses the volume gets errors then."""
+    """Unless the hotzone was still suspended: processes that use it get errors then."""
     torn = True
 
     async def rotate(self: SimReencryption, volume: Any, *rest: Any) -> None:

@@ -156,7 +156,7 @@ async def test_an_answer_is_not_derived_twice_for_a_slot(run: Running) -> None:
 
 
 @play(ONE)
-async def test_a_slot_that_was_added_while_somebody_was_asked(run: Running) -> None:
+async def test_a_slot_that_was_added_while_a_person_was_asked(run: Running) -> None:
     """The header is read again for each answer: it is a person's way out to add a passphrase by hand."""
     run.engine.boot()
     await run.until(lambda: run.host.questions)
@@ -189,7 +189,7 @@ async def test_the_longest_chain_goes_first(run: Running) -> None:
     run.host.answer("alpha")
     await run.idle()
     tries = run.host.done("try")
-    assert tries.index("try low") <= 1  # whoever came first is let in at once
+    assert tries.index("try low") <= 1  # the first one starts at once
     assert run.volumes()["top"] == "unlocked"
 
 

@@ -98,7 +98,7 @@ def test_notification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
         extend_timeout(1.5)
         assert systemd.recv(100) == b"EXTEND_TIMEOUT_USEC=1500000"
-    notify("READY=1")  # nobody listens any more
+    notify("READY=1")  # the socket is closed
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0{tmp_path}")
         monkeypatch.setenv("NOTIFY_SOCKET", f"@{tmp_path}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What outlives the daemon is kept whole, and a broken file costs a warning only."""
+"""State files are written atomically, and a broken file causes a warning only."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_slots_that_fitted(tmp_path: Path) -> None:
     files.keep_fitted({"a": {"exec:/bin/fetch --token x": 1}})
     assert StateFiles(tmp_path, tmp_path).fitted() == {"a": {"exec:/bin/fetch --token x": 1}}
     path = tmp_path / "fitted.json"
-    assert path.stat().st_mode & 0o077 == 0  # what fetches keys may have told arguments
+    assert path.stat().st_mode & 0o077 == 0  # arguments of fetchers may hold tokens
     path.write_text('{"volumes": {"a": {"prompt": true, "key": "1", "file:/k": 2}, "b": 3}}')
     assert files.fitted() == {"a": {"file:/k": 2}, "b": {}}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tokens in headers: tried in order, told apart, their PINs asked for beside everything else."""
+"""Tokens in headers: tried in order, distinguished, their PINs asked for beside everything else."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ LATE_STICK = volume("c", '"pkcs11", "prompt"', 'kind = "pkcs11"', sim=f"{ALPHA}\
     + LATE_STICK
 )
 async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -> None:
-    """cryptsetup still waits for udev then; it is not to be killed, nor to be taken for somebody else."""
+    """cryptsetup still waits for udev then; it must not be killed, nor taken for another program."""
     opened, ended = run.host.open_by_token, asyncio.Event()
 
     async def slow(spec: VolumeSpec, *arguments: Any) -> None:
@@ -270,7 +270,7 @@ async def test_a_mapping_that_is_seen_before_its_maker_has_ended(run: Running) -
     run.host.answer("1234", to="volume b:")
     volumes = run.engine.graph.volumes
     await run.until(lambda: all(run.engine.graph.volumes[name].is_usable for name in volumes))
-    for _ in range(50):  # turns of the loop, in which nobody may call it off
+    for _ in range(50):  # turns of the loop, in which it must not be cancelled
         run.engine.prompt.changes.notify()
         await asyncio.sleep(0)
     ended.set()

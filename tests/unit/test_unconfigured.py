@@ -72,7 +72,7 @@ async def test_what_is_closed_by_hand_is_gone(run: Running) -> None:
     run.engine.configure(settings(volume("b")))
     run.host.volume("a", open=False)
     await run.until(lambda: run.volumes() == {"b": "locked"})
-    run.host.volume("a", open=True)  # and whoever opens it later has it for himself
+    run.host.volume("a", open=True)  # opened later, it is not ours
     await run.looked()
     assert run.volumes() == {"b": "locked"}
 

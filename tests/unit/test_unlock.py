@@ -301,7 +301,7 @@ async def test_the_uuid_is_shown_once_the_header_was_read(run: Running) -> None:
 
 
 @play(volume("a"))
-async def test_somebody_else_was_quicker_with_the_key(run: Running) -> None:
+async def test_another_caller_was_faster_with_the_key(run: Running) -> None:
     async def taken(*_: object) -> None:
         run.host.volume("a", open=True)
         raise BusyError("device a already exists")

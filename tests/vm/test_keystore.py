@@ -478,7 +478,7 @@ def test_what_is_typed_is_not_swapped(site: Site) -> None:
     assert len(site.slots("cr_data")) == 2
 
 
-def test_somebody_answers_with_the_volumes_own_passphrase(site: Site) -> None:
+def test_an_answer_with_the_volumes_own_passphrase(site: Site) -> None:
     """While the keystore is asked for. It is not needed then, and not asked for any more."""
     vm = site.vm
     vm.run("vmcryptctl shutdown && vmcryptctl boot")
