@@ -293,8 +293,8 @@ class VolumeTable(_Table):
     device: Device = Field(
         description='The LUKS device: an absolute path (of a file, too), or "UUID=…", "PARTUUID=…", "LABEL=…". '
         "If several devices bear that tag (a copy, a snapshot), the volume is not opened, and the error names them. "
-        "Kernel names such as /dev/sdb can be another disk after the next boot. An open volume stays the one that it "
-        "is, wherever its path leads by then.",
+        "Kernel names such as /dev/sdb can be another disk after the next boot. An open volume keeps its "
+        "disk, even if its path leads to another one by then.",
         json_schema_extra={"shown": "/dev/volgrp4/lvimap_hd0"},
     )
     uuid: Uuid | None = Field(
@@ -312,12 +312,11 @@ class VolumeTable(_Table):
         "tpm2, fido2, pkcs11 (tokens in the LUKS2 header, as systemd-cryptenroll(1) makes them; cryptsetup needs its "
         "plugin for them), clevis (what `clevis luks bind` made, with a Tang server or the like), "
         "prompt (ask a person). "
-        'A person is asked after all others have failed; without "prompt" the volume has failed then. '
-        "The PIN of a token is asked for then, too, by a question of its own beside that for the passphrase, at most "
-        "three times. While a person is asked, clevis, exec and tokens that are not connected are tried again, after a "
-        "second at first and every minute in the end; clevis for five minutes even where no person is asked, since the "
-        "network may come up later. "
-        "The first that fits opens the volume.",
+        "The first key that fits opens the volume. When all other sources have failed, a person is asked; without "
+        '"prompt" the volume fails. The PIN of a token is asked for at the same time, in a separate question, at most '
+        "three times. While a person is asked, clevis, exec and tokens that are not connected are tried again, first "
+        "after a second, in the end every minute. Without a person clevis is tried for five minutes, since the network "
+        "may come up later.",
         json_schema_extra={"shown": ["tpm2", "file:/etc/vmcryptd/keys/imap", "prompt"]},
     )
     unlock: Literal["boot", "guest", "manual"] = Field(

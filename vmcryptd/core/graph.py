@@ -117,7 +117,7 @@ class PoolNode(NamedTuple):
 class GuestDisk(NamedTuple):
     """A disk that a guest writes.
 
-    `identity` is the same for all paths of one disk: a kernel name, or a file's path without links.
+    `identity` is equal for all paths of one disk: a kernel name, or a file's path without links.
     """
 
     path: str

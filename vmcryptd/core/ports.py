@@ -123,7 +123,7 @@ class Crypt(Protocol):
         """Wipe the key of a mapping that cannot be closed; I/O to it blocks from then on."""
 
     def available_memory_kib(self) -> int:
-        """What the kernel says is available for new allocations."""
+        """The memory available for new allocations, as the kernel estimates it."""
 
 
 class Slots(Protocol):

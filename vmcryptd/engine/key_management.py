@@ -271,7 +271,7 @@ class KeySlots:
             raise
 
     async def header(self, spec: VolumeSpec) -> Header:
-        """Read it; whether a rotation is half done is told from what was read last. Raises as `Crypt.header`
+        """Read it, and note whether a rotation is unfinished. Raises as `Crypt.header`
         and `Inventory.accept_header`."""
         header = await self._ports.crypt.header(spec)
         self._inventory.accept_header(spec.name, header)
