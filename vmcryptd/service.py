@@ -38,7 +38,7 @@ ENCRYPT = "org.vmcryptd1.encrypt"
 RELOAD = "org.vmcryptd1.reload"
 
 # Changes within this time of the last ones are announced together, and always before a method is answered.
-TELL_S = 0.1
+ANNOUNCE_S = 0.1
 
 _USEC_INFINITY = 2**63 - 1  # `x` is signed; systemd's own USEC_INFINITY does not fit
 
@@ -334,7 +334,7 @@ class Service:
         self._shown: dict[tuple[type[View], str], _Shown] = {}
         self._jobs: dict[str, Job] = {}  # those that are shown
         self._due: asyncio.Handle | None = None
-        self._told_at = -TELL_S
+        self._announced_at = -ANNOUNCE_S
         self.config_changed = False  # the files differ from the running configuration
         self._manager = Manager(engine, reload)
         objects.export(ROOT, self._manager)
@@ -370,7 +370,7 @@ class Service:
         """Bring the objects up to date soon: at once, if nothing was announced just now."""
         if self._due is None:
             loop = asyncio.get_running_loop()
-            self._due = loop.call_at(self._told_at + TELL_S, self.update)
+            self._due = loop.call_at(self._announced_at + ANNOUNCE_S, self.update)
 
     def refresh(self) -> None:
         """Bring the objects up to date now, if anything has changed."""
@@ -381,7 +381,7 @@ class Service:
         if self._due is not None:
             self._due.cancel()
             self._due = None
-            self._told_at = asyncio.get_running_loop().time()
+            self._announced_at = asyncio.get_running_loop().time()
         engine = self._engine
         self._jobs |= {str(number): job for number, job in engine.jobs.items()}
         jobs = [_job_view(job) for job in engine.jobs.values()]

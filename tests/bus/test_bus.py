@@ -559,7 +559,7 @@ def test_a_call_that_wants_no_answer_gets_none(run: Any) -> None:
     run(test())
 
 
-def test_only_real_changes_are_told_and_typing_errors_raise(run: Any) -> None:
+def test_only_real_changes_are_announced_and_typing_errors_raise(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
             seen: list[tuple[str, list[Any]]] = []
@@ -906,7 +906,7 @@ def test_a_bus_that_hangs_up_or_says_nothing_is_unreachable(
     run(test())
 
 
-def test_a_lost_bus_is_told(run: Any) -> None:
+def test_a_lost_bus_is_reported(run: Any) -> None:
     async def test() -> None:
         async with serving() as it:
             service = await transport.connect()

@@ -318,13 +318,13 @@ def test_monitor(manual: Host) -> None:
         assert monitor.stdout is not None
         told = threading.Event()
 
-        def change_until_told() -> None:
+        def change_until_stopped() -> None:
             manual.call("Lock", "s", "high")
             while not told.is_set():
                 manual.call("Lock", "s", "low")
                 manual.call("Unlock", "s", "low")
 
-        with meanwhile(change_until_told):
+        with meanwhile(change_until_stopped):
             try:
                 lines = [json.loads(monitor.stdout.readline()) for _ in range(6)]
             finally:

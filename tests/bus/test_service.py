@@ -845,7 +845,7 @@ def test_a_second_daemon_touches_nothing(start: Start, run: Any, bus_address: st
     ("text", "said"),
     [("[", "not valid TOML"), ("[deamon]", "did you mean"), (None, "cannot be read")],
 )
-def test_a_bad_configuration_is_told_at_the_start(
+def test_a_bad_configuration_is_reported_at_the_start(
     text: str | None, said: str, tmp_path: Path, bus_address: str
 ) -> None:
     sim = tmp_path / "sim.toml"

@@ -444,7 +444,7 @@ def test_no_name_of_a_holder_forges_a_line(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_who_has_it_mounted_elsewhere_is_told_when_nobody_else_is(tree: Tree, here: bool) -> None:
+def test_a_mount_namespace_is_named_only_without_other_users(tree: Tree, here: bool) -> None:
     if here:
         tree.mount("253:1", "/srv/vm")
     other = tree.process(12, cwd="/", namespace="mnt:[2]")

@@ -214,7 +214,7 @@ async def test_a_wrong_answer_does_not_take_the_place_of_one_that_fitted(run: Ru
 
 
 @play(CACHE.replace("infinity", "1h") + volume("a") + volume("b", B))
-async def test_what_is_held_is_told(run: Running) -> None:
+async def test_held_keys_are_shown(run: Running) -> None:
     run.engine.boot()
     await run.until(lambda: run.host.questions)
     assert run.engine.prompt.held == []
@@ -698,7 +698,7 @@ async def test_boot_that_is_asked_for_again_is_the_whole_boot(run: Running) -> N
 
 
 @play(volume("a", A + "\npresent = false", timeout="10ms", unlock="manual"))
-async def test_who_is_to_open_what_comes_late_by_hand_is_told_so(run: Running) -> None:
+async def test_a_late_volume_to_be_opened_by_hand_says_so(run: Running) -> None:
     with pytest.raises(DeviceMissingError, match="once it is there: `vmcryptctl unlock a`$"):
         await run.engine.unlock("a")
     run.host.volume("a", present=True)
@@ -887,7 +887,7 @@ async def test_a_volume_opened_by_hand_is_adopted(run: Running) -> None:
 
 
 @play(volume("a") + volume("b", B))
-async def test_a_wrong_key_is_told_and_boot_goes_on_waiting(run: Running) -> None:
+async def test_a_wrong_key_is_reported_and_boot_goes_on_waiting(run: Running) -> None:
     run.engine.boot()
     await run.until(lambda: run.engine.waiting == ["a", "b"])
     error = await failure(unlock_with_key.unlock(run.engine, "a", handed_in("wrong")))
@@ -1253,7 +1253,7 @@ def test_the_kernel_knows_what_libvirt_does_not_tell(is_dead: bool) -> None:
 
 @play(volume("a", 'open = true\nfault = "busy"') + volume("b", "open = true") + stubborn("leave")
       + volume("c", 'open = true\nfault = "busy"'))  # fmt: skip
-async def test_everything_that_stays_is_told(run: Running) -> None:
+async def test_everything_that_stays_open_is_reported(run: Running) -> None:
     text = str(await failure(run.engine.shutdown()))
     assert "guest g did not stop" in text
     assert "volume c cannot be closed" in text
@@ -1268,7 +1268,7 @@ async def test_the_budget_of_the_whole_counts(run: Running) -> None:
 
 
 @play(volume("a", 'open = true\nfault = "busy"') + volume("b", "open = true"))
-async def test_what_cannot_be_closed_is_told_with_its_holder(run: Running) -> None:
+async def test_a_volume_that_cannot_be_closed_is_reported_with_its_holder(run: Running) -> None:
     error = await failure(run.engine.shutdown())
     assert isinstance(error, BusyError)
     assert "in use by a simulated process" in str(error)

@@ -325,7 +325,7 @@ def test_memory_that_contradicts_the_configuration_is_dropped() -> None:
     assert graph.volumes["a"].uuid == UUID
 
 
-def test_a_circle_is_told_with_its_path() -> None:
+def test_a_circle_is_reported_with_its_path() -> None:
     with pytest.raises(GraphError) as caught:
         build(
             settings(

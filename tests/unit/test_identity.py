@@ -59,7 +59,7 @@ def test_an_open_volume_stays_when_its_path_leads_to_another_device() -> None:
     assert (stranger.mapping, bool(stranger.taken_by)) == ("", True)
 
 
-def test_what_an_open_volume_stands_on_is_told_by_its_mapping() -> None:
+def test_the_mapping_shows_the_device_of_an_open_volume() -> None:
     devices = [disk("sda"), luks("dm-0", "outer", "sda", uuid=OTHER), lv("dm-1", "vg-a", "dm-0"), disk("sdb"),
                luks("dm-2", "cr_a", "dm-1")]  # fmt: skip
     seen = storage(*devices, sda="/dev/outer", sdb=LINK)

@@ -17,7 +17,9 @@ from vmcryptd.posix import run as process
 from vmcryptd.posix.run import OUTPUT_LIMIT, CommandError, Completed
 
 
-def told(monkeypatch: pytest.MonkeyPatch, answers: dict[str, dict[str, Any]]) -> list[list[str]]:
+def answered(
+    monkeypatch: pytest.MonkeyPatch, answers: dict[str, dict[str, Any]]
+) -> list[list[str]]:
     asked: list[list[str]] = []
 
     async def run(argv: list[str], *, timeout_s: float, output_limit: int) -> Completed:
@@ -34,7 +36,7 @@ def chain(path: str, image_format: str) -> list[str]:
 
 
 def test_follows_names_relative_to_the_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = told(
+    asked = answered(
         monkeypatch,
         {
             "/vm/a.qcow2": {"backing-filename": "b.qcow2", "backing-filename-format": "qcow2"},
@@ -57,19 +59,21 @@ def test_follows_names_relative_to_the_overlay(monkeypatch: pytest.MonkeyPatch) 
 def test_never_looks_into_what_the_guest_wrote(
     monkeypatch: pytest.MonkeyPatch, image_format: str
 ) -> None:
-    asked = told(monkeypatch, {"/raw": {"backing-filename": "/etc/shadow"}})
+    asked = answered(monkeypatch, {"/raw": {"backing-filename": "/etc/shadow"}})
     assert chain("/raw", image_format) == []
     assert asked == []
 
 
 def test_a_layer_without_a_format_ends_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = told(monkeypatch, {"/a": {"backing-filename": "/b"}, "/b": {"backing-filename": "/c"}})
+    asked = answered(
+        monkeypatch, {"/a": {"backing-filename": "/b"}, "/b": {"backing-filename": "/c"}}
+    )
     assert chain("/a", "qcow2") == ["/b"]
     assert len(asked) == 1
 
 
 def test_a_layer_that_is_locked_is_still_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    told(monkeypatch, {"/a": {"backing-filename": "/b", "backing-filename-format": "qcow2"}})
+    answered(monkeypatch, {"/a": {"backing-filename": "/b", "backing-filename-format": "qcow2"}})
     assert chain("/a", "qcow2") == ["/b"]
 
 
@@ -90,7 +94,7 @@ JSON_NAMES = [
 
 @pytest.mark.parametrize(("name", "expected"), JSON_NAMES)
 def test_names_in_json(monkeypatch: pytest.MonkeyPatch, name: str, expected: list[str]) -> None:
-    told(
+    answered(
         monkeypatch,
         {
             "/a": {"backing-filename": f"json:{name}"},
@@ -113,7 +117,7 @@ def test_names_in_json(monkeypatch: pytest.MonkeyPatch, name: str, expected: lis
 def test_names_with_a_protocol(
     monkeypatch: pytest.MonkeyPatch, name: str, expected: list[str]
 ) -> None:
-    told(monkeypatch, {"/a": {"backing-filename": name, "backing-filename-format": "raw"}})
+    answered(monkeypatch, {"/a": {"backing-filename": name, "backing-filename-format": "raw"}})
     assert chain("/a", "qcow2") == expected
 
 
@@ -161,7 +165,7 @@ def test_a_chain_that_libvirt_would_refuse(monkeypatch: pytest.MonkeyPatch) -> N
         f"/{i}": {"backing-filename": f"/{i + 1}", "backing-filename-format": "qcow2"}
         for i in range(300)
     }
-    told(monkeypatch, layers)
+    answered(monkeypatch, layers)
     with pytest.raises(StorageError, match="the backing chain of /0 has more than 200 layers"):
         chain("/0", "qcow2")
     assert len(chain("/100", "qcow2")) == 200
@@ -169,12 +173,12 @@ def test_a_chain_that_libvirt_would_refuse(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", ["nbd://host/x", "json:{}", "rbd:pool/image", 7, None])
 def test_what_is_not_on_this_host(monkeypatch: pytest.MonkeyPatch, name: object) -> None:
-    told(monkeypatch, {"/a": {"backing-filename": name, "backing-filename-format": "qcow2"}})
+    answered(monkeypatch, {"/a": {"backing-filename": name, "backing-filename-format": "qcow2"}})
     assert chain("/a", "qcow2") == []
 
 
 def test_circles_and_data_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    told(
+    answered(
         monkeypatch,
         {
             "/a": {
@@ -196,7 +200,7 @@ def test_without_qemu_img(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chain("/a", "qcow2") == []
 
 
-def test_a_disk_that_does_not_answer_is_told_from_one_without_a_chain(
+def test_a_silent_disk_is_no_disk_without_a_chain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def run(argv: list[str], **_: object) -> Completed:

@@ -83,7 +83,7 @@ def test_a_new_key_that_does_not_work_ends_a_change(monkeypatch: pytest.MonkeyPa
     scene()
 
 
-def test_an_old_key_that_stays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_key_that_stays_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, "remove", OutOfMemoryError("there is no memory"))
 
     @play(HOST)

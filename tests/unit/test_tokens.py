@@ -68,7 +68,7 @@ async def test_each_is_tried_and_the_next_source_after_them(run: Running) -> Non
 
 
 @play(volume("a", '"tpm2", "pkcs11", "prompt"', BROKEN) + volume("b", '"prompt"'))
-async def test_which_failed_and_why_is_told_while_a_person_is_asked(run: Running) -> None:
+async def test_failed_tokens_are_reported_while_a_person_is_asked(run: Running) -> None:
     run.engine.boot()
     await asked(run)
     error = run.volume("a").error

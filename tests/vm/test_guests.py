@@ -129,7 +129,7 @@ def test_a_guest_that_is_shut_down_is_named_and_the_host_stays_ready(vm: Vm) -> 
     assert "\n    off: imap\n" in vm.run("vmcryptctl status").out
 
 
-def test_libvirt_that_stays_away_is_told(vm: Vm) -> None:
+def test_libvirt_that_stays_away_is_reported(vm: Vm) -> None:
     up(vm)
     vm.run(f"systemctl stop {LIBVIRTD}")
     lab.wait_state(vm, "degraded")

@@ -39,7 +39,7 @@ def vm(module_host: Callable[..., Host]) -> Iterator[Vm]:
     ],
     ids=["a lost timer", "a boot"],
 )  # fmt: skip
-def test_a_machine_whose_emulation_has_failed_is_told(
+def test_a_machine_whose_emulation_has_failed_is_reported(
     console: bytes, control: bytes, comes_up: bool
 ) -> None:
     machine = Vm.__new__(Vm)

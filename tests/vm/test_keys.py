@@ -170,7 +170,7 @@ class Site:
         assert found["state"] == "unlocked", found
         return str(found["key_source"])
 
-    def told(self, volume: str) -> str:
+    def error_of(self, volume: str) -> str:
         """Why it waits."""
         found = lab.volume(self.vm, volume)
         assert found["state"] == "waiting", found
@@ -251,9 +251,9 @@ def test_one_after_the_other_is_taken_away(site: Site) -> None:
     vm.run("systemctl stop tang1.socket")
     unlocking = site.person.begin("Unlock", "cr_mail")
     site.person.question("Passphrase for volume cr_mail", timeout_s=SLOW_S)
-    told = site.told("cr_mail")
-    assert "tpm2: " in told
-    assert "clevis: " in told
+    error = site.error_of("cr_mail")
+    assert "tpm2: " in error
+    assert "clevis: " in error
     journal = vm.run("journalctl -b -o cat -u vmcryptd").out
     assert "volume cr_mail: tpm2: " in journal
     assert "volume cr_mail: clevis: " in journal
@@ -288,7 +288,7 @@ def test_a_vault_that_takes_the_token_no_more(site: Site) -> None:
     vm.put("/etc/vmcryptd/vault-token", "s.another\n", 0o600)
     unlocking = site.person.begin("Unlock", "cr_imap")
     site.person.question("Passphrase for volume cr_imap", timeout_s=SLOW_S)
-    assert "fetch-from-vault failed: exit status" in site.told("cr_imap")
+    assert "fetch-from-vault failed: exit status" in site.error_of("cr_imap")
     site.person.question("Passphrase for volume cr_imap", vault.KEY, timeout_s=SLOW_S)
     site.person.ended(unlocking, SLOW_S)
     assert site.source("cr_imap") == "prompt"
@@ -301,7 +301,7 @@ def test_a_pin_has_its_own_question(site: Site) -> None:
     site.vm.run("systemctl start sample")
     unlocking = site.person.begin("Unlock", "cr_pin")
     site.person.question("PIN of .* of volume cr_pin", timeout_s=SLOW_S)
-    assert "wants its PIN: `systemd-tty-ask-password-agent`" in site.told("cr_pin")
+    assert "wants its PIN: `systemd-tty-ask-password-agent`" in site.error_of("cr_pin")
     site.person.question("PIN of .* of volume cr_pin", PASSPHRASE, timeout_s=SLOW_S)
     site.person.question("That PIN was wrong", PIN, timeout_s=SLOW_S)
     site.person.ended(unlocking, SLOW_S)

@@ -291,7 +291,7 @@ def test_boot_is_planned_while_everything_is_locked(host: HostFactory, locked: S
         assert {s.partition(":")[2] for s in steps if s.startswith("unlock:")} == BOOT_SET | {
             "keystore"
         }
-        # What is opened only when told to starts no guest; what runs already is not started.
+        # A volume that is opened only on request starts no guest; a running guest is not started again.
         assert not {"start:manual", "start:dns", "start:customer"} & set(steps)
 
 
@@ -360,7 +360,7 @@ def test_a_volume_that_comes_and_goes_with_its_guest(vm: Vm) -> None:
     lab.wait_object(vm, "volume", "cr_customer", "locked")
 
 
-def test_a_volume_that_is_opened_only_when_told_to(vm: Vm) -> None:
+def test_a_volume_that_is_opened_only_on_request(vm: Vm) -> None:
     assert lab.unlock(vm, "cr_manual") == 0
     assert lab.guest_states(vm)["manual"] == "off"
     vm.run("vmcryptctl lock cr_manual")

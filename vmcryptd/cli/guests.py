@@ -22,7 +22,7 @@ async def start(client: Client, name: str, say: Say) -> None:
             if client.volumes.get(one, {}).get("State") == "waiting"
         )
 
-    def is_settled() -> bool:
+    def is_question_complete() -> bool:
         needs = beneath(client, client.guests.get(name, {}).get("Needs", ()))
         states = {str(client.volumes[one]["State"]) for one in needs if one in client.volumes}
         return not states & {"locked", "unlocking"}
@@ -43,7 +43,7 @@ async def start(client: Client, name: str, say: Say) -> None:
                 await asyncio.wait({call})
                 continue
             # The guest's other volumes may join the question.
-            await client.until(is_settled, GATHER_S)
+            await client.until(is_question_complete, GATHER_S)
             if not (names := asked_for()):  # Unlocking takes an empty list for all volumes
                 continue
             if failed := await Unlocking(client, names, can_ask=True, say=say).run():

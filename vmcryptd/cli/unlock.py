@@ -247,7 +247,7 @@ class Unlocking:
             targets = self._targets()
             if targets and self._can_ask:
                 # Volumes whose other sources are still being tried may join the question.
-                await self._client.until(self._is_settled, GATHER_S)
+                await self._client.until(self._is_question_complete, GATHER_S)
                 if targets := self._targets():
                     await self._ask(targets)
             elif not self._calls:
@@ -373,7 +373,7 @@ class Unlocking:
     def _has_given_up(self, name: str) -> bool:
         return self._state(name) in ("", "locked", "failed", "missing")
 
-    def _is_settled(self) -> bool:
+    def _is_question_complete(self) -> bool:
         """Whether no volume is about to wait, and all waiting volumes are known.
 
         The daemon announces each volume separately and the manager's `Waiting` last, so some may be missing in between.
