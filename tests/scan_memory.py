@@ -14,7 +14,7 @@ LINE = re.compile(r"(\w+)-(\w+) (\S+) \S+ \S+ \S+ *(.*)")
 
 
 def regions(pid: int) -> Iterator[tuple[str, bytes]]:
-    """What each region is, and the content of its readable pages; one that cannot be read separates them."""
+    """The kind of each region, and the content of its readable pages; one that cannot be read separates them."""
     with open(f"/proc/{pid}/mem", "rb", 0) as memory, open(f"/proc/{pid}/maps") as maps:
         for line in maps:
             start, end, rights, name = LINE.fullmatch(line.rstrip("\n")).groups()  # type: ignore[union-attr]

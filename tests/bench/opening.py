@@ -201,7 +201,7 @@ def ours(daemon: Daemon, kind: Kind, count: int, out: Samples) -> None:
 
 
 def peer(kind: Kind, count: int, out: Samples) -> None:
-    # The daemon is stopped meanwhile: where systemd opens volumes nobody else watches it.
+    # The daemon is stopped meanwhile: where systemd opens volumes no other program watches it.
     units = " ".join(f"systemd-cryptsetup@{kind.name}peer{n}.service" for n in range(count))
     out["peer_open"].append(seconds(f"exec systemctl start {units}"))
     expect_mapped(kind.name, count)

@@ -471,8 +471,8 @@ def test_a_rotation_that_was_cut_off_at_its_very_end(
     after = read_header(str(path))
     assert (after.is_reencrypting, after.data_reencrypted) == (False, False)
     assert [slot.number for slot in after.slots] == [2]
-    # As cryptsetup does it, the new slot has the token of the slot that it stands for. Whether one that it had let
-    # go of before was always without a slot, nobody can tell.
+    # As cryptsetup does it, the new slot has the token of the slot that it stands for. Whether a token that
+    # cryptsetup had released before was always without a slot cannot be seen.
     left = [] if are_listed else [(6, ())]
     assert [(token.number, token.slots) for token in after.tokens] == [(5, (2,)), *left]
     metadata = json.loads(cryptsetup("luksDump", "--dump-json-metadata", str(path)))

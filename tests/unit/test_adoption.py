@@ -13,9 +13,9 @@ UDISKS = f"luks-{UUID}"
 
 
 def volume(mapped_as: str, more: str = "", **keys: str) -> str:
-    told = "".join(f'{key} = "{value}"\n' for key, value in keys.items())
+    shown = "".join(f'{key} = "{value}"\n' for key, value in keys.items())
     sim = f'{opened_by("alpha")}\nopen = true\nmapped_as = "{mapped_as}"\n{more}'
-    return f'[volume.a]\ndevice = "/dev/a"\n{told}[sim.volume.a]\n{sim}\n'
+    return f'[volume.a]\ndevice = "/dev/a"\n{shown}[sim.volume.a]\n{sim}\n'
 
 
 GUEST = '[sim.guest.g]\ndisks = ["/dev/mapper/a"]\nautostart = true\n'

@@ -475,8 +475,8 @@ def test_mounting(
     ran: list[str] = []
 
     async def run(argv: list[str], timeout_s: float) -> Completed:
-        told = [argv[0], *(word for word in argv if word.startswith("--fsck"))]
-        ran.append(" ".join(argv if argv[0] == "systemctl" else told))
+        shown = [argv[0], *(word for word in argv if word.startswith("--fsck"))]
+        ran.append(" ".join(argv if argv[0] == "systemctl" else shown))
         if argv[0] == "systemd-mount" and complaint:
             return Completed(1, err=complaint.format(unit=unit))
         tree.mountinfo.write_text(f"30 1 253:1 / {target} rw - ext4 /dev/mapper/cr_imap rw\n")

@@ -109,8 +109,10 @@ def test_a_detached_header_on_a_locked_volume(is_open: bool) -> None:
     volumes = dict(subject.graph.volumes)
     volumes["b"] = volumes["b"]._replace(mapping="b" if is_open else "", mounts=("/srv",))
     subject = replace(subject, graph=replace(subject.graph, volumes=volumes))
-    told = [finding.severity for finding in check._volumes(subject) if finding.object == "volume a"]
-    assert told == [ERROR] * is_open
+    shown = [
+        finding.severity for finding in check._volumes(subject) if finding.object == "volume a"
+    ]
+    assert shown == [ERROR] * is_open
 
 
 @pytest.mark.parametrize(

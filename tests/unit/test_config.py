@@ -175,8 +175,8 @@ def test_a_circle_is_refused_with_its_path_and_where_each_part_stands() -> None:
         f'[volume.{name}]\ndevice = "/dev/{name}"\nafter = ["{lower}"]\n'
         for name, lower in (("a", "b"), ("b", "c"))
     )
-    told = circle("\n" + text, '[volume.c]\ndevice = "/dev/c"\nafter = ["a"]\n')
-    path, places = told.removeprefix("the volumes need each other in a circle: ").split("; ")
+    shown = circle("\n" + text, '[volume.c]\ndevice = "/dev/c"\nafter = ["a"]\n')
+    path, places = shown.removeprefix("the volumes need each other in a circle: ").split("; ")
     names = path.split(" → ")
     assert names[0] == names[-1]
     assert set(itertools.pairwise(names)) == {("a", "b"), ("b", "c"), ("c", "a")}
@@ -189,7 +189,7 @@ def test_a_circle_is_refused_with_its_path_and_where_each_part_stands() -> None:
 
 
 def test_a_circle_through_other_keys() -> None:
-    told = circle(
+    shown = circle(
         VOLUME + 'keys = ["file:/m/k"]\n',
         '[volume.b]\ndevice = "/dev/mapper/c"\ncontent = "filesystem"\nmount = "/m"\n',
         '[volume.c]\ndevice = "/dev/c"\nheader = "/n/h"\n'
@@ -197,7 +197,7 @@ def test_a_circle_through_other_keys() -> None:
     )
     for where in ("1.toml:1: [volume.a] keys", "2.toml:1: [volume.b] device",
                   "3.toml:1: [volume.c] header", "3.toml:4: [volume.d] after"):  # fmt: skip
-        assert where in told
+        assert where in shown
 
 
 def test_a_volume_after_itself_is_a_circle() -> None:
@@ -207,10 +207,10 @@ def test_a_volume_after_itself_is_a_circle() -> None:
 
 
 def test_guests_in_a_circle() -> None:
-    told = circle('[guest.x]\nafter = ["y"]\n', '[guest.y]\nafter = ["x"]\n')
-    assert told.startswith("the guests need each other in a circle: ")
-    assert "1.toml:1: [guest.x] after" in told
-    assert "2.toml:1: [guest.y] after" in told
+    shown = circle('[guest.x]\nafter = ["y"]\n', '[guest.y]\nafter = ["x"]\n')
+    assert shown.startswith("the guests need each other in a circle: ")
+    assert "1.toml:1: [guest.x] after" in shown
+    assert "2.toml:1: [guest.y] after" in shown
 
 
 # --- files ---

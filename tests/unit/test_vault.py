@@ -60,7 +60,7 @@ def test_the_key_arrives_as_it_is(server: Server, token: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "told"),
+    ("trouble", "shown"),
     [
         ("token", "the token in .* is not valid"),
         ("sealed", "is sealed: unseal it"),
@@ -70,7 +70,7 @@ def test_the_key_arrives_as_it_is(server: Server, token: Path) -> None:
     ],
 )
 def test_what_went_wrong_is_one_line(
-    server: Server, token: Path, trouble: str, told: str, capfd: pytest.CaptureFixture[str]
+    server: Server, token: Path, trouble: str, shown: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = "vmcryptd/nothing" if trouble == "path" else "vmcryptd/cr_imap"
     line = command(token, server, path)
@@ -87,6 +87,6 @@ def test_what_went_wrong_is_one_line(
     with pytest.raises(KeyUnavailableError, match="exit status 1"):
         fetch(line)
     said = capfd.readouterr().err
-    assert re.search(told, said)
+    assert re.search(shown, said)
     assert said.count("\n") == 1
     assert TOKEN not in said

@@ -97,7 +97,7 @@ def _hosts(
     yield new
     for directory in mine:
         directories.remove(directory)
-        # Disks are large; whoever has to find out why a test failed gets all of them.
+        # Disks are large; all of them are kept only after a failure.
         if request.session.testsfailed == failed_before:
             shutil.rmtree(directory)
 

@@ -183,7 +183,7 @@ class CommandError(VmError):
 
 
 class Console:
-    """The first serial line, as somebody sees it who sits in front of it."""
+    """The first serial line, as a person in front of it sees it."""
 
     def __init__(self, connection: socket.socket, text: str = "", seen: int = 0) -> None:
         self._connection = connection
@@ -192,7 +192,7 @@ class Console:
         self._text = text
         self.seen = seen
         self._closed = False
-        # Called with what arrives, for somebody who watches.
+        # Called with the output as it arrives, to show it live.
         self.mirror: Callable[[bytes], None] = lambda data: None
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -237,7 +237,7 @@ class Console:
 
 
 class _Channel:
-    """JSON lines both ways; who waits is woken for each that arrives."""
+    """JSON lines both ways; each arriving line wakes the waiting threads."""
 
     def __init__(self, connection: socket.socket, received: Callable[[Json], None]) -> None:
         self._connection = connection
@@ -626,7 +626,7 @@ class Vm:
         return f"/dev/disk/by-id/virtio-disk{index}"
 
     def unplug_disk(self, index: int) -> None:
-        """Pulls a plugged disk out as its tray's button does: the machine lets go of it first."""
+        """Unplugs a disk as its tray's button does: the machine releases it first."""
         name = f"disk{index}"
         if self._buses.get(index) in (None, _FIXED):
             raise VmError(f"{name} was not plugged in by plug_disk()")
@@ -652,7 +652,7 @@ def _disk_device(index: int, slot: str) -> Json:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What is to be known about a machine whose memory is in a file."""
+    """A machine whose memory is saved in a file."""
 
     host: Json
     slots: int
@@ -748,7 +748,7 @@ class Host:
         return {name: getattr(self, name) for name in names}
 
     def keep_files(self, directory: Path) -> None:
-        """What a machine that was saved leaves: its disks and its transcripts."""
+        """The files of a saved machine: its disks and its transcripts."""
         self.root_path.rename(directory / self.root_path.name)
         for index in range(len(self.disks)):
             self.disk_path(index).rename(directory / self.disk_path(index).name)
@@ -764,7 +764,7 @@ class Host:
         return self.directory / f"disk{index}.img"
 
     def block_device(self, index: int) -> Json:
-        """One of the disks, as QEMU is told of it."""
+        """One of the disks, as an option of QEMU."""
         # A raw file in the page cache survives QEMU's death: no flush has to reach a real disk.
         cache = {"no-flush": True}
         file = {"driver": "file", "filename": f"{self.disk_path(index)}", "cache": cache}

@@ -243,7 +243,7 @@ class Caller:
         return self._begin(request)
 
     def ended(self, call: Background, timeout_s: float = RUN_TIMEOUT_S) -> list[Any]:
-        """What a call that was begun returned. Raises Refused."""
+        """The result of a call that was begun. Raises Refused."""
         answer = json.loads(call.wait(timeout_s).out)
         if "error" in answer:
             raise Refused(answer["error"], answer["text"])
@@ -288,7 +288,7 @@ class Caller:
         if answer is not None:
             request["answer"] = base64.b64encode(answer.encode()).decode()
         found = self._ask(request, timeout_s)
-        assert "late" not in found, f"nobody is asked for {pattern!r}; questions: {found['out']}"
+        assert "late" not in found, f"no question for {pattern!r}; questions: {found['out']}"
         return str(found["out"][0])
 
     def flood(self, count: int, messages: Sequence[Sequence[Any]]) -> dict[str, int]:

@@ -83,7 +83,7 @@ def test_a_guest_with_an_agent(host: HostFactory) -> None:
         lab.wait_state(vm, "waiting")
         assert lab.unlock(vm) == 0
 
-        # Who comes after it waits for its agent.
+        # The guest after it waits for its agent.
         lab.wait_object(vm, "guest", "agent", "running")
         assert lab.guest_states(vm)["later"] == "off"
         assert lab.status(vm)["state"] == "unlocking"

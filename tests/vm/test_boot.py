@@ -86,17 +86,17 @@ def test_the_same_disks_again_and_again(machine: Host) -> None:
         assert_running(vm, starts=1, clean_stops=0)
         assert json.loads(vm.run("vmcryptctl plan boot --json").out)["steps"] == []
 
-        told = json.loads(vm.run("vmcryptctl status --json").out)
+        shown = json.loads(vm.run("vmcryptctl status --json").out)
         objects = lab.objects(vm)
-        assert told == lab.status(vm)
-        for volume in told["volumes"]:
+        assert shown == lab.status(vm)
+        for volume in shown["volumes"]:
             path = f"/org/vmcryptd1/volume/{volume['name'].replace('_', '_5f')}"
             properties = objects[path]["org.vmcryptd1.Volume"]
             assert properties["State"] == volume["state"]
             assert properties["Uuid"] == volume["uuid"]
             assert properties["NeededBy"] == volume["needed_by"]
             assert properties["KeySource"] == volume["key_source"] == "prompt"
-        for domain in told["guests"]:
+        for domain in shown["guests"]:
             properties = objects[f"/org/vmcryptd1/guest/{domain['name']}"]["org.vmcryptd1.Guest"]
             assert properties["State"] == domain["state"]
             assert properties["Needs"] == domain["needs"]

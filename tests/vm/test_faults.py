@@ -330,7 +330,7 @@ def test_a_slow_fetcher_falls_through_to_the_question(site: Site) -> None:
     site.vm.wait_until("grep -qx cr_slow /run/waited")
     site.root.wait("volume", "cr_slow", "waiting")
     site.root.wait("manager", "", ["cr_slow"], prop="Waiting")
-    # It was ended; it is tried again now and then, while somebody is asked.
+    # It was ended; it is tried again from time to time while a person is asked.
     site.vm.wait_until("! pgrep -f '[b]in/hang'")
     site.root.question("cr_slow", PASSPHRASE)
     site.root.ended(opening)

@@ -102,10 +102,10 @@ def test_a_guest_that_is_killed_makes_the_host_degraded(vm: Vm) -> None:
     up(vm)
     vm.run("kill -9 $(cat /run/libvirt/qemu/imap.pid)")
     lab.wait_state(vm, "degraded")
-    told = lab.status(vm)
-    [error] = [one["error"] for one in told["guests"] if one["name"] == "imap"]
+    shown = lab.status(vm)
+    [error] = [one["error"] for one in shown["guests"] if one["name"] == "imap"]
     assert error.startswith("guest imap died: its process ended without a shutdown")
-    assert told["off"] == ["imap"]
+    assert shown["off"] == ["imap"]
     done = vm.run("vmcryptctl wait", check=False)
     assert (done.code, "guest imap died" in done.err) == (1, True)
     # Neither a restart of the daemon nor of libvirt makes that well.
@@ -121,8 +121,8 @@ def test_a_guest_that_is_shut_down_is_named_and_the_host_stays_ready(vm: Vm) -> 
     vm.run("vmcryptctl wait --all")
     vm.run("virsh -q shutdown imap")
     lab.wait_object(vm, "guest", "imap", "off")
-    told = lab.status(vm)
-    assert (told["state"], told["off"]) == ("ready", ["imap"])
+    shown = lab.status(vm)
+    assert (shown["state"], shown["off"]) == ("ready", ["imap"])
     vm.run("vmcryptctl wait")
     done = vm.run("vmcryptctl wait --all", check=False)
     assert (done.code, "off: imap" in done.err) == (1, True)
@@ -133,8 +133,8 @@ def test_libvirt_that_stays_away_is_reported(vm: Vm) -> None:
     up(vm)
     vm.run(f"systemctl stop {LIBVIRTD}")
     lab.wait_state(vm, "degraded")
-    told = lab.status(vm)
-    assert told["error"].startswith("libvirt at qemu:///system cannot be reached: ")
+    shown = lab.status(vm)
+    assert shown["error"].startswith("libvirt at qemu:///system cannot be reached: ")
     assert lab.guest_states(vm)["imap"] == "running"
     assert "libvirt at qemu:///system cannot be reached" in vm.run("vmcryptctl status").out
     vm.run("systemctl start libvirtd.socket")

@@ -69,7 +69,7 @@ def vm(host: HostFactory, prepared: Snapshot) -> Iterator[Vm]:
 
 
 def test_each_waits_alone(vm: Vm) -> None:
-    """And rests: each failure is told once, also when another disk's news have everything looked at again."""
+    """And rests: each failure is logged once, also when another disk's event causes a new look at everything."""
     found = {one["name"]: one for one in lab.status(vm)["volumes"]}
     assert {name: one["state"] for name, one in found.items()} == STATES
     assert "its header /stick/header did not appear within 1 s" in found["cr_header"]["error"]

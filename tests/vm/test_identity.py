@@ -159,7 +159,7 @@ def test_a_group_on_two_volumes_that_lvm_does_not_look_at(host: HostFactory) -> 
             vm.run("vmcryptctl shutdown", timeout_s=SLOW_S)
             assert lab.mappings(vm) == []
 
-        # A disk of the group that is none of ours stays hidden, and that is told.
+        # A disk of the group that is none of ours stays hidden, and the error says so.
         vm.put("/etc/lvm/lvmlocal.conf", "devices {\n use_devicesfile = 0\n}\n")
         setup.open(lab.disk(0), "cr_a")
         setup.open(lab.disk(1), "cr_b")

@@ -95,7 +95,7 @@ class Site:
         lab.wait_object(self.vm, "volume", "keys", "locked")
         assert not {"keys", "vault"}.intersection(lab.mappings(self.vm))
         assert MOUNT not in self.vm.run("findmnt --raw --noheadings --output TARGET").out
-        # The kernel lets go of it when udev has looked for the last time.
+        # The kernel releases it when udev has read it for the last time.
         self.vm.wait_until('[ -z "$(losetup --noheadings --list)" ]')
 
     def assert_up(self, starts: int, clean_stops: int) -> None:
@@ -233,7 +233,7 @@ def test_keystores_that_are_made_are_configured_well(closed: Site) -> None:
 
 
 def test_a_volume_by_the_keystore_on_a_logical_volume(closed: Site) -> None:
-    """Who opens it is asked for the keystore, and that is closed again."""
+    """Opening it asks for the keystore, which is closed again."""
     shown = closed.typed(
         "vmcryptctl unlock cr_spare", (r"Passphrase for volume vault \(.*\):", STORE)
     )
@@ -242,7 +242,7 @@ def test_a_volume_by_the_keystore_on_a_logical_volume(closed: Site) -> None:
     journal = closed.vm.run("journalctl --sync; journalctl -b -o cat -u vmcryptd").out
     assert f"volume cr_spare is open (file:{MOUNT}/vault/cr_spare.key), asked for by" in journal
     lab.wait_object(closed.vm, "volume", "vault", "locked")
-    # Its disk is gone: nobody waits for it who has another key.
+    # Its disk is gone: a volume with another key does not wait for it.
     closed.vm.run("vmcryptctl lock cr_spare && lvchange -q -an vg0/vault")
     lab.unlock(closed.vm, "cr_spare")
     assert closed.sources() == {"cr_spare": "key"}

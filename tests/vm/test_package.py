@@ -41,7 +41,7 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(scope="module")
 def prepared(module_host: HostFactory, newer: bytes) -> Snapshot:
-    """A guest runs on a volume whose key is a file, so that nobody has to answer."""
+    """A guest runs on a volume whose key is a file, so that no person has to answer."""
     with module_host(disks=["64M"]).resume() as vm:
         setup = lab.Lab(vm)
         setup.encrypted_guest(GUEST, lab.disk(0), keys=[f"file:{KEY}"])
@@ -81,7 +81,7 @@ def dpkg(vm: Vm, *words: str) -> str:
 
 
 def running(vm: Vm) -> str:
-    """The guest and its volume: as long as this is the same, nobody has stopped or closed anything."""
+    """The guest and its volume: while this is the same, nothing was stopped or closed."""
     seen = vm.run(
         # The process and when it was started.
         f"cut -d ' ' -f 1,2,22 /proc/$(cat /run/libvirt/qemu/{GUEST}.pid)/stat"
@@ -192,7 +192,7 @@ def test_removed_and_installed_again_under_a_running_guest(up: Vm) -> None:
     dpkg(up, "--install", NEWER)
     assert_up(up)
     assert (running(up), configuration(up)) == before
-    # Were it not active, nobody would stop the guest when the host goes down.
+    # If it were not active, the guest would not be stopped when the host goes down.
     up.run("systemctl is-active vmcryptd-guests.service")
 
 

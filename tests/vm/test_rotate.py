@@ -136,7 +136,7 @@ def test_a_guest_and_daemons_come_and_go_meanwhile(host: HostFactory, prepared: 
         assert lab.guest_states(vm) == {"mail": "running"}
         assert "is being rotated" in vm.run("vmcryptctl status cr_mail").out
         worker = vm.run(f"systemctl show -P MainPID '{UNIT}'").out.strip()
-        # Who works for hours has no passphrase in hand, and neither has who started it.
+        # Neither cryptsetup nor the daemon keeps the passphrase during the hours of work.
         for process in (pid, worker):
             assert lab.in_memory(vm, process, PASSPHRASE) == []
             assert lab.in_memory(vm, process, "cr_mail") != []

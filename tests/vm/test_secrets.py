@@ -42,7 +42,7 @@ SOURCES = {
     "cr_typed": "key",
 }
 
-# vmcryptctl on a terminal; somebody types what comes through the FIFO.
+# vmcryptctl on a terminal; the input comes through the FIFO.
 TYPIST = """\
 exec 3<>/root/typed
 exec python3 -c 'import pty, sys; sys.exit(pty.spawn(["vmcryptctl", "unlock", "cr_typed"]) >> 8)' \
@@ -79,7 +79,7 @@ class Site:
         return watch.in_output(self.vm, command, needle)
 
     def descriptors(self) -> list[str]:
-        """What the daemon has open, by kind: their numbers tell nothing."""
+        """The daemon's open descriptors, by kind and without their numbers."""
         fds = self.vm.run(f"find /proc/{self.pid()}/fd -type l -printf '%l\\n'").out.splitlines()
         return sorted(fd.partition("[")[0] if ":[" in fd else fd for fd in fds)
 
@@ -143,7 +143,7 @@ def _prepare(vm: Vm) -> None:
     )
     vm.put("/root/fetched", FETCHED, 0o600)
     vm.put("/usr/local/bin/fetch", "#!/bin/sh\nexec cat /root/fetched\n", 0o755)
-    # Keys are held for good here: nobody could say that a search came too late.
+    # Keys are held for ever here, so that no search comes too late.
     setup.write_config('[daemon]\nkey_cache = "infinity"\n')
 
     watch.install(vm, [CANARY, CONTROL])

@@ -140,7 +140,7 @@ def prepare(vm: Vm) -> None:
         "pvcreate -q /dev/mapper/cr_guestpv && vgcreate -q guestvg /dev/mapper/cr_guestpv"
         " && lvcreate -q -y -L 4M -n root guestvg"
     )
-    # A group of somebody else, which is to stay as it is: inactive.
+    # Another program's group, which must stay inactive.
     vm.run(
         f"pvcreate -q {lab.disk(FOREIGN)} && vgcreate -q --setautoactivation n foreign"
         f" {lab.disk(FOREIGN)} && lvcreate -q -y -an -L 4M -n theirs foreign"
@@ -158,7 +158,7 @@ def prepare(vm: Vm) -> None:
             assert there in text, f"{name}: the example has changed"
             text = text.replace(there, here)
         vm.put(f"/etc/vmcryptd/conf.d/{name}.toml", text)
-    # Opened because the guest web turns out to need it; nobody types for it.
+    # Opened because the guest web turns out to need it; no person is asked for it.
     vm.put("/etc/vmcryptd/keys/base", lab.PASSPHRASE, 0o600)
     key = "file:/etc/vmcryptd/keys/base"
     setup.volume(
@@ -390,7 +390,7 @@ def test_the_way_down_and_the_next_boot(vm: Vm) -> None:
         # Which image web.qcow2 is backed by stands in web.qcow2, which is locked: this is what it was the last time.
         [web] = [domain for domain in lab.status(vm)["guests"] if domain["name"] == "web"]
         assert web["needs"] == ["cr_vmstore", "cr_base"]
-        # So the volume whose key needs nobody need not be waited for.
+        # So the volume whose key needs no person need not be waited for.
         lab.wait_object(vm, "volume", "cr_base", "unlocked")
         assert lab.mappings(vm) == ["cr_base"]
         let_dns_answer(vm)

@@ -161,7 +161,7 @@ def test_panic(up: Vm) -> None:
     assert done.code == 1
     assert "cr_fs" in done.err
     assert set(lab.guest_states(up).values()) == {"off"}
-    # The one that could not be closed has no key any more, and lets nobody read or write.
+    # The one that could not be closed has no key any more: reading and writing block.
     assert lab.mappings(up) == ["cr_fs"]
     assert lab.volume_states(up)["cr_fs"] == "suspended"
     assert not set(key_in_kernel(up)) - {"0"}

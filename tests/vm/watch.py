@@ -24,7 +24,7 @@ _SAMPLE = f"""\
 #!/bin/bash
 while :; do
     for what in cmdline environ; do
-        # What was found is told by who found it: the process may be gone when it is looked at again.
+        # Reported at once: the process may be gone at the next look.
         grep -HsaoFf {NEEDLES} /proc/[0-9]*/$what | while IFS=/: read -r _ _ pid what found; do
             echo "$what of $(cat /proc/$pid/comm 2>/dev/null): $found" >>{_SAMPLED}
         done
