@@ -43,7 +43,7 @@ asyncio.run(main())
 def nobody() -> Iterator[str]:
     """The bus name of a peer that is not root."""
     if os.getuid() != 0:
-        pytest.skip("only root can be somebody else on the bus")
+        pytest.skip("only root can act as another user on the bus")
     with subprocess.Popen(
         [sys.executable, "-c", PEER],
         stdin=subprocess.PIPE,

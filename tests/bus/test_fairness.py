@@ -34,7 +34,7 @@ from vmcryptd.bus.objects import MAX_PENDING
 __all__ = ["start"]
 
 pytestmark = pytest.mark.skipif(
-    os.getuid() != 0, reason="only root can be somebody else on the bus"
+    os.getuid() != 0, reason="only root can act as another user on the bus"
 )
 FLOODER = str(Path(__file__).with_name("flooder.py"))
 EVERYTHING = (ROOT, OBJECT_MANAGER, "GetManagedObjects")

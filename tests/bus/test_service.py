@@ -739,7 +739,7 @@ async def stranger(address: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else on the bus")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user on the bus")
 def test_who_is_not_authorised_may_look_but_not_touch(
     start: Start, run: Any, bus_address: str
 ) -> None:
@@ -763,7 +763,7 @@ def test_who_is_not_authorised_may_look_but_not_touch(
     run(test())
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else on the bus")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user on the bus")
 def test_polkit_decides_by_action(start: Start, run: Any, bus_address: str) -> None:
     async def test() -> None:
         asked: list[tuple[str, int]] = []
