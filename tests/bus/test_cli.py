@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,12 +38,15 @@ from tests.bus.simulated import (
 from vmcryptd import daemon as daemon_module
 from vmcryptd.bus.client import Client, translated
 from vmcryptd.bus.transport import RemoteError
-from vmcryptd.cli import columns, keys, main, output, render, verbs, without_daemon
+from vmcryptd.cli import columns, keys, main, output, render, unlock, verbs, without_daemon
 from vmcryptd.core.errors import (
     AmbiguousDeviceError,
     BusyError,
+    NoSuchVolumeError,
     NotAuthorizedError,
+    ShuttingDownError,
     StillWaitingError,
+    VmcryptdError,
     WrongKeyError,
     subclasses,
 )
@@ -835,7 +839,7 @@ def test_unlock_with_nothing_waiting_begins_the_boot_set(host: Host) -> None:
     terminal.expect("open now: cr_a, cr_b")
     assert terminal.end() == 0
     terminal = Terminal("unlock", "cr_a")
-    terminal.expect("cr_a is open already")
+    terminal.expect("volume cr_a is open already")
     assert terminal.end() == 0
     terminal = Terminal("unlock")
     terminal.expect("nothing is waiting for a key")
@@ -946,7 +950,7 @@ def test_a_pipe_that_nobody_reads(mail: Host) -> None:
     for option in ("--no-ask", "--timeout=100ms"):
         refused = ctl("unlock", option, "cr_a", typed=f"{ALPHA}\n")
         assert refused.code == 6
-        assert hint in refused.err
+        assert f"vmcryptctl: standard input is not read: {hint}\n" in refused.err
         assert hint not in ctl("unlock", option, "cr_a").err
     assert hint not in ctl("unlock", "--key-file", "-", "cr_a", typed=BETA).err
 
@@ -1053,6 +1057,44 @@ def test_interrupted(mail: Host, keys: str, code: int) -> None:
 # --- the parts ---
 
 
+@pytest.mark.parametrize(
+    ("failures", "asked", "code"),
+    [
+        ({}, "", 0),
+        ({"a": WrongKeyError, "b": WrongKeyError}, "b", 3),
+        ({"a": WrongKeyError, "b": StillWaitingError}, "b", 6),
+        ({"a": WrongKeyError, "b": StillWaitingError}, "low", 6),
+        ({"a": WrongKeyError, "b": StillWaitingError}, "other", 1),
+        ({"b": StillWaitingError}, "other", 1),
+        ({"a": NotAuthorizedError, "b": NotAuthorizedError}, "b", 1),
+        ({"b": NotAuthorizedError}, "b", 1),
+        ({"a": NoSuchVolumeError, "b": NoSuchVolumeError}, "", 1),
+        ({"a": ShuttingDownError, "b": ShuttingDownError}, "", 1),
+        ({"a": BusyError, "b": WrongKeyError}, "b", 1),
+    ],
+)
+def test_the_exit_status_of_one_key_for_several(
+    failures: dict[str, type[VmcryptdError]], asked: str, code: int
+) -> None:
+    """The volume "low" lies beneath "b"; "other" is not among those that were named."""
+    volumes = {
+        name: {"State": "waiting" if name == asked else "locked", "NeededBy": needed_by}
+        for name, needed_by in {"a": [], "b": [], "low": ["b"], "other": []}.items()
+    }
+    client: Any = SimpleNamespace(volumes=volumes)
+    errors = {name: error("why") for name, error in failures.items()}
+    assert unlock.exit_status(client, ["a", "b"], errors) == code
+
+
+@pytest.mark.parametrize(
+    "error", [WrongKeyError, NotAuthorizedError, NoSuchVolumeError, ShuttingDownError, BusyError]
+)
+def test_the_exit_status_of_a_single_call(error: type[VmcryptdError]) -> None:
+    client: Any = SimpleNamespace(volumes={})
+    assert unlock.exit_status(client, ["a"], {"a": error("why")}) == error.exit_code
+    assert unlock.exit_status(client, [], {"": error("why")}) == error.exit_code
+
+
 def test_every_error_of_ours_keeps_its_exit_status() -> None:
     for name, cls in subclasses().items():
         error = translated(RemoteError(name, "text"))
@@ -1090,6 +1132,10 @@ def test_errors_of_others(name: str, code: int) -> None:
         (["help", "unlok"], 'did you mean "unlock"?'),
         (["key"], '"key" what? One of: list, '),
         (["key", "lst"], 'there is no verb "key lst"; did you mean "key list"?'),
+        (["key", "rm"], "use `vmcryptctl key remove`: wipe a key slot"),
+        (["key", "del"], "use `vmcryptctl key remove`: wipe a key slot"),
+        (["key", "ls", "cr_a"], "use `vmcryptctl key list`"),
+        (["keystore", "create"], "use `vmcryptctl keystore init`"),
         (["keys"], 'did you mean "key"?'),
         (["open"], 'there is no verb "open"; use `vmcryptctl unlock`: open volumes'),
         (["Close"], "use `vmcryptctl lock`: close volumes"),
@@ -1168,7 +1214,17 @@ def test_json_before_the_verb(host: Host, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    "verb", ["status", "status --json", "--help", "plan boot", "boot", "monitor"]
+    "verb",
+    [
+        "status",
+        "status --json",
+        "--help",
+        "unlock --help",
+        "help key",
+        "plan boot",
+        "boot",
+        "monitor",
+    ],
 )
 def test_standard_output_that_takes_nothing(verb: str, host: Host) -> None:
     host.start(MAIL)

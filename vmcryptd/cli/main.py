@@ -348,7 +348,7 @@ async def _opened(client: Client, arguments: Namespace) -> int:
         async with from_file(arguments.key_file) as key:
             failed = await unlock.with_key(client, names, key, say)
         report(unlock.named(failed))
-        return unlock.exit_status(client, failed) if failed else EXIT_OK
+        return unlock.exit_status(client, names, failed)
     if arguments.no_ask:
         failed = await unlock.without_asking(client, names)
         is_needed = any(error.exit_code == EXIT_WAITING for error in failed.values())

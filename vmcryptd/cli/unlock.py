@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmcryptd.bus.client import Client
@@ -17,6 +17,7 @@ from vmcryptd.cli import terminal
 from vmcryptd.cli.output import show_opening
 from vmcryptd.core.errors import (
     EXIT_FAILED,
+    EXIT_OK,
     EXIT_WAITING,
     EXIT_WRONG_KEY,
     KeyUnavailableError,
@@ -110,13 +111,17 @@ async def _explain_newline(client: Client, names: list[str], key: MemfdKey, say:
         client.interactive = interactive
 
 
-def exit_status(client: Client, failed: dict[str, VmcryptdError]) -> int:
-    """The exit status for one key and several volumes, as in vmcryptctl(1)."""
+def exit_status(client: Client, names: Sequence[str], failed: Mapping[str, VmcryptdError]) -> int:
+    """The exit status for one key and the named volumes, or all, as in vmcryptctl(1)."""
     codes = {error.exit_code for error in failed.values()}
-    if len(codes) == 1 and codes != {EXIT_WAITING}:
-        return codes.pop()
-    is_asked = any(values["State"] == "waiting" for values in client.volumes.values())
-    return EXIT_WAITING if codes <= {EXIT_WRONG_KEY, EXIT_WAITING} and is_asked else EXIT_FAILED
+    if not codes or codes == {EXIT_WRONG_KEY}:
+        return EXIT_WRONG_KEY if codes else EXIT_OK
+    if EXIT_WAITING in codes:
+        wanted = beneath(client, failed) if names else client.volumes
+        is_asked = any(client.volumes.get(name, {}).get("State") == "waiting" for name in wanted)
+        return EXIT_WAITING if codes <= {EXIT_WRONG_KEY, EXIT_WAITING} and is_asked else EXIT_FAILED
+    # One call has one reason: usage, authorisation, a daemon that is away.
+    return EXIT_FAILED if len(set(names)) > 1 else codes.pop()
 
 
 def named(failed: dict[str, VmcryptdError]) -> list[VmcryptdError]:
@@ -177,9 +182,7 @@ def unread_key() -> str:
         is_pipe = stat.S_ISFIFO(os.fstat(0).st_mode)
     except OSError:
         return ""
-    return (
-        '; standard input is not read: "--key-file -" takes the key from there' if is_pipe else ""
-    )
+    return 'standard input is not read: "--key-file -" takes the key from there' if is_pipe else ""
 
 
 class Unlocking:
@@ -204,7 +207,7 @@ class Unlocking:
         closed = {name for name in self._client.volumes if not self._is_open(name)}
         for name in self._names:
             if name not in closed:
-                self._say(f"{name} is open already")
+                self._say(f"volume {name} is open already")
         self._names = [name for name in self._names if name in closed]
         if not (self._is_for_all or self._names):
             return {}

@@ -7,7 +7,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from vmcryptd.core.errors import nearest
 
@@ -379,6 +379,12 @@ SYNONYMS = {
     "reboot": "restart",
     "passwd": "key change",
     "rekey": "key rotate",
+    **dict.fromkeys(("key ls", "key show", "key status"), "key list"),
+    **dict.fromkeys(("key rm", "key del", "key delete", "key kill", "key wipe"), "key remove"),
+    **dict.fromkeys(("key passwd", "key replace"), "key change"),
+    **dict.fromkeys(("key new", "key enroll", "key enrol"), "key add"),
+    **dict.fromkeys(("keystore create", "keystore new", "keystore make"), "keystore init"),
+    **dict.fromkeys(("header save", "header dump"), "header backup"),
 }
 
 _EXIT_STATUS = """\
@@ -393,6 +399,11 @@ class UsageError(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
+
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own hides that the output cannot be written."""
+        (file or sys.stdout).write(self.format_help())
+        sys.stdout.flush()
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -11,6 +11,7 @@ from vmcryptd.core import planner
 from vmcryptd.core.errors import StillWaitingError, VmcryptdError
 from vmcryptd.core.goals import Goal, Verb
 from vmcryptd.core.model import Lock
+from vmcryptd.core.wording import few
 from vmcryptd.engine.engine import Engine
 from vmcryptd.engine.jobs import Job
 from vmcryptd.engine.opening import Phase
@@ -109,8 +110,8 @@ async def _unlock_all(engine: Engine, fd: int) -> None:
             if (error := job.error or next(iter(job.failures().values()), None)) is not None:
                 raise error
     raise StillWaitingError(
-        f"opened: {', '.join(sorted(answer.accepted)) or 'nothing'}; "
-        f"still locked: {', '.join(left)}; `vmcryptctl unlock` asks for these"
+        f"opened: {few(sorted(answer.accepted)) or 'nothing'}; "
+        f"still locked: {few(left)}; `vmcryptctl unlock` asks for these"
     )
 
 
