@@ -816,7 +816,7 @@ def test_unlock_gives_up_after_three_wrong_keys(mail: Host) -> None:
     for wrong in ("x", "", "z"):
         terminal.expect("Passphrase for volume cr_b (/dev/vg/b):")
         terminal.type(f"{wrong}\n")
-    terminal.expect("fits no key slot of")
+    terminal.expect("the key fits no key slot")
     assert terminal.end() == 3
     assert mail.states()["cr_b"] == "waiting"
 

@@ -280,7 +280,7 @@ def test_nothing_is_overwritten(place: Place) -> None:
     refused(StorageError, "is there already", place.create(file=file))
     place.file.unlink()
     (place.path / "mapper/keys").touch()
-    refused(BusyError, "there is a mapping keys already", place.create(file=file))
+    refused(BusyError, "volume keys: a mapping has this name already", place.create(file=file))
     (place.path / "mapper/keys").unlink()
     (place.configuration / "vmcryptd.toml").write_text('[volume.keys]\ndevice = "/dev/x"\n')
     refused(ConfigError, "keys", place.create(file=file))

@@ -24,6 +24,7 @@ from vmcryptd.config.schema import TABLES
 from vmcryptd.core import graph
 from vmcryptd.core.errors import subclasses
 from vmcryptd.core.model import Observation
+from vmcryptd.service import Manager
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCS = PROJECT / "docs"
@@ -194,6 +195,28 @@ def test_the_page_of_the_bus_has_everything_that_is_offered() -> None:
             assert f"``{method}(" in section, f"{name}.{method}"
         properties = re.findall(r"^``(\w+)`` \([\w{}]+\)$", section, re.MULTILINE)
         assert sorted(properties) == sorted(members["properties"]), name
+
+
+def test_the_page_of_the_bus_has_the_actions_of_every_method() -> None:
+    page = (DOCS / "org.vmcryptd1.5.rst").read_text()
+    _, _, section = page.partition("\nAUTHORISATION\n")
+    section = section.partition("\nLIMITS\n")[0]
+    actions: dict[str, set[str]] = {}
+    for action, text in re.findall(
+        r"^``(org\.vmcryptd1\.\w+)``\n((?:    .*\n)+)", section, re.MULTILINE
+    ):
+        actions[action] = set(re.findall(r"``(\w+)``", text))
+    needed: dict[str, set[str]] = {}
+    for member, method in Manager.methods.items():
+        for action in method.actions:
+            needed.setdefault(action, set()).add(member)
+    assert actions == needed
+    names = {name for method in Manager.methods.values() for name in details(method.purpose)}
+    assert set(re.findall(r'action\.lookup\("(\w+)"\)', section)) == names
+
+
+def details(purpose: str) -> list[str]:
+    return re.findall(r"\$\((\w+)\)", purpose)
 
 
 def test_the_page_of_the_bus_has_every_error() -> None:

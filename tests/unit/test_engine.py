@@ -269,7 +269,7 @@ async def test_sources_in_order_then_a_person_and_without_one_failed(run: Runnin
     await run.idle()
     assert run.state == "degraded"
     assert run.guests() == {"g": "off", "h": "running"}
-    assert "was not tried, because unlock c failed" in run.guest("g").error
+    assert "guest g: start was not tried, because unlock of volume c failed" in run.guest("g").error
     # It is opened: the guest that should run starts.
     await unlock_with_key.unlock(run.engine, "c", handed_in("alpha"))
     await run.until(lambda: run.guests()["g"] == "running")
@@ -1229,7 +1229,7 @@ async def test_a_guest_that_ignores_the_button_is_left(run: Running) -> None:
     error = await failure(run.engine.shutdown())
     assert "is left running, as configured; its volumes (a) stay open" in str(error)
     assert run.volumes() == {"a": "unlocked", "b": "locked"}
-    assert "was not tried, because stop g failed" in run.volume("a").error
+    assert "volume a: lock was not tried, because stop of guest g failed" in run.volume("a").error
 
 
 @pytest.mark.parametrize("is_dead", [True, False])

@@ -141,7 +141,7 @@ async def _rotate(arguments: Namespace) -> int:
         # Not read from the header: the disk is busy.
         if client.volumes[volume].get("Rotation") == "running":
             raise BusyError(
-                f"the volume key of {volume} is being rotated already: "
+                f"volume {volume}: its volume key is being rotated already; "
                 f"`vmcryptctl status {volume}` shows how far it is"
             )
         for left in reversed(range(1 if arguments.key_file else TRIES)):

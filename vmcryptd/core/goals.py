@@ -79,6 +79,16 @@ class StepId(NamedTuple):
     def __str__(self) -> str:
         return f"{self.action}:{self.object}"
 
+    @property
+    def subject(self) -> str:
+        """The object as sentences name it."""
+        match self.action:
+            case Action.START | Action.STOP:
+                return f"guest {self.object}"
+            case Action.START_POOL | Action.STOP_POOL:
+                return f"storage pool {self.object}"
+        return f"volume {self.object}"
+
 
 class Step(NamedTuple):
     """One action on one object, to be done after all steps named in `after`.

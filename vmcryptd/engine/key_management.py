@@ -119,8 +119,8 @@ class KeySlots:
                 await self._remove(spec, header, slot, key)
             except WrongKeyError:
                 raise WrongKeyError(
-                    f"The key opens no key slot of {name} other than {slot}: to remove that takes a key "
-                    f"that opens {name} afterwards, too"
+                    f"volume {name}: the key fits no key slot other than {slot}; "
+                    "to remove that slot, give a key that opens the volume afterwards, too"
                 ) from None
 
     async def change(self, name: str, fd: int, new_fd: int) -> int:
@@ -139,7 +139,7 @@ class KeySlots:
             await self._remove(spec, await self._ports.crypt.header(spec), old.number, new_key)
         except VmcryptdError as error:
             raise type(error)(
-                f"{error}. The new key of {name} works (key slot {new}), and the old one still does "
+                f"{error}; the new key of volume {name} works (key slot {new}), and the old one still does "
                 f"(key slot {old.number}): `vmcryptctl key remove {name} {old.number}` removes it"
             ) from None
         return new
@@ -222,7 +222,7 @@ class KeySlots:
             added = [slot for slot in after.slots if slot.number not in known]
             if len(added) != 1:
                 raise StorageError(
-                    f"another program has changed the header of {spec.name} meanwhile; "
+                    f"volume {spec.name}: another program has changed its header meanwhile; "
                     f"`vmcryptctl key list {spec.name}` shows what it holds now"
                 )
             number = added[0].number
@@ -230,8 +230,8 @@ class KeySlots:
                 works = await self._ports.slots.fits(spec, number, new_key)
             if not works:
                 raise StorageError(
-                    f"the new key of {spec.name} does not open its key slot {number}, for whatever reason; "
-                    f"the old keys do as before; `vmcryptctl key remove {spec.name} {number}` cleans up"
+                    f"volume {spec.name}: the new key does not open its key slot {number}; "
+                    f"the old keys work as before; `vmcryptctl key remove {spec.name} {number}` cleans up"
                 )
             if priority != added[0].priority:
                 await self._ports.slots.prioritise(spec, number, priority)
@@ -295,8 +295,8 @@ class KeySlots:
         header = await self.header(spec)
         if header.is_reencrypting:
             raise BusyError(
-                f"the volume key of {spec.name} is half rotated; nothing else is done to its header before that is "
-                f"finished: `vmcryptctl key rotate {spec.name}` goes on with it"
+                f"volume {spec.name}: its volume key is half rotated, so its header is not changed otherwise; "
+                f"finish that first: `vmcryptctl key rotate {spec.name}`"
             )
         return header
 
@@ -321,7 +321,7 @@ class KeySlots:
                         "volume %s: key slot %d %s: %s", spec.name, slot.number, slot.caveat, error
                     )
         raise WrongKeyError(
-            f"The key fits no key slot of {spec.name}: try another; "
+            f"volume {spec.name}: the key fits no key slot; try another; "
             f"`vmcryptctl key list {spec.name}` shows the key slots"
         )
 
@@ -350,8 +350,8 @@ class KeySlots:
         async with self._locks.setdefault(name, asyncio.Lock()):
             if name in self.rotating:
                 raise BusyError(
-                    f"the volume key of {name} is being rotated: `vmcryptctl status {name}` shows how far it is, "
-                    f"`vmcryptctl key rotate --stop {name}` stops it for now"
+                    f"volume {name}: its volume key is being rotated; `vmcryptctl status {name}` shows how far it is, "
+                    f"`vmcryptctl key rotate --stop {name}` pauses it"
                 )
             yield self._spec(name)  # the configuration may be another by now
 

@@ -95,8 +95,8 @@ async def _ended(job: Job, step: Step, before: Iterable[StepId]) -> None:
                 # libvirt does not say whether it has stopped. The kernel does: it closes nothing that is in use.
                 continue
             raise DependencyError(
-                f"{step.action} {step.object} was not tried, "
-                f"because {other.action} {other.object} failed: {error}",
+                f"{step.id.subject}: {step.action} was not tried, "
+                f"because {other.action} of {other.subject} failed: {error}",
                 other.object,
             )
 

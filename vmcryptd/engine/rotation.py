@@ -105,7 +105,7 @@ class Rotations:
             header = await self._key_slots.header(spec)
             if header.version < 2:
                 raise StorageError(
-                    f"the header of {name} is of LUKS1, whose volume key cannot be rotated while it is in use; "
+                    f"volume {name}: its header is of LUKS1, whose volume key cannot be rotated while it is open; "
                     f"`cryptsetup convert --type luks2 {spec.header_path}` makes it LUKS2 while it is locked"
                 )
             slot = None
@@ -169,7 +169,7 @@ class Rotations:
         node = self._inventory.graph.volumes[name]
         if not node.is_usable:
             raise BusyError(
-                f"volume {name} is not open, and its key is rotated while it is: `vmcryptctl unlock {name}` first"
+                f"volume {name}: it is not open, and its key is rotated while it is: `vmcryptctl unlock {name}` first"
             )
         return node
 
@@ -262,8 +262,8 @@ class Rotations:
             header = await self._key_slots.finish_rotation(spec, header)
         if header.is_reencrypting:
             raise CancelledError(
-                f"the rotation of the volume key of {spec.name} has stopped before its end; nothing is lost, and it "
-                f"can be used and locked as ever: `vmcryptctl key rotate {spec.name}` goes on"
+                f"volume {spec.name}: the rotation of its volume key has stopped before its end; nothing is lost, and "
+                f"it can be used and locked as before: `vmcryptctl key rotate {spec.name}` goes on"
             )
         bound = {token.number for token in before.tokens if token.slots} if before else set()
         gone = [one for one in header.tokens if one.number in bound and not one.slots]
@@ -286,7 +286,7 @@ def check_alone(header: Header, name: str, kept: KeySlot) -> None:
     if others:
         listed = ", ".join(f"{slot.number} ({opened_by(header, slot)})" for slot in others)
         raise OtherKeysError(
-            f"the key that was given opens key slot {kept.number} of {name}, and the new volume key is put under this "
-            f"key only. Of no use any more, from the start on, would be: key slot {listed}. `vmcryptctl key rotate "
-            f"--drop-others {name}` does it all the same; what is to open {name} again is added when it has ended"
+            f"volume {name}: the key opens key slot {kept.number}, and the new volume key is put under this key only; "
+            f"of no use from the start on would be: key slot {listed}; `vmcryptctl key rotate --drop-others {name}` "
+            "does it all the same; add other keys again when it has ended"
         )

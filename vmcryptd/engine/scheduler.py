@@ -291,8 +291,8 @@ class Scheduler:
                     await self._open_for(job, need)
                 except VmcryptdError as error:
                     raise DependencyError(
-                        f"{step.action} {step.object} was not tried, "
-                        f"because unlock {need} failed: {error}",
+                        f"{step.id.subject}: {step.action} was not tried, "
+                        f"because unlock of volume {need} failed: {error}",
                         need,
                     ) from None
 
@@ -300,7 +300,10 @@ class Scheduler:
         """Open a volume that a step of the job turned out to need."""
         spec = self._inventory.settings.volumes[volume]
         if job.goal == BOOT and spec.unlock is Unlock.MANUAL:
-            raise KeyUnavailableError(f"{volume} is opened only on request")
+            raise KeyUnavailableError(
+                f'volume {volume} is opened only when asked for (unlock = "manual"): '
+                f"`vmcryptctl unlock {volume}`"
+            )
         await self.wait(self.begin(Goal(Verb.UNLOCK, volume), may_ask=job.may_ask))
 
     def _step_done(self, step_id: StepId, task: asyncio.Task[None]) -> None:

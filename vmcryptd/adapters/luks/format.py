@@ -138,7 +138,7 @@ def _check_device(name: str, path: str) -> None:
 
 def _check_mapping(name: str) -> None:
     if os.path.lexists(f"{MAPPINGS}/{name}"):
-        raise BusyError(f"there is a mapping {name} already; take another name")
+        raise BusyError(f"volume {name}: a mapping has this name already; take another name")
 
 
 def _path(place: str | int) -> str:

@@ -169,7 +169,7 @@ def is_interrupted(said: str) -> bool:
 
 def _advised(error: StorageError, name: str) -> StorageError:
     return StorageError(
-        f"{error}. Nothing is lost, but what uses {name} may get errors until it was closed: stop that, then "
+        f"{error}; nothing is lost, but what uses volume {name} may get errors until it was closed: stop that, then "
         f"`vmcryptctl lock {name}` and `vmcryptctl unlock {name}`; `vmcryptctl key rotate {name}` goes on after that"
     )
 

@@ -356,11 +356,9 @@ class Simulation:
             )
         tried = [one for n, one in simulated.slots.items() if slot in (None, n)]
         if any(one.kdf for one in tried):
-            raise StorageError("Keyslot open failed (simulated)")
+            raise StorageError(f"volume {volume.name}: a key slot cannot be tried (simulated)")
         if simulated.data_reencrypted or not any([await self._fits(one, key) for one in tried]):
-            raise WrongKeyError(
-                f"volume {volume.name}: the key fits no key slot of {volume.device}"
-            )
+            raise WrongKeyError(f"volume {volume.name}: the key fits no key slot; try another")
         self._set(volume.name, f"open {volume.name}", open=True, suspended=False)
 
     async def resume(

@@ -101,7 +101,7 @@ class SimSlots:
     ) -> None:
         simulated = self.volumes[volume.name]
         if not await self._opens(simulated, key):
-            raise WrongKeyError(f"the key fits no key slot of {volume.name}")
+            raise WrongKeyError(f"volume {volume.name}: the key fits no key slot")
         number = min(set(range(MOST)) - simulated.slots.keys(), default=MOST)
         if number == MOST:
             raise StorageError(f"all key slots of {volume.name} are in use")
@@ -167,9 +167,9 @@ class SimReencryption:
         slots = self.volumes[volume.name].slots
         fitting = [n for n in slots if slot in (None, n) and await fits(slots[n], key)]
         if not fitting:
-            raise WrongKeyError(f"the key fits no key slot of {volume.name}")
+            raise WrongKeyError(f"volume {volume.name}: the key fits no key slot")
         if self.volumes[volume.name].fault == "no-rotation":
-            raise StorageError(f"{volume.name} cannot be reencrypted (simulated)")
+            raise StorageError(f"volume {volume.name}: it cannot be reencrypted (simulated)")
         self.calls.append(f"rotate {volume.name} {slot}")
         self.volumes[volume.name].is_half_rotated = True
         stopped = self._stopped[volume.name] = asyncio.Event()

@@ -145,7 +145,7 @@ class SysfsBlocks:
             return
         if any(spec.vg in (None, name) for spec in locked):
             # The step of the volume that opens last activates the group.
-            log.info("The volume group %s is not complete yet: %s", name, changed.complaint)
+            log.info("the volume group %s is not complete yet: %s", name, changed.complaint)
             return
         why = changed.complaint if changed.code else f"these stay inactive: {', '.join(left)}"
         if not is_whole:
@@ -283,11 +283,12 @@ class SysfsBlocks:
                 continue
             if "busy" not in done.err:
                 raise StorageError(
-                    f"{volume.name} cannot be unmounted from {mount.target}: {done.complaint}"
+                    f"volume {volume.name}: it cannot be unmounted from {mount.target}: {done.complaint}; "
+                    f"unmount it, then `vmcryptctl lock {volume.name}`"
                 )
             who = [h for h in await self.holders(mapping) if h != f"mounted at {mount.target}"]
             raise BusyError(
-                f"{volume.name} cannot be unmounted from {mount.target}, it is in use by "
+                f"volume {volume.name}: it cannot be unmounted from {mount.target}, it is in use by "
                 f"{', '.join(who) or 'the kernel (no holder is visible)'}; "
                 f"stop that, then `vmcryptctl lock {volume.name}`"
             )
@@ -301,7 +302,7 @@ class SysfsBlocks:
             look = functools.partial(holders.users, self._roots, storage, device.name)
             return await self._threads.call(HOLDERS_S, look)
         except (DeadlineError, OSError) as error:
-            log.warning("Cannot tell who uses %s: %s", mapping, error)
+            log.warning("the users of %s cannot be found: %s", mapping, error)
             return ()
 
     async def _unmount_one(self, mount: Mount) -> Completed:
