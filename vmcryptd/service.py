@@ -339,7 +339,7 @@ class Service:
         self._manager = Manager(engine, reload)
         objects.export(ROOT, self._manager)
         objects.refresh = self.refresh
-        objects.redacted = self._redacted
+        self._redacted = objects.redacted = engine.inventory.redacted
         self.update()
 
     def _properties(self, view: View) -> dict[str, object]:
@@ -356,15 +356,6 @@ class Service:
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in named.items()
         }
-
-    def _redacted(self, text: str) -> str:
-        """An error's text, with the kinds of key sources but without their arguments."""
-        if ":" in text:
-            for spec in self._engine.settings.volumes.values():
-                for source in spec.keys:
-                    if source.argument:
-                        text = text.replace(str(source), source.kind)
-        return text
 
     def changed(self) -> None:
         """Bring the objects up to date soon: at once, if nothing was announced just now."""

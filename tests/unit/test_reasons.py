@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.lib import Running, opened_by, play
 from vmcryptd.adapters.systemd.state_files import StateFiles
+from vmcryptd.core.model import KeySource, SourceKind
 
 A = opened_by("alpha")
 
@@ -40,8 +42,10 @@ async def test_after_a_restart(run: Running) -> None:
     run.host.answer("alpha")
     await run.idle()
     before = (run.state, run.volumes(), run.guests())
+    shown = run.engine.inventory.redacted
     said = {
-        view.name: view.error for view in (*run.engine.volume_views(), *run.engine.guest_views())
+        view.name: shown(view.error)
+        for view in (*run.engine.volume_views(), *run.engine.guest_views())
     }
     line = run.engine.status_line(run.engine.state)
     assert [name for name, text in said.items() if not text] == ["a"]
@@ -63,6 +67,24 @@ async def test_after_a_restart(run: Running) -> None:
     assert (third.volume("quiet").error, third.guest("g").error) == ("", "")
     assert "no sound LUKS header" in third.volume("plain").error
     run.engine = third.engine
+
+
+@play(volume("a", A, 'keys = ["exec:/bin/fetch canary-old", "exec:/bin/fetch canary-old-2"]'))
+async def test_a_token_that_was_configured_before_is_not_shown(run: Running) -> None:
+    run.engine.boot()
+    await run.idle()
+    assert "canary-old" in run.volume("a").error  # the journal may have it
+    kept = str(run.host.reasons())
+    assert "volume a: none of its key sources opened it: exec: " in kept
+    assert "canary" not in kept
+    settings = run.engine.settings
+    spec = replace(settings.volumes["a"], keys=(KeySource(SourceKind.EXEC, "/bin/fetch new"),))
+    run.engine.configure(replace(settings, volumes={"a": spec}))
+    assert "canary" in run.volume("a").error
+    assert "canary" not in run.engine.inventory.redacted(run.volume("a").error)
+    again = await restarted(run)
+    assert "opened it: exec: " in again.volume("a").error
+    run.engine = again.engine
 
 
 @play(volume("a") + volume("b"))

@@ -189,7 +189,11 @@ class Announcer:
     def _keep_errors(self) -> None:
         if self._jobs.is_closed:
             return  # what is broken off now has not succeeded
-        errors = {of: (one.name, str(one)) for of, one in self._activities.errors().items()}
+        # The next daemon may have another configuration, and would not know what to hide.
+        redacted = self._inventory.redacted
+        errors = {
+            of: (one.name, redacted(str(one))) for of, one in self._activities.errors().items()
+        }
         if errors != self._errors:
             self._errors = errors
             self._memory.keep_reasons(errors)

@@ -29,6 +29,7 @@ from vmcryptd.core.model import (
     Virtualisation,
 )
 from vmcryptd.core.ports import Blocks, Crypt, Domains, Memory
+from vmcryptd.core.redaction import Redaction
 from vmcryptd.engine.unconfigured import Unconfigured
 from vmcryptd.posix.changes import Changes
 
@@ -67,6 +68,7 @@ class Inventory:
         self.settings = settings  # with what has left the configuration and is open still
         self._configured = settings
         self.unconfigured = Unconfigured(memory)
+        self.redacted = Redaction()
         self.graph = Graph()
         self.uuids: dict[str, str] = {}  # volume → UUID, as its header says
         self.reencrypting: set[str] = set()  # volumes whose header says that this is unfinished
@@ -163,6 +165,7 @@ class Inventory:
         graph = graphs.build(settings, observation)
         self.unconfigured.configure(settings, self.graph, self.uuids)
         self._configured, self.settings, self.graph = settings, settings, graph
+        self.redacted.learn(settings)
         self._observation = observation
         self._add_unconfigured()
         self._remember()
