@@ -24,6 +24,7 @@ from vmcryptd.config.tables import Tables
 from vmcryptd.core.errors import BusyError, ConfigError, VmcryptdError
 from vmcryptd.core.model import Infinity, Settings
 from vmcryptd.core.ports import Ports
+from vmcryptd.core.requester import REQUESTER, Requester
 from vmcryptd.engine.engine import Engine
 from vmcryptd.posix import journal, notify
 from vmcryptd.posix.file_watch import FileWatch
@@ -339,6 +340,7 @@ def down_here(verb: str) -> None:
     """
     journal.log_to_journal()
     keep_out_of_core_dumps()
+    REQUESTER.set(Requester(os.getuid(), is_here=True))
 
     async def run() -> None:
         settings = _last_valid_settings()

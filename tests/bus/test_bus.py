@@ -125,6 +125,12 @@ class Manager(Interface, name=MANAGER):
         return ObjectPath(object_path("job", "1"))
 
 
+class Guarded(Interface, name="org.vmcryptd1.Guarded"):
+    @exported(action="org.vmcryptd1.lock", purpose="lock volume $(volume)")
+    async def Lock(self, volume: str) -> None:
+        raise NoSuchVolumeError(f"no volume is named {volume!r}")
+
+
 class Volume(Interface, name="org.vmcryptd1.Volume"):
     Name: str
     State: str
@@ -946,3 +952,37 @@ def test_a_client_is_cheap_to_import() -> None:
         assert heavy not in loaded
     assert transport._LIBRARY in loaded
     assert {"dbus_next", "dbus_fast"} - {transport._LIBRARY} - set(loaded)
+
+
+def test_failures_and_refusals_are_in_the_journal(
+    run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("vmcryptd.bus.objects.REFUSED_S", 0.5)
+    uid = os.getuid()
+
+    async def test() -> None:
+        async with serving() as it:
+            it.objects.export(f"{ROOT}/guarded", Guarded())
+            options = {"path": f"{ROOT}/guarded", "interface": Guarded.interface_name}
+            assert await it.refused("Lock", "s", "x", **options) == "NoSuchVolume"
+            it.gate.allowed = False
+            for _ in range(3):
+                assert await it.refused("Lock", "s", "x", **options) == "NotAuthorized"
+            async with asyncio.timeout(60):
+                while "more times" not in caplog.text:
+                    await asyncio.sleep(0.05)
+
+    run(test())
+    told = [(r.getMessage(), dict(r.fields)) for r in caplog.records if hasattr(r, "fields")]
+    assert [text for text, _ in told] == [
+        f"user {uid} failed to lock volume x: no volume is named 'x'",
+        f"user {uid} was refused to lock volume x: no",
+        f"user {uid} was refused 2 more times since then",
+    ]
+    assert [fields["VMCRYPTD_RESULT"] for _, fields in told[:2]] == [
+        "NoSuchVolume",
+        "NotAuthorized",
+    ]
+    assert [fields["VMCRYPTD_VOLUME"] for _, fields in told[:2]] == ["x", "x"]
+    assert {fields["VMCRYPTD_UID"] for _, fields in told} == {str(uid)}

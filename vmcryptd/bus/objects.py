@@ -35,10 +35,12 @@ from typing import (
 from vmcryptd.bus import transport
 from vmcryptd.bus.admission import Admission
 from vmcryptd.bus.transport import Call, Connection, Signal, Typed
+from vmcryptd.core import events
 from vmcryptd.core.errors import (
     OVERTAKEN,
     CancelledError,
     InternalError,
+    NotAuthorizedError,
     ShuttingDownError,
     VmcryptdError,
 )
@@ -54,6 +56,8 @@ MAX_READING = 4  # of these, calls that need no authorisation: each is a child o
 # What a call costs beyond its own time, in seconds of the caller's share.
 ASKING_S = 0.003  # polkit
 READING_S = 0.01  # a child
+# Of one user's refusals within this time the first is logged, and then their number.
+REFUSED_S = 10.0
 
 Handle = NewType("Handle", int)  # an argument of D-Bus type `h`, for take_fd()
 ObjectPath = NewType("ObjectPath", str)
@@ -239,6 +243,7 @@ class Objects:
         self._pending: dict[asyncio.Task[Any], _Pending] = {}
         self._counts: Counter[tuple[int, bool]] = Counter()  # pending: user, needs authorisation
         self._serving = self._stopping = False
+        self._refused: Counter[int] = Counter()  # by user, since a refusal of his was logged
         self._overtaken = 0  # how often calls that overtake others have been carried out
         self._peer, self._introspectable = _Peer(), _Introspectable(self)
         self._standard = (self._peer, self._introspectable, _Properties(self))
@@ -412,9 +417,39 @@ class Objects:
                 pending, ShuttingDownError("vmcryptd is stopping; ask again when it is back")
             )
         elif error is not None:
+            self._log_failure(pending, error)
             self._answer(pending, error)
         else:
             self._answer(pending, None, task.result())
+
+    def _log_failure(self, pending: _Pending, error: BaseException) -> None:
+        call, method = pending.call, pending.method
+        if not method.actions or not isinstance(error, VmcryptdError):
+            return  # reading, or a fault of vmcryptd, which is logged with its traceback
+        is_refusal = isinstance(error, NotAuthorizedError)
+        values = dict(zip(method.arguments, call.body, strict=True))
+        what = _filled(method.purpose, values)
+        extra = events.fields(
+            events.REFUSED if is_refusal else events.FAILED,
+            volume=str(values.get("volume", values.get("keystore", ""))) or (),
+            guest=str(values.get("guest", "")),
+            error=error,
+            requester=Requester(call.uid),
+        )
+        if not is_refusal:
+            log.info("user %d failed to %s: %s", call.uid, what, error, extra=extra)
+        elif call.uid in self._refused:
+            self._refused[call.uid] += 1
+        else:
+            # A user who is refused again and again must not fill the journal.
+            self._refused[call.uid] = 0
+            asyncio.get_running_loop().call_later(REFUSED_S, self._log_refusals, call.uid)
+            log.warning("user %d was refused to %s: %s", call.uid, what, error, extra=extra)
+
+    def _log_refusals(self, uid: int) -> None:
+        if more := self._refused.pop(uid):
+            extra = events.fields(events.REFUSED, requester=Requester(uid))
+            log.warning("user %d was refused %d more times since then", uid, more, extra=extra)
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         pending = self._pending.pop(task)
@@ -527,6 +562,13 @@ class _ObjectManager(Interface, name="org.freedesktop.DBus.ObjectManager"):
     def GetManagedObjects(self) -> dict[ObjectPath, dict[str, dict[str, Any]]]:
         paths = self._objects.below_root()
         return {ObjectPath(path): self._objects.snapshot(path) for path in paths}
+
+
+def _filled(purpose: str, values: Mapping[str, object]) -> str:
+    """A purpose with its $(NAME)s in place."""
+    for name, value in values.items():
+        purpose = purpose.replace(f"$({name})", escaped(str(value)))
+    return purpose
 
 
 def _quoted(text: str) -> str:

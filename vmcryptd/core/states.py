@@ -19,6 +19,7 @@ from vmcryptd.core.errors import (
 )
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import GuestState, HostState, VolumeState
+from vmcryptd.core.requester import Requester
 
 # Errors with their cause outside of the volume.
 _NOT_ITS_OWN = (DeviceMissingError, DependencyError, CancelledError, NotAskedError)
@@ -31,6 +32,7 @@ class Activity:
     doing: VolumeState | GuestState | None = None
     error: VmcryptdError | None = None
     key_source: str = ""
+    giver: Requester | None = None  # of the key that was handed in last and fitted
 
     @property
     def has_failed_by_itself(self) -> bool:

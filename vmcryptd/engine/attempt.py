@@ -67,7 +67,7 @@ class Attempt:
         self._derivations = derivations
         self._tokens = tokens
         self._activity = activity
-        self._failures = Failures(spec.name)
+        self._failures = Failures(spec.name, header.uuid)
         self._later: list[KeySource] = []  # may give a key after a while
         self._missing: list[KeySource] = []  # key files that are not there
         self._wrong: Tried = set()  # slots that Clevis gave a wrong key for
@@ -355,10 +355,11 @@ class Attempt:
         except KeyWithdrawnError:
             return False  # its caller has gone
         except WrongKeyError as error:
-            self._prompt.refuse(name, answer, error)
+            self._prompt.refuse(name, answer, error, self._header.uuid)
             self._failures.note_answer(answer.source, error)
             return False
         self._prompt.accept(name, answer)
+        self._activity.giver = answer.requester
         return True
 
     @asynccontextmanager

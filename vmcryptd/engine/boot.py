@@ -18,6 +18,7 @@ from vmcryptd.core.errors import (
 from vmcryptd.core.goals import BOOT, Action, Goal, StepId, Verb
 from vmcryptd.core.model import Lock
 from vmcryptd.core.ports import Memory
+from vmcryptd.core.requester import by_itself
 from vmcryptd.core.states import Activities
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, Unasked
@@ -123,7 +124,8 @@ class BootPolicy:
         self._inventory.observe()
         unasked = Unasked(frozenset(self._came_up), self._failed(arrived))
         try:
-            self._scheduler.begin(goal, look=False, unasked=unasked)
+            with by_itself():
+                self._scheduler.begin(goal, look=False, unasked=unasked)
         except VmcryptdError as error:
             log.warning("%s: %s", goal, error)
 
@@ -263,6 +265,7 @@ class BootPolicy:
         for name in volumes:
             log.info("volume %s is closed: %s", name, why)
             try:
-                await self._scheduler.pursue(Goal(Verb.LOCK, name))
+                with by_itself():
+                    await self._scheduler.pursue(Goal(Verb.LOCK, name))
             except VmcryptdError as error:
                 log.warning("%s", error)

@@ -8,12 +8,13 @@ import functools
 import logging
 from collections.abc import Mapping
 
-from vmcryptd.core import planner
+from vmcryptd.core import events, planner
 from vmcryptd.core.errors import BusyError, NotAskedError
 from vmcryptd.core.goals import LOCK_ALL, SHUTDOWN, Action, Goal, Plan, StepId, Verb
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import HostState, Lock, Settings
 from vmcryptd.core.ports import Key, Ports
+from vmcryptd.core.requester import REQUESTER
 from vmcryptd.core.states import Activities, GuestView, VolumeView
 from vmcryptd.engine.adoption import Adoption
 from vmcryptd.engine.announcer import Announcer
@@ -286,6 +287,8 @@ class Engine:
     async def _panic(self) -> None:
         held = len(self.prompt.held)
         self._forget_boot()
+        asked = REQUESTER.get()
+        log.warning("panic: asked for by %s", asked, extra=events.fields(events.PANIC))
         log.warning("panic: keys dropped from memory: %d", held)
         self._jobs.stop_rising()
         await asyncio.gather(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 
+from vmcryptd.core import events
 from vmcryptd.core.errors import (
     KeyFileMissingError,
     KeyUnavailableError,
@@ -21,8 +22,9 @@ _ANSWERS = {"key", "prompt"}  # the sources of answers, beside those of the conf
 class Failures:
     """The last failure of each source."""
 
-    def __init__(self, volume: str) -> None:
+    def __init__(self, volume: str, uuid: str = "") -> None:
         self._volume = volume
+        self._uuid = uuid
         self._errors: dict[str, VmcryptdError] = {}
 
     def __contains__(self, source: str) -> bool:
@@ -38,7 +40,11 @@ class Failures:
         why = str(error).removeprefix(f"volume {self._volume}: ")
         failure = type(error)(f"{source}: {why}")
         if str(failure) != str(self._errors.get(source)):
-            log.warning("volume %s: %s", self._volume, failure)
+            event = events.WRONG_KEY if isinstance(error, WrongKeyError) else events.UNLOCK
+            extra = events.fields(
+                event, volume=self._volume, uuid=self._uuid, source=source, error=error
+            )
+            log.warning("volume %s: %s", self._volume, failure, extra=extra)
         self._errors[source] = failure
 
     def note_answer(self, source: str, error: WrongKeyError) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
+from vmcryptd.core import events
 from vmcryptd.core.ports import Host
+from vmcryptd.core.requester import Requester
 from vmcryptd.core.text import escaped
 from vmcryptd.engine.inventory import Inventory
 
@@ -26,7 +28,10 @@ class Hooks:
 
     async def waiting(self, names: list[str]) -> None:
         """Volumes begin to wait for a person."""
-        log.warning("waiting for the key of %s; `vmcryptctl unlock` takes it", ", ".join(names))
+        log.warning(
+            "waiting for the key of %s; `vmcryptctl unlock` takes it", ", ".join(names),
+            extra=events.fields(events.WAITING, volume=names, requester=Requester()),
+        )  # fmt: skip
         if argv := self._inventory.settings.daemon.on_waiting:
             await self._host.run_hook(argv, {"VMCRYPTD_WAITING": _joined(" ", names)})
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from vmcryptd.core import planner
+from vmcryptd.core import events, planner
 from vmcryptd.core.errors import (
     BusyError,
     DeadlineError,
@@ -27,8 +27,10 @@ from vmcryptd.core.errors import (
     VmcryptdError,
     WrongKeyError,
 )
+from vmcryptd.core.events import Event
 from vmcryptd.core.model import Header, KeySlot, Token, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
+from vmcryptd.core.requester import REQUESTER
 from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.operations import Operations
@@ -142,6 +144,7 @@ class KeySlots:
                 f"{error}; the new key of volume {name} works (key slot {new}), and the old one still does "
                 f"(key slot {old.number}): `vmcryptctl key remove {name} {old.number}` removes it"
             ) from None
+        self._log(events.KEY_CHANGED, name, new, "has another key in the place of an old one")
         return new
 
     async def add_from_keystore(self, name: str, keystore: str, fd: int) -> str:
@@ -196,6 +199,12 @@ class KeySlots:
                 await self._changeable(spec)
                 await self._ports.slots.back_up(spec, fd)
                 self._note_due(name, "")
+                log.info(
+                    "volume %s: a backup of its header was made, asked for by %s",
+                    name, REQUESTER.get(), extra=events.fields(
+                        events.HEADER_BACKED_UP, volume=name, uuid=self._inventory.uuids.get(name, "")
+                    ),
+                )  # fmt: skip
         finally:
             os.close(fd)
 
@@ -235,7 +244,7 @@ class KeySlots:
                 )
             if priority != added[0].priority:
                 await self._ports.slots.prioritise(spec, number, priority)
-        log.info("volume %s has a new key, in key slot %s", spec.name, number)
+        self._log(events.KEY_ADDED, spec.name, number, "has a new key")
         return number
 
     async def _remove(self, spec: VolumeSpec, header: Header, slot: int, key: Key) -> None:
@@ -244,8 +253,14 @@ class KeySlots:
             async with self._derivations.room_aside(header.memory_kib):
                 await self._ports.slots.remove(spec, slot, key)
             self._inventory.forget_fitted(spec.name, slot)
-            log.info("key slot %s of volume %s is wiped", slot, spec.name)
+            self._log(events.KEY_REMOVED, spec.name, slot, "is without a key that it had")
             await self.drop_tokens(spec, [one for one in header.tokens if one.slots == (slot,)])
+
+    def _log(self, event: Event, name: str, slot: int, what: str) -> None:
+        uuid = self._inventory.uuids.get(name, "")
+        extra = events.fields(event, volume=name, uuid=uuid, source=f"key slot {slot}")
+        asked = REQUESTER.get()
+        log.info("volume %s %s: key slot %d, asked for by %s", name, what, slot, asked, extra=extra)
 
     async def drop_tokens(self, spec: VolumeSpec, tokens: Iterable[Token]) -> None:
         """Remove tokens whose key slots are gone."""

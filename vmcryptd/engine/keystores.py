@@ -15,10 +15,12 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Mapping
 
+from vmcryptd.core import events
 from vmcryptd.core.errors import BusyError, CancelledError, VmcryptdError
 from vmcryptd.core.goals import Goal, Verb
 from vmcryptd.core.keystores import Keystore, Making, wanted
 from vmcryptd.core.ports import Key, Ports
+from vmcryptd.core.requester import REQUESTER
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, outcome
 from vmcryptd.engine.operations import Operations
@@ -103,7 +105,11 @@ class Keystores:
     async def _create(self, job: Job, keystore: Keystore, key: Key) -> None:
         with contextlib.closing(key), self._operations.begun():
             await self._make(job, keystore, key)
-        log.info("keystore %s is made: %s", keystore.name, keystore.place)
+        extra = events.fields(events.KEYSTORE_MADE, volume=keystore.name, uuid=keystore.uuid)
+        log.info(
+            "keystore %s is made: %s, asked for by %s",
+            keystore.name, keystore.place, REQUESTER.get(), extra=extra,
+        )  # fmt: skip
         self._progress(job, 1.0)
 
     async def _make(self, job: Job, keystore: Keystore, key: Key) -> None:

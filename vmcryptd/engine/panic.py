@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from vmcryptd.core import events
 from vmcryptd.core.errors import BusyError, VmcryptdError
 from vmcryptd.core.ports import Ports
 from vmcryptd.engine.inventory import Inventory
@@ -30,7 +31,10 @@ async def panic(
 
     def failed(name: str, error: VmcryptdError) -> None:
         errors[name] = error
-        log.error("panic: %s", error)
+        guest = name.removeprefix("guest ") if name.startswith("guest ") else ""
+        event, volume = (events.PANIC, ()) if guest else (events.LOCK, name)
+        extra = events.fields(event, volume=volume, guest=guest, error=error)
+        log.error("panic: %s", error, extra=extra)
 
     async def kill(guest: str) -> None:
         try:
@@ -44,7 +48,8 @@ async def panic(
         except VmcryptdError as error:
             failed(f"guest {guest}", error)
         else:
-            log.warning("panic: guest %s is killed", guest)
+            extra = events.fields(events.PANIC, guest=guest)
+            log.warning("panic: guest %s is killed", guest, extra=extra)
 
     async def down(name: str) -> None:
         guests = (f"guest {guest}" for guest in graph.guests_on.get(name, ()))
@@ -68,7 +73,8 @@ async def panic(
                 what = f"cannot be closed ({error}); its key is wiped, and I/O to it blocks"
             failed(name, BusyError(f"volume {name}: it {what}"))
         else:
-            log.warning("panic: volume %s is closed", name)
+            extra = events.fields(events.LOCK, volume=name, uuid=node.uuid)
+            log.warning("panic: volume %s is closed", name, extra=extra)
 
     for name, guest in graph.guests.items():
         if guest.needs and guest.is_running:

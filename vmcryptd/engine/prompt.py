@@ -10,11 +10,11 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
-from vmcryptd.core import wording
+from vmcryptd.core import events, wording
 from vmcryptd.core.errors import CancelledError, VmcryptdError
 from vmcryptd.core.model import Infinity, VolumeSpec
 from vmcryptd.core.ports import Key, Keys
-from vmcryptd.core.requester import REQUESTER
+from vmcryptd.core.requester import REQUESTER, Requester
 from vmcryptd.core.slot_order import Tried
 from vmcryptd.posix.changes import Changes
 
@@ -43,8 +43,9 @@ class Answer:
         self.tried: Tried = set()
         self.until = 0.0  # when it is wiped, in seconds since 1970; 0: when nothing needs it
         # For the journal. A password agent does not say which user has typed.
+        self.requester = Requester() if source == "prompt" else REQUESTER.get()
         self.origin = (
-            "given to a password agent" if source == "prompt" else f"handed in by {REQUESTER.get()}"
+            "given to a password agent" if source == "prompt" else f"handed in by {self.requester}"
         )
 
     def is_for(self, volume: str) -> bool:
@@ -212,9 +213,15 @@ class Prompt:
             self._pins.remove(spec.name)
             self._changed()
 
-    def refuse(self, volume: str, answer: Answer, error: VmcryptdError) -> None:
+    def refuse(self, volume: str, answer: Answer, error: VmcryptdError, uuid: str = "") -> None:
         answer.refused[volume] = error
-        log.warning("volume %s: the key %s does not open it", volume, answer.origin)
+        log.warning(
+            "volume %s: the key %s does not open it", volume, answer.origin,
+            extra=events.fields(
+                events.WRONG_KEY, volume=volume, uuid=uuid, source=answer.source, error=error,
+                requester=answer.requester,
+            ),
+        )  # fmt: skip
         self.drop_unneeded()
         self._changed()
 

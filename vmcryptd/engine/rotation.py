@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
-from vmcryptd.core import planner
+from vmcryptd.core import events, planner
 from vmcryptd.core.errors import (
     BusyError,
     CancelledError,
@@ -24,6 +24,7 @@ from vmcryptd.core.goals import Goal, Verb
 from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Header, Infinity, KeySlot, VolumeSpec
 from vmcryptd.core.ports import Key, Ports
+from vmcryptd.core.requester import REQUESTER
 from vmcryptd.engine.derivation import Derivations
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, outcome
@@ -269,7 +270,9 @@ class Rotations:
         gone = [one for one in header.tokens if one.number in bound and not one.slots]
         await self._key_slots.drop_tokens(spec, gone)
         self._inventory.forget_fitted(spec.name)
-        log.info("volume %s has a new volume key", spec.name)
+        extra = events.fields(events.KEY_ROTATED, volume=spec.name, uuid=header.uuid)
+        asked = REQUESTER.get()
+        log.info("volume %s has a new volume key, asked for by %s", spec.name, asked, extra=extra)
 
     async def _look(self, spec: VolumeSpec) -> None:
         try:

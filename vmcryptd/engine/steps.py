@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+from vmcryptd.core import events
 from vmcryptd.core.errors import BusyError
+from vmcryptd.core.events import Event, Fields
 from vmcryptd.core.goals import Action, Step
 from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Content, GuestState, VolumeState
@@ -103,14 +106,25 @@ class Steps:
                 await self._rotations.stop(name, GRACE_S)
                 if mapping := await self._adoption.mapping_to_close(name):
                     await self._close(name, mapping)
-                log.info("volume %s is closed", name)
+                asked = REQUESTER.get()
+                extra = self._event(events.LOCK, name)
+                log.info("volume %s is closed, asked for by %s", name, asked, extra=extra)
 
     def is_opened(self, name: str, source: str) -> None:
         """Note what has opened the volume."""
         activity = self._activities.volumes[name]
         activity.key_source, activity.error = source, None
         by = source or "opened from outside"
-        log.info("volume %s is open (%s), asked for by %s", name, by, REQUESTER.get())
+        # The user of the key counts, not the one whose question it answers.
+        giver = activity.giver if source == "key" else None
+        log.info(
+            "volume %s is open (%s), asked for by %s",
+            name, by, giver or REQUESTER.get(),
+            extra=self._event(events.UNLOCK, name, source=source, requester=giver),
+        )  # fmt: skip
+
+    def _event(self, event: Event, name: str, **more: Any) -> dict[str, Fields]:
+        return events.fields(event, volume=name, uuid=self._inventory.uuids.get(name, ""), **more)
 
     async def _close(self, name: str, mapping: str) -> None:
         try:
@@ -118,7 +132,9 @@ class Steps:
         except BusyError:
             holders = await self._ports.blocks.holders(mapping)
             used_by = ", ".join(holders) or "the kernel (no holder is visible)"
-            raise BusyError(
+            error = BusyError(
                 f"volume {name} cannot be closed, it is in use by {used_by}; "
                 f"stop that, then `vmcryptctl lock {name}`"
-            ) from None
+            )
+            log.warning("%s", error, extra=self._event(events.LOCK, name, error=error))
+            raise error from None
