@@ -12,12 +12,12 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -27,9 +27,6 @@ from typing import (
     NewType,
     Protocol,
     TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
 )
 
 from vmcryptd.bus import transport
@@ -65,9 +62,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 CALL: ContextVar[Call] = ContextVar("CALL")  # the call that the running method answers
 
-_SIGNATURES: dict[Any, str] = {
-    str: "s", bool: "b", int: "x", float: "d", Any: "v", type(None): "",
-    Handle: "h", ObjectPath: "o",
+_SIGNATURES = {
+    "str": "s", "bool": "b", "int": "x", "float": "d", "Any": "v", "None": "",
+    "Handle": "h", "ObjectPath": "o",
 }  # fmt: skip
 
 
@@ -138,17 +135,21 @@ def take_fd(handle: Handle) -> int:
 
 
 def _method(function: Callable[..., Any]) -> _Method:
-    hints = {name: _signature(hint) for name, hint in get_type_hints(function).items()}
+    hints = {name: _signature(hint) for name, hint in function.__annotations__.items()}
     returns = hints.pop("return")
     actions, purpose, overtakes = function._exported  # type: ignore[attr-defined]
     return _Method(function, actions, purpose, hints, returns, overtakes)
 
 
-def _signature(hint: Any) -> str:
-    if get_origin(hint) is list:
-        return "a" + _signature(get_args(hint)[0])
-    if get_origin(hint) is dict:
-        return "a{" + "".join(_signature(one) for one in get_args(hint)) + "}"
+@functools.cache
+def _signature(hint: str) -> str:
+    """The D-Bus type of an annotation, which is text here: evaluating all of them takes long. Raises TypeError."""
+    outer, _, inner = hint.removesuffix("]").partition("[")
+    if outer == "list":
+        return f"a{_signature(inner)}"
+    if outer == "dict":
+        key, _, value = inner.partition(", ")  # a key is of a plain type
+        return f"a{{{_signature(key)}{_signature(value)}}}"
     if hint not in _SIGNATURES:
         raise TypeError(f"{hint} has no D-Bus type")
     return _SIGNATURES[hint]
@@ -166,8 +167,8 @@ class Interface:
         cls.interface_name = name
         cls.properties = {
             key: _signature(hint)
-            for key, hint in get_type_hints(cls).items()
-            if not key.startswith("_") and get_origin(hint) is not ClassVar
+            for key, hint in inspect.get_annotations(cls).items()
+            if not key.startswith("_") and not hint.startswith("ClassVar")
         }
         cls.methods = {
             key: _method(function)
@@ -216,12 +217,10 @@ class Interface:
         }
 
 
-@dataclass(eq=False, slots=True)
 class _Pending:
-    call: Call
-    interface: Interface
-    method: _Method
-    authorised: bool = False
+    def __init__(self, call: Call, interface: Interface, method: _Method) -> None:
+        self.call, self.interface, self.method = call, interface, method
+        self.authorised = False
 
     @property
     def kind(self) -> tuple[int, bool]:

@@ -16,7 +16,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmcryptd.bus import wire
@@ -68,10 +67,16 @@ elif _LIBRARY == "dbus_fast":
         pass
 
 else:
+    # It imports GLib's main loop where that is installed, which is not used here, and takes a tenth of the start. None
+    # stands for "not installed" (https://docs.python.org/3/reference/import.html#the-module-cache).
+    _glib = sys.modules.setdefault("gi", None)  # type: ignore[arg-type]
     from dbus_next import Message, MessageFlag, MessageType, Variant
     from dbus_next._private.unmarshaller import Unmarshaller
     from dbus_next.aio import MessageBus
     from dbus_next.signature import SignatureTree
+
+    if _glib is None:
+        del sys.modules["gi"]
 
     class _Signatures(dict):
         """dbus_next 0.2.3 remembers each signature it ever saw: 2000 calls of any user cost 92 MB."""
@@ -128,8 +133,7 @@ class NameTakenError(VmcryptdError):
     name = "NameTaken"
 
 
-@dataclass(frozen=True, slots=True)
-class Typed:
+class Typed(NamedTuple):
     """A value to send as a variant (D-Bus type `v`). Variants that arrive are unpacked."""
 
     signature: str
@@ -174,11 +178,13 @@ class Call(NamedTuple):
         self.fds.clear()
 
 
-@dataclass(eq=False, slots=True)
 class _Subscription:
-    rule: Mapping[str, str]
-    callback: Callable[[Signal], None]
-    owner: str | None  # of rule["sender"] now; "" while not known yet
+    def __init__(
+        self, rule: Mapping[str, str], callback: Callable[[Signal], None], owner: str | None
+    ) -> None:
+        self.rule = rule
+        self.callback = callback
+        self.owner = owner  # of rule["sender"] now; "" while not known yet
 
     def wants(self, message: Any) -> bool:
         """Signals can also be sent to one connection directly, past its match rules, by anybody."""
