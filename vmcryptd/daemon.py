@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from vmcryptd import __version__, service
@@ -62,7 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     os._exit(code)
 
 
-@dataclass
 class Arguments:
     """The command line."""
 

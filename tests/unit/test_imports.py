@@ -3,6 +3,7 @@
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,17 +154,42 @@ def test_no_cycle() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
+def loaded_by(code: str, **environment: str) -> set[str]:
+    """The modules that are loaded after these lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"],
+        cwd=PROJECT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return set(done.stdout.split())
+
+
+HEAVY = {
+    "libvirt",
+    "libvirtaio",
+    "pydantic",
+    "systemd",
+    "vmcryptd.config.schema",
+    "vmcryptd.audit.check",
+}
+
+
 def test_the_command_line_starts_fast() -> None:
-    heavy = {
-        "libvirt",
-        "libvirtaio",
-        "pydantic",
-        "systemd",
-        "vmcryptd.config.schema",
-        "vmcryptd.engine",
-    }
-    code = "import sys, vmcryptd.cli.main; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.split()
-    assert not heavy & set(loaded)
+    assert not (HEAVY | {"vmcryptd.engine"}) & loaded_by("import vmcryptd.cli.main")
+
+
+def test_the_daemon_starts_fast() -> None:
+    code = "from vmcryptd.core.model import Settings; from vmcryptd import daemon; daemon.real_ports(Settings())"
+    rarely_needed = {"argparse", "hashlib", "shlex", "uuid", "mmap", "vmcryptd.adapters.sim"}
+    assert not (HEAVY | rarely_needed) & loaded_by(code)
+
+
+def test_the_main_loop_of_glib_is_not_loaded(tmp_path: Path) -> None:
+    """The bus library imports it where it is installed; nothing here uses it."""
+    (tmp_path / "gi").mkdir()
+    (tmp_path / "gi/__init__.py").touch()
+    (tmp_path / "gi/repository.py").write_text("class GLib:\n    Source = object\n")
+    place = {"PYTHONPATH": str(tmp_path), "VMCRYPTD_BUS_LIBRARY": "dbus_next"}
+    assert "gi.repository" in loaded_by("import dbus_next", **place)
+    assert "gi" not in loaded_by("import vmcryptd.bus.transport", **place)
+    # Others can import it still.
+    assert "gi" in loaded_by("import vmcryptd.bus.transport, gi", **place)

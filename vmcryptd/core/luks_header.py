@@ -8,7 +8,6 @@ attacker: for any content the only errors raised are NotLuksError and DamagedHea
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Iterator
@@ -252,6 +251,8 @@ def _checksum(copy: bytes | bytearray, algorithm: bytes) -> bytes:
     name = _text(algorithm).replace("-", "_")
     if name not in CHECKSUMS:
         return b""
+    import hashlib  # OpenSSL takes a while, and no header is read before the daemon is ready
+
     digest = hashlib.new(name, usedforsecurity=False)
     digest.update(copy[: CHECKSUM.start] + bytes(64) + copy[CHECKSUM.stop :])
     return digest.digest()

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Container, Coroutine, Iterable, Iterator
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -36,22 +35,30 @@ class JobState(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(eq=False)
 class Job:
     """One goal that is pursued, and how far it has come."""
 
-    id: int
-    goal: Goal
-    may_ask: bool = True  # a person may be asked for what it opens
-    without: frozenset[StepId] = frozenset()  # steps of boot that were not requested again
-    deadline: float = Infinity  # event loop time, for stopping guests
-    tasks: dict[StepId, asyncio.Task[None]] = field(default_factory=dict)
-    state: JobState = JobState.RUNNING
-    error: VmcryptdError | None = None
-    progress: float = -1.0  # 0 to 1, if known
-    is_stopped: bool = False  # overtaken by another request: nothing new is begun
-    task: asyncio.Task[None] | None = None
-    planned: tuple[Graph, Plan] | None = None  # the latest plan, and what it was made from
+    def __init__(
+        self,
+        number: int,
+        goal: Goal,
+        may_ask: bool = True,
+        without: frozenset[StepId] = frozenset(),
+        deadline: float = Infinity,
+    ) -> None:
+        self.id = number
+        self.goal = goal
+        self.may_ask = may_ask  # a person may be asked for what it opens
+        self.without = without  # steps of boot that were not requested again
+        self.deadline = deadline  # event loop time, for stopping guests
+        self.tasks: dict[StepId, asyncio.Task[None]] = {}
+        self.state = JobState.RUNNING
+        self.error: VmcryptdError | None = None
+        self.progress = -1.0  # 0 to 1, if known
+        self.is_stopped = False  # overtaken by another request: nothing new is begun
+        self.task: asyncio.Task[None] | None = None
+        # The latest plan, and what it was made from.
+        self.planned: tuple[Graph, Plan] | None = None
 
     @property
     def is_rising(self) -> bool:

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import uuid
 from collections.abc import AsyncIterator, Mapping
 
 from vmcryptd.core import events
@@ -53,6 +52,8 @@ class Keystores:
 
     async def check(self, name: str, options: Mapping[str, object]) -> Keystore:
         """Make all checks before a key is asked for. Raises VmcryptdError."""
+        import uuid  # not needed for the start
+
         keystore = wanted(name, options, str(uuid.uuid4()))
         if name in self._running or name in self._making:
             raise BusyError(f"keystore {name} is being made already")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from vmcryptd.core.goals import Action, StepId
@@ -24,13 +23,13 @@ class Phase(Enum):
     ENDED = auto()
 
 
-@dataclass(eq=False)
 class Opening:
     """One planned unlock."""
 
-    name: str
-    seen: Sight  # what there was of the volume when it was looked at last
-    phase: Phase = Phase.PLANNED
+    def __init__(self, name: str, seen: Sight, phase: Phase = Phase.PLANNED) -> None:
+        self.name = name
+        self.seen = seen  # what there was of the volume when it was looked at last
+        self.phase = phase
 
 
 class Openings:

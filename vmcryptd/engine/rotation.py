@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 
 from vmcryptd.core import events, planner
 from vmcryptd.core.errors import (
@@ -37,11 +36,10 @@ log = logging.getLogger(__name__)
 GRACE_S = 60.0
 
 
-@dataclass(eq=False)
 class _Rotation:
-    spec: VolumeSpec
-    job: Job
-    begun: asyncio.Event = field(default_factory=asyncio.Event)  # data is being moved
+    def __init__(self, spec: VolumeSpec, job: Job) -> None:
+        self.spec, self.job = spec, job
+        self.begun = asyncio.Event()  # data is being moved
 
     @property
     def name(self) -> str:

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import functools
 import math
-import mmap
 import os
 import stat
 import struct
@@ -100,6 +99,8 @@ class LockedKey(MemfdKey):
         super().seal()
         if not self.size or self._mapping is not None:
             return
+        import mmap  # not needed for the start
+
         libc = _libc()
         # Private: before Linux 6.7 the kernel refuses a shared mapping of a sealed memfd.
         address = libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_PRIVATE, self.fileno(), 0)

@@ -8,7 +8,6 @@ import functools
 import logging
 import math
 import os
-import shlex
 import stat
 from collections.abc import Sequence
 
@@ -149,6 +148,8 @@ class SystemKeys:
         return key
 
     async def _exec(self, command: str, volume: VolumeSpec) -> Key:
+        import shlex  # not needed for the start
+
         try:
             argv = shlex.split(command)
         except ValueError as error:

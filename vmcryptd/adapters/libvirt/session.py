@@ -10,7 +10,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 from xml.etree import ElementTree
@@ -52,14 +51,14 @@ class Seen(NamedTuple):
     has_forgotten: bool = False  # it is off, and libvirt was restarted since and does not know why
 
 
-@dataclass
 class Reading:
     """The result of one reading of libvirt; None: libvirt knows no such domain or pool."""
 
-    complete: bool = False
-    domains: dict[str, Seen | None] = field(default_factory=dict)
-    pools: dict[str, Pool | None] = field(default_factory=dict)
-    pools_known: bool = True
+    def __init__(self, *, complete: bool = False) -> None:
+        self.complete = complete
+        self.domains: dict[str, Seen | None] = {}
+        self.pools: dict[str, Pool | None] = {}
+        self.pools_known = True
 
 
 class Session:

@@ -8,7 +8,6 @@ import errno
 import functools
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
 from vmcryptd.adapters.luks.failures import failure
 from vmcryptd.core import luks_header
@@ -29,13 +28,13 @@ CHEAP = ("--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000")
 PRIORITIES = ("ignore", "normal", "prefer")
 
 
-@dataclass(frozen=True)
 class CryptsetupSlots:
     """The port `Slots` on this host."""
 
-    runtime: str = "/run/vmcryptd"  # in memory, for root only
-    derivation: tuple[str, ...] = ()  # for passphrases; cryptsetup's own choice is Argon2id
-    _threads: DaemonThreads = field(default_factory=DaemonThreads)
+    def __init__(self, runtime: str = "/run/vmcryptd", derivation: tuple[str, ...] = ()) -> None:
+        self.runtime = runtime  # in memory, for root only
+        self.derivation = derivation  # for passphrases; cryptsetup's own choice is Argon2id
+        self._threads = DaemonThreads()
 
     async def fits(self, volume: VolumeSpec, slot: int, key: Key) -> bool:
         # Otherwise tokens are tried first, and a TPM's token would accept any passphrase.

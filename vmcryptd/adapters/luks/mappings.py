@@ -9,7 +9,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmcryptd.adapters.luks.failures import BUSY, KILLED, OUT_OF_MEMORY, WRONG_DEVICE, failure
@@ -43,13 +42,15 @@ CLOSE_TRIES = 3
 DMSETUP_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True)
 class Cryptsetup:
     """The port `Crypt` on this host."""
 
-    removal: Removal = field(default_factory=Removal)
-    meminfo: Path = Path("/proc/meminfo")
-    _threads: PlaceThreads = field(default_factory=PlaceThreads)
+    def __init__(
+        self, removal: Removal | None = None, meminfo: Path = Path("/proc/meminfo")
+    ) -> None:
+        self.removal = removal or Removal()
+        self.meminfo = meminfo
+        self._threads = PlaceThreads()
 
     def watch(self, changed: Changed) -> None:
         self._threads.returned = changed

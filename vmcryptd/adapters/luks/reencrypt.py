@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,17 @@ SANDBOX = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class CryptsetupReencryption:
     """The port `Reencryption` on this host."""
 
-    runtime: Path = Path("/run/vmcryptd")  # in memory, for root only
-    cgroups: Path = Path("/sys/fs/cgroup/system.slice")
-    removal: Removal = field(default_factory=Removal)
+    def __init__(
+        self,
+        runtime: Path = Path("/run/vmcryptd"),
+        cgroups: Path = Path("/sys/fs/cgroup/system.slice"),
+    ) -> None:
+        self.runtime = runtime  # in memory, for root only
+        self.cgroups = cgroups
+        self.removal = Removal()
 
     async def rotate(
         self, volume: VolumeSpec, mapping: str, key: Key, slot: int | None, on_progress: OnProgress

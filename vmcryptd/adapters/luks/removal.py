@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,13 +53,13 @@ class Mapping(NamedTuple):
         )
 
 
-@dataclass
 class Removal:
     """Collects the mappings to remove within one turn of the event loop."""
 
-    sys_block: Path = Path("/sys/class/block")
-    _names: list[str] = field(default_factory=list)
-    _turn: asyncio.Task[set[str]] | None = None
+    def __init__(self, sys_block: Path = Path("/sys/class/block")) -> None:
+        self.sys_block = sys_block
+        self._names: list[str] = []
+        self._turn: asyncio.Task[set[str]] | None = None
 
     def present(self) -> dict[str, Mapping]:
         """All mappings. From the kernel: without udev the links in /dev/mapper are stale."""
