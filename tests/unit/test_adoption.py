@@ -86,3 +86,20 @@ async def test_a_mapping_is_closed_under_the_name_that_it_has_by_then(run: Runni
     await run.engine.lock("a")
     assert run.host.done("rename", "close ") == [f"rename {UDISKS} a", "close a"]
     assert run.volumes() == {"a": "locked"}
+
+
+@play(volume("by-hand"))
+async def test_panic_closes_a_mapping_under_the_name_that_it_has_by_then(run: Running) -> None:
+    renaming = asyncio.Event()
+
+    async def slowly(mapping: str, name: str) -> None:
+        renaming.set()
+        await asyncio.sleep(0.05)
+        await right(mapping, name)
+
+    right, run.host.rename = run.host.rename, slowly  # type: ignore[method-assign]
+    run.host.volume("a", mapped_as=UDISKS)
+    await renaming.wait()
+    await run.engine.panic()
+    assert run.host.done("rename", "close ") == [f"rename {UDISKS} a", "close a"]
+    assert run.volumes() == {"a": "locked"}

@@ -187,3 +187,57 @@ def test_a_question_ends_in_the_moment_it_is_withdrawn(late: str) -> None:
     asyncio.run(scene())
     gc.collect()
     assert (token.closed, forgotten) == (1 if late == "an answer" else 0, [])
+
+
+TWO_GUESTS = (
+    volume("a", f"{A}\nopen = true", 'lock = "guest"')
+    + guest("g", "a", sim="running = true\nshareable = true")
+    + guest("h", "a", sim="shareable = true")
+)
+
+
+@play(TWO_GUESTS)
+async def test_a_volume_stays_open_for_a_guest_that_is_about_to_run(run: Running) -> None:
+    """Between its start and libvirt's answer nothing shows it as running."""
+    run.host.hold("starting h")
+    starting = asyncio.ensure_future(run.engine.start_guest("h"))
+    await run.until(lambda: "starting h" in run.host.calls)
+    run.host.guest("g", GuestState.OFF)  # the last one that runs
+    await run.looked()
+    await run.engine.background_done()
+    assert run.host.done("clos") == []
+    run.host.release("starting h")
+    await starting
+    assert (run.guests(), run.volumes()) == ({"g": "off", "h": "running"}, {"a": "unlocked"})
+
+
+@play(TWO_GUESTS)
+async def test_stopping_one_guest_closes_nothing_under_one_that_is_about_to_run(
+    run: Running,
+) -> None:
+    run.host.hold("starting h")
+    starting = asyncio.ensure_future(run.engine.start_guest("h"))
+    await run.until(lambda: "starting h" in run.host.calls)
+    await run.engine.stop_guest("g")
+    assert run.host.done("clos") == []
+    run.host.release("starting h")
+    await starting
+    assert (run.guests(), run.volumes()) == ({"g": "off", "h": "running"}, {"a": "unlocked"})
+
+
+@play(TWO_GUESTS)
+async def test_a_guest_that_is_started_while_its_volume_closes_gets_it_opened_again(
+    run: Running,
+) -> None:
+    run.host.hold("closing a")
+    run.host.guest("g", GuestState.OFF)
+    await run.until(lambda: "closing a" in run.host.calls)
+    starting = asyncio.ensure_future(run.engine.start_guest("h"))
+    await run.until(lambda: run.guests()["h"] == "starting")
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert "starting h" not in run.host.calls
+    run.host.answer("alpha")
+    run.host.release("closing a")
+    await starting
+    assert run.host.done("close ", "open ", "start ") == ["close a", "open a", "start h"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import logging
 from collections.abc import Mapping
 
@@ -71,9 +71,15 @@ class Engine:
             ports.crypt, ports.keys, self.inventory, self._activities, self.prompt, self.openings, self.derivations,
             self.key_slots,
         )  # fmt: skip
-        adoption = Adoption(ports, self.inventory, self._activities, self._jobs)
+        self._adoption = Adoption(ports, self.inventory, self._activities, self._jobs)
         steps = Steps(
-            ports, self.inventory, self._activities, self._jobs, opener, self.rotations, adoption
+            ports,
+            self.inventory,
+            self._activities,
+            self._jobs,
+            opener,
+            self.rotations,
+            self._adoption,
         )
         predecessors = Predecessors(self.inventory, self.prompt, self.openings, opener)
         self.scheduler = Scheduler(self.inventory, self._jobs, self.openings, predecessors, steps)
@@ -298,14 +304,21 @@ class Engine:
         self.prompt.wipe()  # an answer may have come meanwhile
         self._activities.forget()
         self.inventory.observe()
-        abort = functools.partial(self.rotations.abort, grace_s=PANIC_CANCEL_S)
-        errors = await panic(self.inventory, self._ports, abort)
+        errors = await panic(self.inventory, self._ports, self._release)
         for name, error in errors.items():
             if name in self._activities.volumes:
                 self._activities.volumes[name].error = error
         self.changes.notify()
         if errors:
             raise BusyError("; ".join(map(str, errors.values())))
+
+    async def _release(self, name: str) -> str:
+        """End what works on a volume; the name of its mapping, as far as it is known in time."""
+        await self.rotations.abort(name, PANIC_CANCEL_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PANIC_CANCEL_S):
+                return await self._adoption.mapping_to_close(name)
+        return ""
 
     async def _cancel_rising(self) -> None:
         timeout_s = self.settings.daemon.shutdown_timeout_s

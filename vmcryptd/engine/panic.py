@@ -19,11 +19,12 @@ KILL_S = 5.0
 
 
 async def panic(
-    inventory: Inventory, ports: Ports, release: Callable[[str], Awaitable[None]]
+    inventory: Inventory, ports: Ports, release: Callable[[str], Awaitable[str]]
 ) -> dict[str, VmcryptdError]:
     """Continue past every error. Returns the errors by "NAME" of a volume or "guest NAME"; the journal has the actions.
 
-    `release` ends what works on one volume, before that is closed and while the others are.
+    `release` ends what works on one volume, before that is closed and while the others are, and returns the name that
+    its mapping has by then; empty if it has none.
     """
     graph = inventory.graph
     errors: dict[str, VmcryptdError] = {}
@@ -57,16 +58,16 @@ async def panic(
         if before := [tasks[user] for user in users if user in tasks]:
             await asyncio.wait(before)
         node = graph.volumes[name]
-        await release(name)
+        mapping = await release(name) or node.mapping
         try:
             if node.mounts:
-                await ports.blocks.unmount(node.spec, node.mapping)
+                await ports.blocks.unmount(node.spec, mapping)
             if node.is_active:
-                await ports.blocks.deactivate(node.spec, node.mapping)
-            await ports.crypt.close(node.mapping)
+                await ports.blocks.deactivate(node.spec, mapping)
+            await ports.crypt.close(mapping)
         except VmcryptdError as error:
             try:
-                await ports.crypt.wipe(node.mapping)
+                await ports.crypt.wipe(mapping)
             except VmcryptdError as worse:
                 what = f"cannot be closed ({error}), and its key could NOT be wiped: {worse}"
             else:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from vmcryptd.core import planner
 from vmcryptd.core.errors import (
+    BusyError,
     DependencyError,
     InternalError,
     KeyUnavailableError,
@@ -51,6 +52,9 @@ class Scheduler:
         self._predecessors = predecessors
         self._steps = steps
         self._running: dict[StepId, tuple[asyncio.Task[None], Job]] = {}
+        # Past the last look at the other: what starts waits for what closes beneath it, and nothing else is closed there.
+        self._starting: set[str] = set()  # guests
+        self._closing: set[StepId] = set()
         self._replans = Changes()  # each job is to plan again
         # Called when a step or job has ended.
         self.on_step: list[Callable[[StepId, VmcryptdError | None], None]] = []
@@ -255,8 +259,14 @@ class Scheduler:
                 return
             log.debug("%s (%s)", step.id, step.reason)
             if step.action is Action.START:
+                self._starting.add(step.object)
                 self._steps.show(activity, GuestState.STARTING)
+                await self._closings_ended(step.object)
                 await self._open_late_needs(job, step)
+            elif step.action in _CLOSING_VOLUME:
+                if not self._may_close(job, step):
+                    return
+                self._closing.add(step.id)
             await self._steps.do(job, step, activity)
         except VmcryptdError as error:
             if not is_reported(step, error):
@@ -268,7 +278,42 @@ class Scheduler:
             raise
         finally:
             activity.doing = None
+            self._closing.discard(step.id)
+            if step.action is Action.START:
+                self._starting.discard(step.object)
             await self._inventory.look()
+
+    def _may_close(self, job: Job, step: Step) -> bool:
+        """Whether no guest is being started on the volume, which libvirt may not show yet. Raises BusyError.
+
+        On the way down of everything, starts have been cancelled before.
+        """
+        if job.goal.verb not in (Verb.LOCK, Verb.STOP):
+            return True
+        guests = self._inventory.graph.guests_on.get(step.object, ())
+        starting = [name for name in guests if name in self._starting and name != job.goal.name]
+        if not starting:
+            return True
+        text = f"volume {step.object}: it stays open, because guest {starting[0]} is being started"
+        if job.goal.verb is Verb.LOCK:
+            raise BusyError(f"{text}; `vmcryptctl stop {starting[0]}` stops that")
+        log.info("%s", text)  # the guest that was to be stopped is
+        return False
+
+    async def _closings_ended(self, guest: str) -> None:
+        """Wait until what is being closed beneath a guest is closed; then it can be opened again."""
+        while True:
+            graph = self._inventory.graph
+            needs = graph.guests[guest].needs if guest in graph.guests else ()
+            volumes = graph.beneath(needs)
+            closing = [
+                self._running[step_id][0]
+                for step_id in self._closing & self._running.keys()
+                if step_id.object in volumes
+            ]
+            if not closing:
+                return
+            await asyncio.wait(closing)
 
     async def _open_late_needs(self, job: Job, step: Step) -> None:
         """Open what a disk image is backed by: that shows only once it can be read, when the plan is long made."""
