@@ -253,10 +253,6 @@ async def _serve(arguments: Arguments) -> int:
         if engine.settings.daemon.libvirt_uri != before:
             log.warning("the new libvirt_uri counts from the next `systemctl restart vmcryptd`")
 
-    def read_again() -> None:
-        with reloading():
-            take_over(source.load())
-
     one_at_a_time = asyncio.Lock()
 
     async def reload() -> None:
@@ -264,7 +260,7 @@ async def _serve(arguments: Arguments) -> int:
             with reloading():
                 take_over(await source.load_again())
 
-    engine.keystores.configured.watch(read_again)
+    engine.keystores.read_again = reload
     shown = service.Service(engine, objects, reload)
 
     def looked(texts: Mapping[str, str] | None) -> None:
@@ -288,6 +284,7 @@ async def _serve(arguments: Arguments) -> int:
     files.close()
     await objects.stop()
     engine.close()
+    await ports.memory.kept()
     if not stop.is_set():
         log.error("the connection to the bus is lost; starting again")
         return 1
@@ -356,6 +353,7 @@ def down_here(verb: str) -> None:
                 await engine.shutdown()
         finally:
             await engine.background_done()
+            await ports.memory.kept()
 
     asyncio.run(run())
 

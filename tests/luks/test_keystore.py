@@ -177,10 +177,10 @@ def test_what_fails_leaves_nothing(fault: str, place: Place) -> None:
         engine = place.engine()
         if fault == "reload":
 
-            def refuse() -> None:
+            async def refuse() -> None:
                 raise ConfigError("the whole is refused")
 
-            engine.keystores.configured.watch(refuse)
+            engine.keystores.read_again = refuse
         job = await engine.keystores.create(
             "keys", handed_in(PASSPHRASE), {"file": str(place.file)}
         )

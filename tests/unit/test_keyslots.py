@@ -143,6 +143,7 @@ def test_what_is_due_is_kept_in_a_file(tmp_path: Any) -> None:
     files = StateFiles(tmp_path / "run", tmp_path / "lib")
     assert files.backups_due() == {}
     files.keep_backups_due({"mail": "2026-08-01T12:00:00Z"})
+    asyncio.run(files.kept())
     assert StateFiles(tmp_path / "run", tmp_path / "lib").backups_due() == {
         "mail": "2026-08-01T12:00:00Z"
     }

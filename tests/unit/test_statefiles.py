@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from vmcryptd.adapters.systemd import state_files
 from vmcryptd.adapters.systemd.state_files import StateFiles
 from vmcryptd.core.model import Content, Lock, VolumeSpec
+from vmcryptd.posix import file_writer
 
 
 def test_kept(tmp_path: Path) -> None:
@@ -21,6 +24,7 @@ def test_kept(tmp_path: Path) -> None:
         files.keep_goals(("boot", "unlock:a"))
         files.keep_sources({"a": "exec:/bin/fetch --token x"})
         files.keep_seen({"/srv/x": ("a", "b")}, {"a": "u"})
+    asyncio.run(files.kept())
     again = StateFiles(tmp_path / "run", tmp_path / "lib")
     assert again.goals() == ("boot", "unlock:a")
     assert again.sources() == {"a": "exec:/bin/fetch --token x"}
@@ -80,10 +84,12 @@ def test_guests_to_be_started_at_the_next_boot_only(
     boot_id.write_text("first\n")
     assert files.due_once() == ()
     files.keep_once(["a", "b"], [])
+    asyncio.run(files.kept())
     assert files.due_once() == ()
     boot_id.write_text("second\n")
     assert files.due_once() == ("a", "b")
     files.keep_once(["c"], ["b"])  # libvirt has forgotten a and b, and a runs
+    asyncio.run(files.kept())
     assert files.due_once() == ("b",)
     boot_id.write_text("third\n")
     assert files.due_once() == ("b", "c")
@@ -95,6 +101,7 @@ def test_slots_that_fitted(tmp_path: Path) -> None:
     files = StateFiles(tmp_path, tmp_path)
     assert files.fitted() == {}
     files.keep_fitted({"a": {"exec:/bin/fetch --token x": 1}})
+    asyncio.run(files.kept())
     assert StateFiles(tmp_path, tmp_path).fitted() == {"a": {"exec:/bin/fetch --token x": 1}}
     path = tmp_path / "fitted.json"
     assert path.stat().st_mode & 0o077 == 0  # arguments of fetchers may hold tokens
@@ -135,3 +142,48 @@ def test_unwritable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         StateFiles(tmp_path / "file", tmp_path / "file").keep_goals(["boot"])
     assert "cannot be written" in caplog.text
+
+
+def test_a_disk_that_does_not_answer_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each call returns though nothing is written; when the disk answers, the latest is what is there."""
+    answers, asked = threading.Event(), threading.Event()
+    written: list[tuple[str, bytes]] = []
+
+    def slowly(path: Path, content: bytes, mode: int) -> None:
+        asked.set()
+        assert answers.wait(60)
+        written.append((path.name, content))
+        right(path, content, mode)
+
+    right = file_writer.write_atomically
+    monkeypatch.setattr(file_writer, "write_atomically", slowly)
+    monkeypatch.setattr(state_files, "KEPT_S", 0.01)
+    run, lib = tmp_path / "run", tmp_path / "lib"
+    files = StateFiles(run, lib)
+    files.keep_seen({}, {"a": "first"})
+    assert asked.wait(60)
+    for uuid in ("second", "third"):
+        files.keep_seen({}, {"a": uuid})
+        files.keep_fitted({"a": {uuid: 1}})
+    asyncio.run(files.kept())
+    assert f"{lib}: what is kept there was not written" in caplog.text
+    answers.set()
+    monkeypatch.setattr(state_files, "KEPT_S", 60)
+    asyncio.run(files.kept())
+    assert [name for name, _ in written] == ["seen.json", "seen.json", "fitted.json"]
+    again = StateFiles(run, lib)
+    assert (again.seen(), again.fitted()) == (({}, {"a": "third"}), {"a": {"third": 1}})
+
+
+def test_what_cannot_be_written_does_not_hold_up_what_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "seen.json").mkdir()
+    files = StateFiles(tmp_path, tmp_path)
+    files.keep_seen({}, {"a": "u"})
+    files.keep_fitted({"a": {"prompt": 1}})
+    asyncio.run(files.kept())
+    assert "seen.json cannot be written" in caplog.text
+    assert StateFiles(tmp_path, tmp_path).fitted() == {"a": {"prompt": 1}}

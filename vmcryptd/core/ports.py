@@ -366,6 +366,9 @@ class Memory(Protocol):
 
     def keep_making(self, keystores: Iterable[Making]) -> None: ...
 
+    async def kept(self) -> None:
+        """Wait until all that was kept is on its disk, or has had its time."""
+
 
 @dataclass(frozen=True)
 class Ports:

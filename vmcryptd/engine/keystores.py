@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from vmcryptd.core import events
 from vmcryptd.core.errors import BusyError, CancelledError, VmcryptdError
@@ -23,7 +23,6 @@ from vmcryptd.core.requester import REQUESTER
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, outcome
 from vmcryptd.engine.operations import Operations
-from vmcryptd.posix.changes import Changes
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +39,8 @@ class Keystores:
         self._jobs = jobs
         self._making: dict[str, Making] = {}
         self._running: dict[str, Job] = {}
-        self.configured = (
-            Changes()
-        )  # a table was added to the configuration files; a watcher may refuse it
+        # A table was added to the configuration files: has them read again. Raises VmcryptdError if it is refused.
+        self.read_again: Callable[[], Awaitable[None]] = _read_nothing
 
     def start(self) -> None:
         """Take back what an earlier daemon did not finish."""
@@ -138,8 +136,8 @@ class Keystores:
                 await formatting.name_file(place, keystore.place)
             self._ports.tables.write(name, keystore.table)
             try:
-                self.configured.notify()
-            except VmcryptdError:
+                await self.read_again()
+            except BaseException:
                 self._ports.tables.remove(name)
                 raise
 
@@ -159,6 +157,7 @@ class Keystores:
         self._making[keystore.name] = making
         self._keep()
         try:
+            await self._ports.memory.kept()
             yield
         except BaseException:
             taking_back = asyncio.ensure_future(self._take_back(making))
@@ -196,3 +195,7 @@ class Keystores:
 
     def _keep(self) -> None:
         self._ports.memory.keep_making(self._making.values())
+
+
+async def _read_nothing() -> None:
+    """Nothing was configured in files."""

@@ -52,7 +52,7 @@ class Scheduler:
         self._predecessors = predecessors
         self._steps = steps
         self._running: dict[StepId, tuple[asyncio.Task[None], Job]] = {}
-        # Past the last look at the other: what starts waits for what closes beneath it, and nothing else is closed there.
+        # What starts waits for what closes beneath it by then, and nothing else is closed there.
         self._starting: set[str] = set()  # guests
         self._closing: set[StepId] = set()
         self._replans = Changes()  # each job is to plan again

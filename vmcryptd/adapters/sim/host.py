@@ -602,6 +602,9 @@ class Simulation:
     def keep_making(self, keystores: Iterable[Making]) -> None:
         self._making = tuple(keystores)
 
+    async def kept(self) -> None:
+        pass
+
 
 def read(path: Path) -> dict[str, str]:
     """The text of a description, by its path. Raises ConfigError."""

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vmcryptd.core.errors import DeadlineError
 from vmcryptd.core.keystores import Making
 from vmcryptd.core.model import Content, Lock, VolumeSpec
+from vmcryptd.posix.file_writer import FileWriter, store
 from vmcryptd.posix.files import read_bounded, write_atomically
+from vmcryptd.posix.threads import DaemonThreads
 
+KEPT_S = 10.0  # for what is to be on the disk
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 log = logging.getLogger(__name__)
@@ -25,6 +30,7 @@ class StateFiles:
         self, runtime: Path = Path("/run/vmcryptd"), state: Path = Path("/var/lib/vmcryptd")
     ) -> None:
         self._runtime = runtime
+        self._state = state
         self._goals = runtime / "goals.json"
         self._sources = runtime / "sources.json"
         self._open = runtime / "open.json"
@@ -34,6 +40,9 @@ class StateFiles:
         self._backups = state / "backups.json"
         self._making = state / "making.json"
         self._once = state / "once.json"
+        # /run is in memory, and what is kept there is there at once. A disk may take its time.
+        self._writer = FileWriter()
+        self._threads = DaemonThreads()
 
     def goals(self) -> tuple[str, ...]:
         return tuple(filter(_is_text, _strings(_load(self._goals).get("goals"))))
@@ -90,7 +99,7 @@ class StateFiles:
         return paths, _texts(content.get("uuids"))
 
     def keep_seen(self, paths: dict[str, tuple[str, ...]], uuids: dict[str, str]) -> None:
-        _store(self._seen, {"paths": paths, "uuids": uuids})
+        self._store_on_disk(self._seen, {"paths": paths, "uuids": uuids})
 
     def fitted(self) -> dict[str, dict[str, int]]:
         volumes = _table(_load(self._fitted).get("volumes"))
@@ -101,7 +110,7 @@ class StateFiles:
 
     def keep_fitted(self, slots: dict[str, dict[str, int]]) -> None:
         # For root only: the arguments of a fetcher may hold a token.
-        _store(self._fitted, {"volumes": slots}, mode=0o600)
+        self._store_on_disk(self._fitted, {"volumes": slots}, mode=0o600)
 
     def publish(self, volumes: dict[str, bool]) -> None:
         """`volumes` lists the mappings for the shutdown hook, `guest-content/NAME` marks those that udev ignores."""
@@ -131,13 +140,13 @@ class StateFiles:
 
     def keep_once(self, marked: Iterable[str], due: Iterable[str]) -> None:
         content = {"boot": _boot_id(), "marked": sorted(marked), "due": sorted(due)}
-        _store(self._once, content)
+        self._store_on_disk(self._once, content)
 
     def backups_due(self) -> dict[str, str]:
         return _texts(_load(self._backups).get("due"))
 
     def keep_backups_due(self, volumes: dict[str, str]) -> None:
-        _store(self._backups, {"due": volumes})
+        self._store_on_disk(self._backups, {"due": volumes})
 
     def making(self) -> tuple[Making, ...]:
         found = []
@@ -153,7 +162,19 @@ class StateFiles:
             one.name: {"place": one.place, "uuid": one.uuid, "is_file": one.is_file}
             for one in keystores
         }
-        _store(self._making, {"keystores": entries})
+        self._store_on_disk(self._making, {"keystores": entries})
+
+    async def kept(self) -> None:
+        wait = functools.partial(self._writer.wait, KEPT_S)
+        try:
+            in_time = await self._threads.call(2 * KEPT_S, wait)
+        except DeadlineError:
+            in_time = False
+        if not in_time:
+            log.warning("%s: what is kept there was not written within %g s", self._state, KEPT_S)
+
+    def _store_on_disk(self, path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
+        self._writer.write(path, _text(content), mode)
 
 
 def _boot_id() -> str:
@@ -175,22 +196,11 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _store(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
-    text = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
-    try:
-        if _is_stored(path, text):
-            return
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        write_atomically(path, text, mode)
-    except OSError as error:
-        # A full or read-only disk must not stop the work: only the next start knows less.
-        log.warning("%s cannot be written: %s", path, error)
+    store(path, _text(content), mode)
 
 
-def _is_stored(path: Path, text: bytes) -> bool:
-    try:
-        return read_bounded(path) == text
-    except (OSError, ValueError):
-        return False
+def _text(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _table(value: object) -> dict[str, Any]:
