@@ -341,19 +341,22 @@ def down_here(verb: str) -> None:
         settings = _last_valid_settings()
         ports = real_ports(settings)
         engine = Engine(settings, ports)
-        engine.start()
-        await engine.inventory.look()
-        try:
-            if verb == "panic":
-                # Without libvirt's answer no guest can be killed, and each keeps its volumes open.
-                with contextlib.suppress(VmcryptdError):
-                    await ports.domains.refresh(PANIC_LIBVIRT_S)
-                await engine.panic()
-            else:
-                await engine.shutdown()
-        finally:
-            await engine.background_done()
-            await ports.memory.kept()
+        with engine.going_down():
+            engine.start()
+            await engine.inventory.look()
+            withdrawal = asyncio.create_task(ports.host.reach_target(False))
+            try:
+                if verb == "panic":
+                    # Without libvirt's answer no guest can be killed, and each keeps its volumes open.
+                    with contextlib.suppress(VmcryptdError):
+                        await ports.domains.refresh(PANIC_LIBVIRT_S)
+                    await engine.panic()
+                else:
+                    await engine.shutdown()
+            finally:
+                await asyncio.wait({withdrawal})
+                await engine.background_done()
+                await ports.memory.kept()
 
     asyncio.run(run())
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.lib import PATIENCE_S, Host, Running, descriptors, handed_in, opened_by, play
+from vmcryptd import daemon
 from vmcryptd.core.errors import (
     BusyError,
     CancelledError,
@@ -28,6 +29,7 @@ from vmcryptd.core.errors import (
 )
 from vmcryptd.core.goals import BOOT
 from vmcryptd.core.model import DaemonSpec, DiskSource, GuestState, Settings
+from vmcryptd.core.ports import Ports
 from vmcryptd.engine import hooks, panic, prompt, unlock_with_key
 from vmcryptd.engine.opening import Phase
 from vmcryptd.engine.prompt import Held
@@ -1755,3 +1757,24 @@ async def test_the_target_is_left_after_it_was_reached(run: Running) -> None:
     slow.set()
     await run.engine.background_done()
     assert told == [True, False]
+
+
+@pytest.mark.parametrize("verb", ["shutdown", "panic"])
+def test_a_process_that_only_goes_down_asks_for_no_target(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the host goes down systemd refuses such a job, which the journal shows as an error."""
+    hosts: list[Host] = []
+
+    def ports(settings: Settings) -> Ports:
+        hosts.append(
+            Host.parse(volume("a", f"{A}\nopen = true") + guest("g", "a", sim="running = true"))
+        )
+        return hosts[-1].ports()
+
+    monkeypatch.setattr(daemon, "_last_valid_settings", lambda: Host.parse(volume("a")).settings)
+    monkeypatch.setattr(daemon, "real_ports", ports)
+    monkeypatch.setattr(daemon.journal, "log_to_journal", lambda: None)
+    monkeypatch.setattr(daemon, "keep_out_of_core_dumps", lambda: None)
+    daemon.down_here(verb)
+    assert hosts[0].done("close ", "target") == ["target left", "close a"]

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from vmcryptd.core import events, planner
 from vmcryptd.core.errors import BusyError, NotAskedError
@@ -153,6 +154,10 @@ class Engine:
         self._configured()
         self.rotations.start()
         self.keystores.start()
+
+    def going_down(self) -> AbstractContextManager[None]:
+        """Nothing comes up, or is announced as up, while this lasts: from before `start`, where all is to go down."""
+        return self._jobs.going_down()
 
     def resume(self) -> None:
         """Continue what an earlier run of the daemon had begun."""
