@@ -20,7 +20,7 @@ from vmcryptd.bus import transport
 from vmcryptd.bus.objects import Objects
 from vmcryptd.config import files as configuration
 from vmcryptd.config.tables import Tables
-from vmcryptd.core.errors import BusyError, ConfigError, VmcryptdError
+from vmcryptd.core.errors import BusyError, ConfigError, DeadlineError, VmcryptdError
 from vmcryptd.core.model import Infinity, Settings
 from vmcryptd.core.ports import Ports
 from vmcryptd.core.requester import REQUESTER, Requester
@@ -135,22 +135,26 @@ class Source:
         directory: Path,
         read: Callable[[], Mapping[str, str]],
         parse: Callable[[Mapping[str, str]], Settings],
+        keep: Callable[[Mapping[str, str], Settings], None] = lambda texts, settings: None,
         *,
         parses_in_thread: bool = True,
     ) -> None:
         self._directory = directory
-        self._read, self._parse = read, parse
+        self._read, self._parse, self._keep = read, parse, keep
         self._parses_in_thread = parses_in_thread
         self._threads = DaemonThreads()
         self._loads = 0
-        self._loaded: Mapping[str, str] = {}
-        self._running: Mapping[str, str] = {}
+        self._loaded: tuple[Mapping[str, str], Settings] = {}, Settings()
+        self._running = self._loaded
+        self._keeping: set[asyncio.Task[None]] = set()
 
     def load(self) -> Settings:
         """Raises ConfigError."""
         self._loads += 1
-        self._loaded = self._read()
-        return self._parse(self._loaded)
+        texts = self._read()
+        settings = self._parse(texts)
+        self._loaded = texts, settings
+        return settings
 
     async def load_again(self) -> Settings:
         """The same in a thread: building models takes time, and the files may lie on a disk that hangs.
@@ -167,12 +171,28 @@ class Source:
             else:
                 settings = self._parse(texts)
             if mine == self._loads:  # else newer texts were applied meanwhile
-                self._loaded = texts
+                self._loaded = texts, settings
                 return settings
 
     def taken_over(self) -> None:
         """Note that the configuration loaded last is applied."""
         self._running = self._loaded
+
+    def keep(self) -> None:
+        """Keep what runs for the next start, and for a shutdown without a daemon."""
+        self._keep(*self._running)
+
+    def keep_beside(self) -> None:
+        """The same beside the loop: it is written to a disk."""
+        keeping = asyncio.get_running_loop().create_task(self._kept_beside())
+        self._keeping.add(keeping)
+        keeping.add_done_callback(self._keeping.discard)
+
+    async def _kept_beside(self) -> None:
+        try:
+            await self._threads.call(LOAD_S, self.keep)
+        except DeadlineError as error:
+            log.warning("the configuration is not kept for the next start: %s", error)
 
     def texts(self) -> Mapping[str, str] | None:
         """The present texts of the files; None if they cannot be read."""
@@ -182,10 +202,10 @@ class Source:
             return None
 
     def differs(self, texts: Mapping[str, str] | None) -> bool:
-        return texts != self._running
+        return texts != self._running[0]
 
     def watched(self) -> list[Path]:
-        files = map(Path, {**self._loaded, **self._running})
+        files = map(Path, {**self._loaded[0], **self._running[0]})
         return [self._directory, self._directory / configuration.DROP_INS, *files]
 
 
@@ -207,6 +227,7 @@ def _composition(arguments: Arguments) -> tuple[Settings, Ports, Source]:
         directory,
         functools.partial(configuration.read, directory, required=arguments.config is not None),
         functools.partial(configuration.settings, validated=configuration.VALIDATED),
+        functools.partial(configuration.keep, configuration.VALIDATED),
     )
     settings = source.load()
     return settings, real_ports(settings, directory), source
@@ -230,6 +251,7 @@ async def _serve(arguments: Arguments) -> int:
     engine = Engine(settings, ports)
     engine.start()
     source.taken_over()
+    source.keep()
     await engine.inventory.look()
 
     @contextlib.contextmanager
@@ -248,6 +270,7 @@ async def _serve(arguments: Arguments) -> int:
         before = engine.settings.daemon.libvirt_uri
         engine.configure(settings)
         source.taken_over()
+        source.keep_beside()
         shown.config_changed = False
         log.info("the configuration was read again")
         if engine.settings.daemon.libvirt_uri != before:
@@ -338,11 +361,8 @@ def down_here(verb: str) -> None:
     REQUESTER.set(Requester(os.getuid(), is_here=True))
 
     async def run() -> None:
-        settings = _last_valid_settings()
-        ports = real_ports(settings)
-        engine = Engine(settings, ports)
-        with engine.going_down():
-            engine.start()
+        with contextlib.ExitStack() as stack:
+            engine, ports = _engine_here(stack)
             await engine.inventory.look()
             withdrawal = asyncio.create_task(ports.host.reach_target(False))
             try:
@@ -361,16 +381,42 @@ def down_here(verb: str) -> None:
     asyncio.run(run())
 
 
-def _last_valid_settings() -> Settings:
-    """Raises ConfigError if the files are refused and no valid settings were kept."""
-    try:
-        return configuration.load(validated=configuration.VALIDATED)
-    except ConfigError as error:
-        settings = configuration.last_valid(configuration.VALIDATED)
-        if settings is None:
-            raise
-        log.error("%s; the last valid configuration is used", error)
-        return settings
+def _engine_here(stack: contextlib.ExitStack) -> tuple[Engine, Ports]:
+    """Going down until the stack ends: on the settings in the files, else the last that a daemon ran with, else on what is known to be open.
+
+    Raises ConfigError if none of these is there.
+    """
+    refused: ConfigError | None = None
+    for what, load in _SETTINGS_HERE:
+        try:
+            if (settings := load()) is None:
+                continue
+            ports = real_ports(settings)
+            engine = Engine(settings, ports)
+            stack.enter_context(engine.going_down())
+            engine.start()  # the volumes may need each other in a circle, which is refused here
+        except ConfigError as error:
+            if refused is None:
+                refused = error
+                log.error("%s", error)
+            continue
+        if refused is not None:
+            if not settings.volumes and not engine.graph.volumes:
+                break
+            log.error("%s", what)
+        return engine, ports
+    assert refused is not None  # an empty configuration is never refused
+    raise refused
+
+
+_SETTINGS_HERE: tuple[tuple[str, Callable[[], Settings | None]], ...] = (
+    ("", lambda: configuration.load(validated=configuration.VALIDATED)),
+    (
+        "the last valid configuration is used",
+        lambda: configuration.last_valid(configuration.VALIDATED),
+    ),
+    ("there is no valid configuration: what vmcryptd has opened is closed", Settings),
+)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 
+from tests.lib import Host
 from vmcryptd import daemon
 from vmcryptd.core.errors import BusyError, ConfigError, StorageError
-from vmcryptd.core.model import Settings
+from vmcryptd.core.model import VolumeSpec
 from vmcryptd.posix.host_lock import DAEMON, Holder, HostLock
 
 
@@ -111,22 +113,64 @@ def test_a_daemon_that_waits_can_be_stopped(path: Path, monkeypatch: pytest.Monk
     asyncio.run(test())
 
 
-def test_the_last_valid_settings_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A typo, an upgrade, a daemon that is down: the volumes are closed all the same."""
-    kept = tmp_path / "settings.json"
-    file = tmp_path / "vmcryptd.toml"
-    monkeypatch.setattr(daemon.configuration, "VALIDATED", kept)
+A = '[volume.a]\ndevice = "/dev/vg/a"\n'
+UUID = "00000000-0000-0000-0000-000000000001"
+TYPO = "[volume.a]\ndevise = 1\n"
+# It is found out only when the volumes are put in order.
+CIRCLE = f'{A}after = ["b"]\n[volume.b]\ndevice = "/dev/vg/b"\nafter = ["a"]\n'
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host whose daemon is down, with a volume open that it has opened; the configuration is `tmp_path`'s."""
+    monkeypatch.setattr(daemon.configuration, "VALIDATED", tmp_path / "settings.json")
     load = daemon.configuration.load
     monkeypatch.setattr(
         daemon.configuration, "load", lambda validated: load(tmp_path, validated=validated)
     )
-    file.write_text("[volume.a]\ndevise = 1\n")
-    with pytest.raises(ConfigError, match="devise"):
-        daemon._last_valid_settings()
-    file.write_text('[volume.a]\ndevice = "/dev/vg/a"\n')
-    valid = daemon._last_valid_settings()
-    assert list(valid.volumes) == ["a"]
-    file.write_text("[volume.a]\ndevise = 1\n")
+    host = Host.parse(f'{A}uuid = "{UUID}"\n[sim.volume.a]\nopen = true\n')
+    monkeypatch.setattr(daemon, "real_ports", lambda settings: host.ports())
+    return host
+
+
+def write(folder: Path, text: str) -> None:
+    (folder / "vmcryptd.toml").write_text(text)
+
+
+def run_daemon(folder: Path) -> None:
+    """Have the daemon run with these files."""
+    kept, texts = folder / "settings.json", daemon.configuration.read(folder)
+    daemon.configuration.keep(kept, texts, daemon.configuration.settings(texts, kept))
+
+
+def volumes_here() -> list[str]:
+    async def scene() -> list[str]:
+        with contextlib.ExitStack() as stack:
+            engine, _ = daemon._engine_here(stack)
+            engine.close()
+            return list(engine.graph.volumes)
+
+    return asyncio.run(scene())
+
+
+@pytest.mark.parametrize("mistake", [TYPO, CIRCLE])
+def test_the_last_valid_settings_count(here: Host, tmp_path: Path, mistake: str) -> None:
+    """A typo, an upgrade, a daemon that is down: the volumes are closed all the same."""
+    write(tmp_path, A)
+    run_daemon(tmp_path)
+    write(tmp_path, mistake)
+    assert volumes_here() == ["a"]
+    kept = tmp_path / "settings.json"
     kept.write_text(kept.read_text().replace('"version": "', '"version": "0.'))
-    assert daemon._last_valid_settings() == valid
-    assert isinstance(valid, Settings)
+    assert volumes_here() == ["a"]
+
+
+@pytest.mark.parametrize("mistake", [TYPO, CIRCLE])
+def test_without_valid_settings_what_is_open_counts(
+    here: Host, tmp_path: Path, mistake: str
+) -> None:
+    write(tmp_path, mistake)
+    with pytest.raises(ConfigError, match="devise|circle"):
+        volumes_here()  # nothing is known to be open
+    here.keep_open({"a": VolumeSpec("a", "/dev/vg/a", uuid=UUID)})
+    assert volumes_here() == ["a"]

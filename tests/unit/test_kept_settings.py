@@ -150,10 +150,11 @@ def test_a_broken_file_is_written_anew(tmp_path: Path, broken: str) -> None:
         case "types":
             kept.write_text(json.dumps({"version": [], "texts": 5, "settings": None}))
         case "names":
-            files.settings(texts, kept)
+            files.keep(kept, texts, files.settings(texts))
             content = json.loads(kept.read_text())
             content["settings"]["volumes"]["a"]["unlock"] = "never"
             kept.write_text(json.dumps(content))
     found = files.settings(texts, kept)
+    files.keep(kept, texts, found)
     assert found.volumes["a"].unlock is Unlock.GUEST
     assert files.last_valid(kept) == found

@@ -12,6 +12,7 @@ import pytest
 
 from vmcryptd.adapters.systemd.state_files import StateFiles
 from vmcryptd.config import files
+from vmcryptd.core.model import Settings
 from vmcryptd.posix.host_lock import HostLock
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "packaging/debian"
@@ -30,7 +31,7 @@ def root(tmp_path: Path) -> Path:
         keep(*[{}] * len(inspect.signature(keep).parameters))
     assert HostLock(runtime / "lock").try_hold("vmcryptd")
     (tmp_path / "etc").mkdir()
-    files.load(tmp_path / "etc", state / "settings.json")
+    files.keep(state / "settings.json", {}, Settings())
     return tmp_path
 
 

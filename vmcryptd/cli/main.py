@@ -44,6 +44,7 @@ from vmcryptd.core.errors import (
     EXIT_USAGE,
     EXIT_WAITING,
     BusyError,
+    ConfigError,
     NotAuthorizedError,
     StillWaitingError,
     UnreachableError,
@@ -481,8 +482,13 @@ def _extend_stop() -> None:
         return
     with contextlib.suppress(Exception):  # else the unit's own timeout holds
         from vmcryptd.config import files
+        from vmcryptd.core.model import Settings
 
-        _notify_longer(files.load(validated=files.VALIDATED).daemon.shutdown_timeout_s + CLOSING_S)
+        try:
+            settings = files.load(validated=files.VALIDATED)
+        except ConfigError:  # what is done without a daemon goes by these, too
+            settings = files.last_valid(files.VALIDATED) or Settings()
+        _notify_longer(settings.daemon.shutdown_timeout_s + CLOSING_S)
 
 
 async def _console(arguments: Namespace) -> int:

@@ -139,16 +139,19 @@ def settings(texts: Mapping[str, str], validated: Path | None = None) -> Setting
         return known
     from vmcryptd.config import schema
 
-    parsed = schema.parse(texts)
-    if validated is None:
-        return parsed
-    content = {"version": __version__, "texts": texts, "settings": asdict(parsed)}
+    return schema.parse(texts)
+
+
+def keep(validated: Path, texts: Mapping[str, str], settings: Settings) -> None:
+    """Keep what these files meant, once a daemon runs with it: a circle of volumes shows only then."""
+    if _load_validated(validated, texts) is not None:
+        return
+    content = {"version": __version__, "texts": texts, "settings": asdict(settings)}
     try:
         # For root only: the arguments of a fetcher may hold a token.
         write_atomically(validated, json.dumps(content).encode(), 0o600)
     except OSError as error:
         log.debug("%s cannot be written, the next start takes longer: %s", validated, error)
-    return parsed
 
 
 def last_valid(validated: Path) -> Settings | None:
