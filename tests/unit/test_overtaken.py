@@ -190,3 +190,78 @@ async def test_a_caller_that_leaves_is_no_request_that_overtook(run: Running) ->
             await work
         finish(writer)
     assert keys() == []
+
+
+@play(volume("a") + volume("b", A + "\nopen = true"))
+async def test_what_is_killed_opens_its_volume_in_its_last_moment(run: Running) -> None:
+    go_on = asyncio.Event()
+
+    async def killed(*_: object) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await go_on.wait()
+            run.host.volume("a", open=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmcryptd.engine.engine.PANIC_CANCEL_S", 0.01)
+        patch.setattr(run.host, "open", killed)
+        work = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("alpha")))
+        await run.until(lambda: run.volumes()["a"] == "unlocking")
+        await turns()
+        down = asyncio.ensure_future(run.engine.panic())
+        await run.until(lambda: run.host.done("close b"))
+        go_on.set()
+        await down
+        await turns()
+    await run.looked()
+    assert run.volumes() == {"a": "locked", "b": "locked"}
+    assert isinstance(await failure(work), CancelledError)
+    assert keys() == []
+
+
+@play(volume("a"))
+async def test_what_never_ends_is_named_by_panic(run: Running) -> None:
+    go_on = asyncio.Event()
+
+    async def hangs(*_: object) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await go_on.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmcryptd.engine.engine.PANIC_CANCEL_S", 0.01)
+        patch.setattr("vmcryptd.engine.engine.KILLED_S", 0.01)
+        patch.setattr(run.host, "open", hangs)
+        work = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "a", handed_in("alpha")))
+        await run.until(lambda: run.volumes()["a"] == "unlocking")
+        await turns()
+        error = await failure(run.engine.panic())
+        assert "volume a: an attempt to open it does not end" in str(error)
+        go_on.set()
+        await failure(work)
+
+
+@pytest.mark.parametrize("what", ["close", "unmount"])
+def test_panic_wipes_the_key_of_what_cannot_be_closed_in_time(what: str) -> None:
+    @play(
+        volume("a", A + "\nopen = true").replace(
+            "[sim", 'content = "filesystem"\nmount = "/m"\n[sim'
+        )
+    )
+    async def scene(run: Running) -> None:
+        async def hangs(*_: object) -> None:
+            await asyncio.Event().wait()
+
+        run.host.volume("a", mounted=True)
+        await run.looked()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vmcryptd.engine.panic.CLOSE_S", 0.01)
+            patch.setattr(run.host, what, hangs)
+            error = await failure(run.engine.panic())
+        assert "it takes longer than 0.01 s" in str(error)
+        assert "its key is wiped" in str(error)
+        assert run.volumes() == {"a": "suspended"}
+
+    scene()

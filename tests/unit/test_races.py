@@ -241,3 +241,67 @@ async def test_a_guest_that_is_started_while_its_volume_closes_gets_it_opened_ag
     run.host.release("closing a")
     await starting
     assert run.host.done("close ", "open ", "start ") == ["close a", "open a", "start h"]
+
+
+@pytest.mark.parametrize("key_cache_s", [0.0, 60.0])
+def test_an_answer_that_comes_as_everything_goes_down(key_cache_s: float) -> None:
+    """It is not kept for what comes up later."""
+    token = Token()
+
+    class Person:
+        def __init__(self) -> None:
+            self.answered = asyncio.Event()
+
+        async def ask(self, message: str) -> Key:
+            await self.answered.wait()
+            return token
+
+    async def on_waiting(names: list[str]) -> None:
+        pass
+
+    async def scene() -> None:
+        person = Person()
+        asked = Prompt(person, lambda: None, on_waiting)  # type: ignore[arg-type]
+        asked.cache(key_cache_s)
+        asked.expect("a")
+        waiting = asyncio.ensure_future(asked.next(spec("a"), lambda: True))
+        for _ in range(30):
+            await asyncio.sleep(0)
+        person.answered.set()
+        asked.wipe()
+        waiting.cancel()
+        asked.release("a")
+        for _ in range(30):
+            await asyncio.sleep(0)
+        assert (asked.held, token.closed) == ([], 1)
+
+    asyncio.run(scene())
+
+
+def test_an_answer_that_comes_as_its_volume_is_open() -> None:
+    """Nothing needs it any more, so it is not kept."""
+    token = Token()
+    answered = asyncio.Event()
+
+    class Person:
+        async def ask(self, message: str) -> Key:
+            await answered.wait()
+            return token
+
+    async def on_waiting(names: list[str]) -> None:
+        pass
+
+    async def scene() -> None:
+        asked = Prompt(Person(), lambda: None, on_waiting)  # type: ignore[arg-type]
+        asked.expect("a")
+        waiting = asyncio.ensure_future(asked.next(spec("a"), lambda: True))
+        for _ in range(30):
+            await asyncio.sleep(0)
+        answered.set()
+        waiting.cancel()
+        asked.release("a")
+        for _ in range(30):
+            await asyncio.sleep(0)
+        assert (asked.held, token.closed) == ([], 1)
+
+    asyncio.run(scene())

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from vmcryptd.core import events, planner
-from vmcryptd.core.errors import BusyError, NotAskedError
+from vmcryptd.core.errors import BusyError, NotAskedError, VmcryptdError
 from vmcryptd.core.goals import LOCK_ALL, SHUTDOWN, Action, Goal, Plan, StepId, Verb
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import HostState, Lock, Settings
@@ -38,8 +38,10 @@ from vmcryptd.engine.steps import Steps
 
 log = logging.getLogger(__name__)
 
-# Operations that take longer are left to end by themselves: wiping the keys does not wait for them.
+# What does not end within this is not waited for before the volumes are closed.
 PANIC_CANCEL_S = 2.0
+# A child that is killed ends within this, unless it hangs in the kernel.
+KILLED_S = 5.0
 # A header that is being changed is waited for on the way down, for so long.
 CHANGE_S = 30.0
 
@@ -302,7 +304,8 @@ class Engine:
         log.warning("panic: asked for by %s", asked, extra=events.fields(events.PANIC))
         log.warning("panic: keys dropped from memory: %d", held)
         self._jobs.stop_rising()
-        await asyncio.gather(
+        opening = self.scheduler.opening()
+        ended, _ = await asyncio.gather(
             self.operations.break_off(PANIC_CANCEL_S),
             self.scheduler.cancel(list(self.scheduler.running), PANIC_CANCEL_S),
         )
@@ -310,6 +313,11 @@ class Engine:
         self._activities.forget()
         self.inventory.observe()
         errors = await panic(self.inventory, self._ports, self._release)
+        late = {name: task for name, task in opening.items() if not task.done()}
+        if late or not ended:
+            errors |= await self._end_late(late)
+            # A child may have made its mapping just before it was killed.
+            errors |= await panic(self.inventory, self._ports, self._release)
         for name, error in errors.items():
             if name in self._activities.volumes:
                 self._activities.volumes[name].error = error
@@ -324,6 +332,28 @@ class Engine:
             async with asyncio.timeout(PANIC_CANCEL_S):
                 return await self._adoption.mapping_to_close(name)
         return ""
+
+    async def _end_late(
+        self, opening: Mapping[str, asyncio.Task[None]]
+    ) -> dict[str, VmcryptdError]:
+        """Wait until all that has a key has ended, for KILLED_S. Returns what has not."""
+        waits = [asyncio.create_task(asyncio.wait({task})) for task in opening.values()]
+        ended = asyncio.create_task(self.operations.break_off(KILLED_S))
+        await asyncio.wait({*waits, ended}, timeout=KILLED_S)
+        for wait in waits:
+            wait.cancel()
+        advice = "its process hangs in the kernel and may still have the key (`journalctl -k`)"
+        errors: dict[str, VmcryptdError] = {
+            name: BusyError(f"volume {name}: an attempt to open it does not end: {advice}")
+            for name, task in opening.items()
+            if not task.done()
+        }
+        if not await ended:
+            errors["keys"] = BusyError(f"a call with a key does not end: {advice}")
+        for error in errors.values():
+            log.error("panic: %s", error)
+        self.inventory.observe()
+        return errors
 
     async def _cancel_rising(self) -> None:
         timeout_s = self.settings.daemon.shutdown_timeout_s

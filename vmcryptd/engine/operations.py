@@ -99,9 +99,10 @@ class Operations:
         await _ended(changing, timeout_s)
         await _end(changing)
 
-    async def break_off(self, timeout_s: float) -> None:
-        """End all at once, whatever they do; what has not ended in this time is left to end by itself."""
+    async def break_off(self, timeout_s: float) -> bool:
+        """End all at once, whatever they do. False if some have not ended in this time."""
         await _end(self._running.values(), timeout_s)
+        return not self._running
 
 
 async def _end(operations: Iterable[Operation], timeout_s: float = Infinity) -> None:

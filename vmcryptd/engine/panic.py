@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # libvirt may hang while it kills; the keys do not wait for it longer than this.
 KILL_S = 5.0
+# A disk or udevd that hangs may keep a volume from being closed for minutes; its key is wiped after this.
+CLOSE_S = 10.0
 
 
 async def panic(
@@ -60,12 +62,15 @@ async def panic(
         node = graph.volumes[name]
         mapping = await release(name) or node.mapping
         try:
-            if node.mounts:
-                await ports.blocks.unmount(node.spec, mapping)
-            if node.is_active:
-                await ports.blocks.deactivate(node.spec, mapping)
-            await ports.crypt.close(mapping)
-        except VmcryptdError as error:
+            async with asyncio.timeout(CLOSE_S):
+                if node.mounts:
+                    await ports.blocks.unmount(node.spec, mapping)
+                if node.is_active:
+                    await ports.blocks.deactivate(node.spec, mapping)
+                await ports.crypt.close(mapping)
+        except (TimeoutError, VmcryptdError) as caught:
+            is_late = isinstance(caught, TimeoutError)
+            error = f"it takes longer than {CLOSE_S:g} s" if is_late else str(caught)
             try:
                 await ports.crypt.wipe(mapping)
             except VmcryptdError as worse:

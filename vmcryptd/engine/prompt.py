@@ -87,6 +87,7 @@ class Prompt:
         self.changes = Changes()  # there may be another answer, or none be wanted any more
         self._asking: asyncio.Task[None] | None = None
         self._is_closed = False
+        self._wiped = 0  # how often all answers were wiped
         self.key_cache_s = 0.0
         self.declined = False
 
@@ -292,7 +293,8 @@ class Prompt:
         self._changed()
 
     def wipe(self) -> None:
-        """Discard every answer now."""
+        """Discard every answer now, and those to questions that are open."""
+        self._wiped += 1
         for answer in list(self._answers):
             self.withdraw(answer)
 
@@ -324,6 +326,7 @@ class Prompt:
             await self._announce(announced)
             wrong = answer is not None and any(name in answer.refused for name in names)
             message = question([self._waiting[name] for name in names], wrong)
+            wiped = self._wiped
             try:
                 key = await self._ask_while_waiting(message, names, announced)
             except CancelledError:
@@ -332,7 +335,11 @@ class Prompt:
                 log.warning("the question for a passphrase broke off, it comes again: %s", error)
             else:
                 again_s = AGAIN_S[0]
+                if key is not None and wiped != self._wiped:
+                    key.close()  # it was asked for before everything went down
+                    key = None
                 answer = self.offer(key, "prompt") if key is not None else None
+                self.drop_unneeded()  # the volumes may be open by now
                 continue
             self._changed()
             await self._pause(again_s)

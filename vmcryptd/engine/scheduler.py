@@ -66,6 +66,14 @@ class Scheduler:
         """The steps under way."""
         return self._running.keys()
 
+    def opening(self) -> dict[str, asyncio.Task[None]]:
+        """The volumes that are being opened, each with its step."""
+        return {
+            step_id.object: task
+            for step_id, (task, _) in self._running.items()
+            if step_id.action is Action.UNLOCK
+        }
+
     def close(self) -> None:
         for task, _ in self._running.values():
             task.cancel()
