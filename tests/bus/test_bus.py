@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import random
 import socket
@@ -197,6 +198,33 @@ def test_a_call_that_waits_for_polkit_is_overtaken(run: Any) -> None:
             assert it.manager.finished == []
             await it.ask("Unlock", "s", "b")
             assert it.manager.finished == ["b"]
+
+    run(test())
+
+
+def test_a_call_whose_turn_has_not_come_is_overtaken(run: Any) -> None:
+    """Its user had many calls: it was sent before everything was locked, and is served after it."""
+
+    async def test() -> None:
+        async with serving(Gate(trusted=frozenset())) as it:
+            it.manager.go.set()
+            await it.ask("Plan", "s", "boot")
+            admission = it.objects._admission
+            lane = admission._lanes[os.getuid()]
+            lane.rests_until = math.inf
+            early = asyncio.create_task(it.refused("Unlock", "s", "a"))
+            read = asyncio.create_task(it.ask("Plan", "s", "lock"))
+            while len(lane.frames) < 2:
+                await asyncio.sleep(0.001)
+            waiting = [lane.take(), lane.take()]
+            lane.rests_until = 0
+            await it.ask("LockAll")
+            for frame in waiting:
+                lane.add(frame)
+            await it.ask("Plan", "s", "boot")
+            assert await early == "Cancelled"
+            assert await read == ["lock"]
+            assert it.manager.finished == []
 
     run(test())
 

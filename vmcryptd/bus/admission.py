@@ -104,6 +104,7 @@ class Admission:
         self._connection = connection
         self._serve = serve
         self._trusted = trusted
+        self.epoch = 0  # how often a call that overtakes all earlier ones was carried out
         self._is_open = False
         self._uids: dict[str, int] = {}  # connection → user
         self._unknown: dict[str, _Lane] = {}  # by connection, while the bus is asked for its user
@@ -145,6 +146,7 @@ class Admission:
                 lane.drop(sender)
 
     def _arrived(self, frame: Frame) -> None:
+        frame = frame._replace(epoch=self.epoch)
         uid = self._uids.get(frame.sender)
         if uid is not None:
             self._lane(uid).add(frame)
@@ -241,7 +243,7 @@ class Admission:
             frame.close()
             self._refuse(frame, transport.STANDARD_ERROR + "InvalidArgs", str(error))
         else:
-            self._serve(call._replace(uid=lane.uid, is_trusted=lane.is_trusted))
+            self._serve(call._replace(uid=lane.uid, is_trusted=lane.is_trusted, epoch=frame.epoch))
 
     def _pay(self, lane: _Lane, now: float) -> None:
         while lane.owed and (lane.is_trusted or (lane.pays_at <= now and self._may(lane))):

@@ -115,8 +115,8 @@ def exported(
     """Mark a method of an Interface as a D-Bus method that needs a polkit action, or each of several.
 
     `None` is open to every user: for reading only. `purpose`: as in `Authority.check`, with the
-    method's arguments as details. `overtakes`: a call that waits for its authorisation when this
-    one is answered takes no effect any more.
+    method's arguments as details. `overtakes`: a call that waits for its turn or its authorisation
+    when this one is answered takes no effect any more.
     """
     actions = (action,) if isinstance(action, str) else action or ()
 
@@ -243,7 +243,6 @@ class Objects:
         self._counts: Counter[tuple[int, bool]] = Counter()  # pending: user, needs authorisation
         self._serving = self._stopping = False
         self._refused: Counter[int] = Counter()  # by user, since a refusal of his was logged
-        self._overtaken = 0  # how often calls that overtake others have been carried out
         self._peer, self._introspectable = _Peer(), _Introspectable(self)
         self._standard = (self._peer, self._introspectable, _Properties(self))
         self._manager = _ObjectManager(self)
@@ -389,7 +388,6 @@ class Objects:
         call, method = pending.call, pending.method
         CALL.set(call)
         REQUESTER.set(Requester(call.uid))
-        overtaken = self._overtaken
         if method.actions:
             details = {
                 name: escaped(value)
@@ -397,13 +395,13 @@ class Objects:
                 if kind == "s"
             }
             await self._authority.check(call, method.actions, method.purpose, details)
-        if overtaken != self._overtaken and not method.overtakes:
-            raise CancelledError(OVERTAKEN)
+            if call.epoch != self._admission.epoch and not method.overtakes:
+                raise CancelledError(OVERTAKEN)
         pending.authorised = True
         try:
             return await method.function(pending.interface, *call.body)
         finally:
-            self._overtaken += method.overtakes
+            self._admission.epoch += method.overtakes
 
     def _on_done(self, task: asyncio.Task[Any]) -> None:
         pending = self._pending.get(task)

@@ -165,6 +165,7 @@ class Call(NamedTuple):
     fds: list[int]
     uid: int = -1  # of the sender; -1 if not known
     is_trusted: bool = False  # the sender may do and see everything
+    epoch: int = 0  # as that of its frame
 
     def take_fd(self, index: int) -> int:
         """Hand over the descriptor that an argument of type `h` names; the caller closes it."""

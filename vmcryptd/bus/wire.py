@@ -47,6 +47,7 @@ class Frame(NamedTuple):
     size: int
     data: bytes
     fds: list[int]
+    epoch: int = 0  # how often everything had gone down when it arrived
 
     def close(self) -> None:
         close(self.fds)
