@@ -1,27 +1,61 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Key sources by their kind alone, in texts that everybody may read: an argument may hold a token."""
+"""Arguments of key sources in texts that everybody may read: they hold tokens, or tell where keys lie. Pure."""
 
 from __future__ import annotations
 
-from vmcryptd.core.model import Settings
+import re
+from collections.abc import Iterator
+
+from vmcryptd.core.model import KeySource, Settings, SourceKind
+
+_WORD = re.compile(r"\S+")
+_BEFORE, _AFTER = "\"'`(", "\"'`).,:;"
+HIDDEN = "…"
 
 
 class Redaction:
-    """Knows every key source that was configured since the daemon started: errors outlive a reload."""
+    """Takes out the arguments of all sources that have ever been configured.
+
+    An error stays after its source has left the configuration, and its token may still be good.
+    """
 
     def __init__(self) -> None:
-        self._kinds: dict[
-            str, str
-        ] = {}  # by source, the longest first: one may begin as another does
+        # First word of a text to be hidden → such texts with what stands for each, the longest first.
+        self._known: dict[str, dict[str, str]] = {}
 
     def learn(self, settings: Settings) -> None:
+        """These sources are configured now."""
         for spec in settings.volumes.values():
-            self._kinds |= {str(one): one.kind for one in spec.keys if one.argument}
-        longest_first = sorted(self._kinds, key=len, reverse=True)
-        self._kinds = {source: self._kinds[source] for source in longest_first}
+            for source in spec.keys:
+                for text, instead in _texts(source):
+                    first = text.split(maxsplit=1)[0]
+                    texts = {**self._known.get(first, {}), text: instead}
+                    self._known[first] = dict(sorted(texts.items(), key=lambda one: -len(one[0])))
 
     def __call__(self, text: str) -> str:
-        if ":" in text:
-            for source, kind in self._kinds.items():
-                text = text.replace(source, kind)
-        return text
+        """The text with sources by their kind alone, and without their paths."""
+        parts, end = [], 0
+        for match in _WORD.finditer(text):
+            word = match[0]
+            start = match.start() + len(word) - len(word.lstrip(_BEFORE))
+            if start < end:
+                continue  # within what was just hidden
+            word = word.lstrip(_BEFORE)
+            known = {**self._known.get(word.rstrip(_AFTER), {}), **self._known.get(word, {})}
+            for hidden, instead in sorted(known.items(), key=lambda one: -len(one[0])):
+                if text.startswith(hidden, start):
+                    parts += [text[end:start], instead]
+                    end = start + len(hidden)
+                    break
+        return "".join((*parts, text[end:]))
+
+
+def _texts(source: KeySource) -> Iterator[tuple[str, str]]:
+    if not source.argument.strip():
+        return
+    yield str(source), str(source.kind)
+    if source.kind in (SourceKind.FILE, SourceKind.EXEC):
+        # Errors name the file, or the program, which other words of the command follow.
+        yield source.argument.strip(), HIDDEN
+    if source.kind is SourceKind.EXEC:
+        yield source.argument.split()[0], HIDDEN

@@ -66,7 +66,7 @@ class StateFiles:
         }
 
     def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None:
-        # For root only: errors name key sources with their arguments.
+        # For root only: programs say whatever they like of their failures.
         _store(self._reasons, {"reasons": dict(reasons)}, mode=0o600)
 
     def open_volumes(self) -> dict[str, VolumeSpec]:
