@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,3 +135,20 @@ def test_who_is_called_off_takes_nobody_with_him(kernel: Kernel) -> None:
 
     assert asyncio.run(work())
     assert not list(kernel.root.iterdir())
+
+
+def test_an_error_that_nobody_waits_for(kernel: Kernel) -> None:
+    kernel.add("a")
+    kernel.hung.add("a")
+    forgotten: list[object] = []
+
+    async def work() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: forgotten.append(what))
+        caller = asyncio.create_task(Removal(kernel.root).attempt("a"))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait({caller, *asyncio.all_tasks()} - {asyncio.current_task()})
+        gc.collect()
+
+    asyncio.run(work())
+    assert forgotten == []

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vmcryptd.cli.output import print_json
 from vmcryptd.core.text import escaped, octal_unescaped
 from vmcryptd.posix.files import read_bounded, write_atomically
 from vmcryptd.posix.journal import JournalLines, Lines
@@ -83,8 +85,18 @@ def test_a_traceback_has_its_lines() -> None:
     except ValueError:
         record = logging.LogRecord("x", logging.ERROR, "", 0, "a fault", (), sys.exc_info())
     first, second, *_, last = JournalLines().format(record).splitlines()
-    assert (first, second) == ("<3>a fault", "<3>Traceback (most recent call last):")
-    assert last == r"<3><0>volume cr_imap is closed\x1b[2J\udcff\u202e"
+    assert (first, second) == ("<3>a fault", "<3>| Traceback (most recent call last):")
+    assert last == r"<3>| <0>volume cr_imap is closed\x1b[2J\udcff\u202e"
+
+
+def test_json_has_no_more_than_text_for_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"name": f"Gerät {HOSTILE}\x7f\x9b2J\U000e0001"}
+    print_json(value)
+    said = capsys.readouterr().out
+    assert json.loads(said) == value
+    assert "Gerät" in said
+    assert all(char.isprintable() or char == "\n" for char in said)
+    assert said.count("\n") == 3
 
 
 def test_escapes() -> None:

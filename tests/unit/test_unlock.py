@@ -288,6 +288,41 @@ async def test_a_copy_that_comes_while_a_person_is_asked(run: Running) -> None:
     assert run.host.done("try") == []
 
 
+BIG = "memory_kib = 1048576\n"
+
+
+@play(volume("b", BIG + A) + tagged("a").replace("copied", f"{BIG}copied"))
+async def test_a_copy_that_comes_while_another_volume_has_the_memory(run: Running) -> None:
+    run.host.volume("a", copied=False)
+    run.host.available_kib = 1048576
+    run.host.hold("try b")
+    other = asyncio.ensure_future(unlock_with_key.unlock(run.engine, "b", handed_in("alpha")))
+    await run.until(lambda: run.host.deriving)
+    work = asyncio.ensure_future(failure(run, "a"))
+    await run.until(lambda: run.engine.derivations._budget._waiting)
+    run.host.volume("a", copied=True)
+    run.host.release("try b")
+    assert isinstance(await work, AmbiguousDeviceError)
+    await other
+    assert run.host.done("try") == ["try b"]
+
+
+@play(tagged("a"))
+async def test_a_copy_that_comes_before_a_key_is_added(run: Running) -> None:
+    """Its header would get the key, and the volume's own would not."""
+    run.host.volume("a", copied=False)
+    run.engine.derivations._budget._cores = 1
+    async with run.engine.derivations.room_aside(0):
+        work = asyncio.ensure_future(
+            run.engine.key_slots.add("a", handed_in("alpha"), handed_in("beta"))
+        )
+        await run.until(lambda: run.engine.derivations._budget._waiting)
+        run.host.volume("a", copied=True)
+    with pytest.raises(AmbiguousDeviceError):
+        await work
+    assert run.host.done("add") == []
+
+
 @play(volume("a", 'fault = "damaged"'))
 async def test_a_damaged_header(run: Running) -> None:
     assert isinstance(await failure(run, "a"), DamagedHeaderError)

@@ -43,7 +43,13 @@ def discard_output() -> None:
 def print_json(value: object, *, indent: int | None = 2) -> None:
     import json
 
-    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    # JSON allows more in a string than a terminal should get; only new lines stand outside of one.
+    if not text.replace("\n", "").isprintable():
+        text = "".join(
+            char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text
+        )
+    print(text, flush=True)
 
 
 def page() -> Page:

@@ -102,6 +102,7 @@ class Derivations:
         self, spec: VolumeSpec, key: Key, number: int | None, slots: Sequence[KeySlot]
     ) -> None:
         async with self._room(spec, slots):
+            self._inventory.check_alone(spec)  # there may have been a long wait for the room
             node = self._inventory.graph.volumes[spec.name]
             if node.is_open and node.suspended:
                 await self._crypt.resume(spec, node.mapping, key, number)

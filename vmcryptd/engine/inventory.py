@@ -27,6 +27,7 @@ from vmcryptd.core.model import (
     Settings,
     SourceKind,
     Virtualisation,
+    VolumeSpec,
 )
 from vmcryptd.core.ports import Blocks, Crypt, Domains, Memory
 from vmcryptd.core.redaction import Redaction
@@ -260,6 +261,14 @@ class Inventory:
             self.reencrypting.add(name)
         else:
             self.reencrypting.discard(name)
+
+    def check_alone(self, spec: VolumeSpec) -> None:
+        """Whether no copy has come since the header was read. Raises AmbiguousDeviceError."""
+        if spec.has_tag:
+            self.observe()
+            node = self.graph.volumes.get(spec.name)
+            if node is not None and node.rivals:
+                raise AmbiguousDeviceError(node.trouble)
 
     def exists(self, path: str) -> bool:
         """Whether a block device or file that some guest or volume names is there."""

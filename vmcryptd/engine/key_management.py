@@ -226,6 +226,7 @@ class KeySlots:
         async with self.changing(spec, before):
             new_kib = NEW_SLOT_KIB if before.version > 1 and not is_random else 0
             async with self._derivations.room_aside(max(before.memory_kib, new_kib)):
+                self._inventory.check_alone(spec)
                 await self._ports.slots.add(spec, key, new_key, is_random=is_random)
             after = await self._ports.crypt.header(spec)
             added = [slot for slot in after.slots if slot.number not in known]
@@ -251,6 +252,7 @@ class KeySlots:
         """The key has to open another slot, else WrongKeyError."""
         async with self.changing(spec, header):
             async with self._derivations.room_aside(header.memory_kib):
+                self._inventory.check_alone(spec)
                 await self._ports.slots.remove(spec, slot, key)
             self._inventory.forget_fitted(spec.name, slot)
             self._log(events.KEY_REMOVED, spec.name, slot, "is without a key that it had")

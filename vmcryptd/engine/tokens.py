@@ -55,6 +55,7 @@ class Tokens:
         device = self._tpm if is_tpm else self._sticks[token.kind]
         pins = self._pins if is_tpm and pin is not None else contextlib.nullcontext()
         async with pins, device, self._derivations.room_for_token(spec, slots):
+            self._inventory.check_alone(spec)
             node = self._inventory.graph.volumes[spec.name]
             suspended = node.mapping if node.is_open and node.suspended else ""
             await self._crypt.open_by_token(spec, token, pin, suspended)

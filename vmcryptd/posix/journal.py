@@ -23,7 +23,8 @@ class Lines(logging.Formatter):
         lines = [escaped(record.getMessage(), LONGEST)]
         if record.exc_info:
             traceback = self.formatException(record.exc_info)
-            lines += [escaped(line, LONGEST) for line in traceback.splitlines()]
+            # Marked: an error's text may hold a line that looks like one of ours.
+            lines += [f"| {escaped(line, LONGEST)}" for line in traceback.splitlines()]
         return "\n".join(f"{self.prefix(record)}{line}" for line in lines)
 
     def prefix(self, record: logging.LogRecord) -> str:

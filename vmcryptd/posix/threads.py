@@ -115,6 +115,7 @@ def _start(
             return
         if error is not None:
             answer.set_exception(error)
+            answer.exception()  # read: a caller that is cancelled at this moment never does
         else:
             answer.set_result(result)  # type: ignore[arg-type]
 

@@ -72,7 +72,7 @@ async def _binding(place: str, token: int) -> str:
         parts = [jwe.get(part, "") for part in PARTS]
         if not all(isinstance(part, str) for part in parts):
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         why = done.complaint if done.code else "it is malformed"
         raise KeyUnavailableError(f"the Clevis token {token} cannot be read: {why}") from None
     return ".".join(parts)

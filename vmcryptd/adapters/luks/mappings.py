@@ -257,7 +257,7 @@ class Cryptsetup:
         if dump.code == 0 and uuid.code == 0:
             try:
                 return luks_header.header(uuid.out.strip().lower(), json.loads(dump.out))
-            except (ValueError, DamagedHeaderError) as error:
+            except (ValueError, RecursionError, DamagedHeaderError) as error:
                 log.info("cryptsetup's dump of %s is not understood: %s", path, error)
         raise DamagedHeaderError(
             f"volume {volume.name}: the LUKS header on {path} is damaged: {damage}; "

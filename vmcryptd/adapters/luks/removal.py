@@ -80,6 +80,7 @@ class Removal:
         """
         if self._turn is None:
             self._turn = asyncio.create_task(self._remove())
+            self._turn.add_done_callback(_read)
         turn = self._turn
         self._names.append(name)
         # Not awaited itself: a caller that is cancelled must not cancel it for the others.
@@ -103,6 +104,12 @@ class Removal:
             if failed is not None:
                 raise failed
         return set(names).difference(self.present())
+
+
+def _read(turn: asyncio.Task[set[str]]) -> None:
+    """Its error has no other reader when all its callers were cancelled."""
+    if not turn.cancelled() and (error := turn.exception()) is not None:
+        log.info("mappings cannot be removed at once: %s", error)
 
 
 def _left_behind(name: str, present: dict[str, Mapping]) -> list[str]:
