@@ -196,6 +196,12 @@ def test_a_detached_header_on_a_locked_volume(is_open: bool) -> None:
             WARNING,
             "not empty",
         ),
+        (
+            GOOD + 'content = "filesystem"\nmount = "/run/vmcryptd/keys"\n',
+            {},
+            WARNING,
+            "mounted in /run/vmcryptd, where files are removed",
+        ),
         (GOOD, {"units": {}}, WARNING, "systemd does not say"),
         (
             GOOD,

@@ -8,6 +8,7 @@ import fcntl
 import gc
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from vmcryptd.adapters.keysources.sources import SystemKeys
 from vmcryptd.core.errors import KeyUnavailableError, KeyUnusableError
 from vmcryptd.core.model import KeySource, SourceKind, VolumeSpec
 from vmcryptd.core.ports import Key
+from vmcryptd.posix import memfd
 from vmcryptd.posix.memfd import F_GET_SEALS, LIMIT, SEALS, LockedKey
 
 VOLUME = VolumeSpec("cr_imap", "/dev/nowhere", uuid="u-u")
@@ -240,6 +242,27 @@ def test_handed_in_file(key_file: Path) -> None:
     os.write(memfd, CONTENT)
     os.lseek(memfd, 8, os.SEEK_SET)
     assert receive(memfd) == CONTENT[8:]
+
+
+def test_a_file_whose_server_does_not_answer(
+    key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel waits already when it is asked what that is."""
+    answered, mode = threading.Event(), memfd._mode
+
+    def hangs(fd: int) -> int:
+        answered.wait(60)
+        return mode(fd)
+
+    monkeypatch.setattr(memfd, "_mode", hangs)
+
+    async def test() -> None:
+        keys = SystemKeys(credentials=None, timeout_s=0.2)
+        with pytest.raises(KeyUnusableError, match="did not end within 0.2 s"):
+            await keys.receive(os.open(key_file, os.O_RDONLY))
+
+    asyncio.run(test())
+    answered.set()
 
 
 def test_refused_descriptors(key_file: Path) -> None:

@@ -80,6 +80,27 @@ def test_nothing_is_removed_through_a_mount(root: Path, place: str, action: str)
     }
 
 
+def test_files_of_volumes_are_removed(root: Path) -> None:
+    for name in ("reencrypt-cr_a", "header-cr_a"):
+        (root / "run/vmcryptd" / name).write_text("{}")
+        (root / "var/lib/vmcryptd" / name).write_text(KEY)  # somebody's own: a backup, say
+    said = run("postrm", "purge", root)
+    assert not (root / "run/vmcryptd").exists()
+    for name in ("reencrypt-cr_a", "header-cr_a"):
+        assert f"{root}/var/lib/vmcryptd/{name}" in said
+
+
+@pytest.mark.parametrize("name", ["goals.json", "guest-content/cr_a"])
+def test_a_mount_on_a_file_does_not_fail_dpkg(root: Path, name: str) -> None:
+    (root / "key").write_text(KEY)
+    if name != "goals.json":
+        (root / "key").write_text("")
+    said = run("postrm", "purge", root, f"mount --bind {root}/key {root}/run/vmcryptd/{name}")
+    assert f"{root}/key" in said
+    assert f"vmcryptd: {root}/run/vmcryptd is left" in said
+    assert not (root / "var/lib/vmcryptd").exists()
+
+
 @pytest.mark.parametrize("directory", ["run/vmcryptd", "var/lib/vmcryptd"])
 def test_what_the_daemon_did_not_write_is_left_and_named(root: Path, directory: str) -> None:
     (root / directory / "keys.luks").write_text(KEY)

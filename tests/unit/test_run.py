@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,11 +67,39 @@ def test_missing_program(name: str) -> None:
         asyncio.run(run([name], timeout_s=5))
 
 
-def test_malformed_program(tmp_path: Path) -> None:
-    (tmp_path / "p").write_bytes(b"not a program")
+def test_a_program_without_an_interpreter(tmp_path: Path) -> None:
+    """The system's shell takes it, as execvp(3) has it."""
+    (tmp_path / "p").write_bytes(b"\xff\xfe no program")
     (tmp_path / "p").chmod(0o700)
-    with pytest.raises(CommandError, match="cannot be started: Exec format error"):
-        asyncio.run(run([str(tmp_path / "p")], timeout_s=5))
+    done = asyncio.run(run([str(tmp_path / "p")], timeout_s=60))
+    assert done.code in (126, 127)
+    assert "not found" in done.complaint
+
+
+def test_a_program_on_a_disk_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, access = threading.Event(), os.access
+
+    def hangs(path: str, mode: int) -> bool:
+        return answered.wait(60) if path == "/mnt/dead/fetch" else access(path, mode)
+
+    monkeypatch.setattr("vmcryptd.posix.run.os.access", hangs)
+
+    async def test() -> None:
+        asking = asyncio.create_task(run(["/mnt/dead/fetch"], timeout_s=0.2))
+        assert (await run(["echo", "-n", "the loop goes on"], timeout_s=60)).out != ""
+        with pytest.raises(DeadlineError):
+            await asking
+
+    asyncio.run(test())
+    answered.set()
+
+
+def test_a_program_of_the_administrators_own(tmp_path: Path) -> None:
+    script = tmp_path / "a=b c"
+    script.write_text('#!/bin/sh\necho "$0|$1|$(nice)"; exit 7\n')
+    script.chmod(0o700)
+    done = asyncio.run(run([str(script), "-n x"], timeout_s=60))
+    assert (done.code, done.out) == (7, f"{script}|-n x|{os.nice(0)}\n")
 
 
 def gone(pid_file: Path) -> bool:

@@ -21,6 +21,7 @@ from vmcryptd.core.errors import (
     VmcryptdError,
 )
 from vmcryptd.core.graph import GuestNode, VolumeNode
+from vmcryptd.core.keystores import SWEPT_MOUNTS, swept_by
 from vmcryptd.core.model import Header, KeySource, SourceKind, Unlock
 from vmcryptd.core.text import escaped
 
@@ -147,6 +148,13 @@ def _volumes(facts: Facts) -> Iterator[Finding]:
         yield from _kernel_name(facts, where, node)
         yield from _header(facts, where, node)
         yield from _keys(facts, where, node)
+        if spec.mount and (directory := swept_by(spec.mount, SWEPT_MOUNTS)):
+            text = (
+                f"it is mounted in {directory}, where files are removed by age or with the package"
+            )
+            yield Finding(
+                WARNING, where, text, "correct `mount`: name a place of its own, such as /srv"
+            )
         if spec.mount and spec.mount not in node.mounts:
             yield from _mount_point(facts, where, spec.mount)
 

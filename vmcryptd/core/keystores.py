@@ -98,9 +98,14 @@ def wanted(name: str, options: Mapping[str, object], uuid: str) -> Keystore:
 
 def check_swept(name: str, path: str, swept: tuple[str, ...]) -> None:
     """Raises OptionError for a path in a directory that is cleaned."""
-    for directory in swept:
-        if path == directory or path.startswith(f"{directory}/"):
-            raise OptionError(
-                f"keystore {name}: {path} is no place for it: files in {directory} do not stay (they are removed at "
-                "boot, by age or with the package), and the keys would be lost; name another place, such as /var/lib"
-            )
+    if directory := swept_by(path, swept):
+        raise OptionError(
+            f"keystore {name}: {path} is no place for it: files in {directory} do not stay (they are removed at "
+            "boot, by age or with the package), and the keys would be lost; name another place, such as /var/lib"
+        )
+
+
+def swept_by(path: str, swept: tuple[str, ...]) -> str:
+    """The directory that is cleaned and in which the path lies; empty if there is none."""
+    found = (one for one in swept if path == one or path.startswith(f"{one}/"))
+    return next(found, "")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from vmcryptd.core.errors import KeyUnusableError, KeyWithdrawnError
 from vmcryptd.posix.run import run
+from vmcryptd.posix.threads import DaemonThreads
 
 if TYPE_CHECKING:  # not imported at run time, for a fast command line
     import ctypes
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # not imported at run time, for a fast command line
 LIMIT = 8 * 1024 * 1024  # cryptsetup's limit for key files
 
 # fcntl(2); the module has these names from Python 3.8 on only where the C library had them too.
-F_ADD_SEALS, F_GET_SEALS = 1033, 1034
+F_GETPIPE_SZ, F_ADD_SEALS, F_GET_SEALS = 1032, 1033, 1034
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE = 1, 2, 4, 8
 MAP_FAILED = (1 << (8 * struct.calcsize("P"))) - 1  # (void *) -1, mmap(2)
 SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
@@ -150,16 +151,22 @@ async def copy_from_caller(fd: int, key: MemfdKey) -> None:
 
     Its O_NONBLOCK flag is shared with the sender, so it is neither trusted nor changed.
     """
-    mode = os.fstat(fd).st_mode
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if stat.S_ISDIR(mode):
-        raise KeyUnusableError("the key is a directory; give a file, pipe or terminal")
     if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
         raise KeyUnusableError("the key is not open for reading")
-    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+    if _knows(fd, F_GETPIPE_SZ):
         await Pump(fd, key).run()
-    elif _is_in_memory(fd):
+        return
+    if _knows(fd, F_GET_SEALS):  # a memfd, or a file on tmpfs: reading it cannot block
         send_file(fd, key)
+        return
+    # Of a file on a server that is away, even this hangs.
+    asked = os.dup(fd)
+    mode = await DaemonThreads().call(math.inf, functools.partial(_mode, asked))
+    if stat.S_ISDIR(mode):
+        raise KeyUnusableError("the key is a directory; give a file, pipe or terminal")
+    if stat.S_ISSOCK(mode):
+        await Pump(fd, key).run()
     elif stat.S_ISREG(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         # May block in the kernel (a dead server, a terminal): a child can be killed.
         done = await run(
@@ -173,13 +180,21 @@ async def copy_from_caller(fd: int, key: MemfdKey) -> None:
         raise KeyUnusableError("the key is nothing that can be read to an end; give a file or pipe")
 
 
-def _is_in_memory(fd: int) -> bool:
-    """A memfd or a file on tmpfs: reading it cannot block."""
+def _knows(fd: int, command: int) -> bool:
+    """Whether it is of the kind that fcntl(2) has the command for. Asks no file system."""
     try:
-        fcntl.fcntl(fd, F_GET_SEALS)
+        fcntl.fcntl(fd, command)
     except OSError:
         return False
     return True
+
+
+def _mode(fd: int) -> int:
+    """Of the file; closes the descriptor."""
+    try:
+        return os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
 
 
 class Pump:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
+import threading
 from collections.abc import Callable
 
 from vmcryptd.core import keystores
@@ -38,26 +40,19 @@ class CryptsetupFormatting:
             )
 
     async def new_file(self, path: str, size: int) -> int:
-        directory = os.path.dirname(path)
+        made = _Made()
         try:
-            fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            return await DaemonThreads().call(FORMAT_S, lambda: made.new(path, size))
         except OSError as error:
-            raise StorageError(f"{path} cannot be made: {_reason(error)}") from None
-        try:
-            # All blocks are allocated now: a disk that is full later must not fail writes into the keystore.
-            await DaemonThreads().call(FORMAT_S, lambda: _allocate(fd, size))
-        except OSError as error:
-            os.close(fd)
             raise StorageError(f"{path} cannot be made: {_reason(error)}") from None
         except BaseException:
-            os.close(fd)
+            made.give_up()
             raise
-        return fd
 
     async def name_file(self, fd: int, path: str) -> None:
         try:
-            await DaemonThreads().call(FORMAT_S, lambda: os.fsync(fd))
-            _name(fd, path)
+            # Its own: the caller may close the other while a disk does not answer.
+            await DaemonThreads().call(FORMAT_S, functools.partial(_name, os.dup(fd), path))
         except FileExistsError:
             raise _exists(path) from None
         except OSError as error:
@@ -82,7 +77,7 @@ class CryptsetupFormatting:
             return
         if is_file:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(place)
+                await DaemonThreads().call(LOOK_S, functools.partial(os.unlink, place))
             return
         wiped = await run(["wipefs", "--all", "--quiet", "--", place], timeout_s=LOOK_S)
         _demand(wiped, f"{place} cannot be emptied again; do that by `wipefs --all {place}`")
@@ -145,20 +140,55 @@ def _path(place: str | int) -> str:
     return place if isinstance(place, str) else f"/proc/self/fd/{place}"
 
 
-def _allocate(fd: int, size: int) -> None:
-    os.posix_fallocate(fd, 0, size)
-    os.fsync(fd)
+class _Made:
+    """A file without a name, made in a thread that its caller may not wait for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._is_wanted = True
+
+    def new(self, path: str, size: int) -> int:
+        """Raises OSError."""
+        flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
+        fd = os.open(os.path.dirname(path), flags, 0o600)
+        try:
+            # All blocks are allocated now: a disk that is full later must not fail writes into the keystore.
+            os.posix_fallocate(fd, 0, size)
+            os.fsync(fd)
+            with self._lock:
+                if self._is_wanted:
+                    self._fd = fd
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+    def give_up(self) -> None:
+        """The caller is gone."""
+        with self._lock:
+            self._is_wanted = False
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _name(fd: int, path: str) -> None:
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Closes the descriptor. Raises OSError."""
     try:
-        # It fails if the name exists by now. Python follows the link (linkat(2), AT_SYMLINK_FOLLOW) only with a
-        # directory's descriptor.
-        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=directory, follow_symlinks=True)
-        os.fsync(directory)
+        os.fsync(fd)
+        directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # It fails if the name exists by now. Python follows the link (linkat(2), AT_SYMLINK_FOLLOW) only with a
+            # directory's descriptor.
+            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=directory, follow_symlinks=True)
+            os.fsync(directory)
+        finally:
+            os.close(directory)
     finally:
-        os.close(directory)
+        os.close(fd)
 
 
 def _reason(error: OSError) -> str:
