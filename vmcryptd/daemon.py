@@ -145,7 +145,7 @@ class Source:
         self._threads = DaemonThreads()
         self._loads = 0
         self._loaded: tuple[Mapping[str, str], Settings] = {}, Settings()
-        self._running = self._loaded
+        self._running: tuple[Mapping[str, str], Settings] = self._loaded
         self._keeping: set[asyncio.Task[None]] = set()
 
     def load(self) -> Settings:
