@@ -339,7 +339,7 @@ class Service:
         self._manager = Manager(engine, reload)
         objects.export(ROOT, self._manager)
         objects.refresh = self.refresh
-        self._redacted = objects.redacted = engine.inventory.redacted
+        objects.redacted = engine.inventory.redacted
         self.update()
 
     def _properties(self, view: View) -> dict[str, object]:
@@ -347,7 +347,7 @@ class Service:
             "".join(part.capitalize() for part in key.split("_")): value
             for key, value in view._asdict().items()
         }
-        named["LastError"] = self._redacted(str(named.pop("Error")))
+        named["LastError"] = str(named.pop("Error"))
         named["State"] = str(named["State"])
         if isinstance(view, JobView):
             del named["Name"]

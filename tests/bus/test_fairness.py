@@ -185,6 +185,11 @@ device = "/dev/vg/cloud"
 keys = ["exec:/usr/bin/fetch --token={token}", "file:/etc/{token}"]
 [sim.volume.cloud]
 sources = ["file:/etc/{token}"]
+[volume.gone]
+device = "/dev/vg/gone"
+keys = ["file:/etc/{token}/gone"]
+[sim.volume.gone]
+sources = []
 """
 
     async def test() -> None:
@@ -193,7 +198,8 @@ sources = ["file:/etc/{token}"]
             await daemon.connection.match(changes.append, sender=NAME)
             job = await daemon.call("Boot")
             assert job.startswith(f"{ROOT}/job/")
-            await daemon.call("UnlockAll")
+            await daemon.refused("UnlockAll")
+            assert token in (await daemon.volume("gone"))["LastError"]
             assert token in await daemon.call("ListKeys", "s", "cloud")
             asking = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", NOSY, bus_address, str(NOBODY), cwd=PROJECT,
@@ -203,6 +209,7 @@ sources = ["file:/etc/{token}"]
             shown = said.decode() + str(changes)
             assert '"sources": ["exec", "file"]' in shown
             assert "'KeySource': 'file'" in shown
+            assert "volume gone: none of its key sources opened it: file: " in shown
             assert token not in shown
 
     run(test())

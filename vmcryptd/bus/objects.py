@@ -60,6 +60,8 @@ Handle = NewType("Handle", int)  # an argument of D-Bus type `h`, for take_fd()
 ObjectPath = NewType("ObjectPath", str)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_ERROR = "LastError"  # the property that callers see as far as they may
+
 CALL: ContextVar[Call] = ContextVar("CALL")  # the call that the running method answers
 
 _SIGNATURES = {
@@ -254,9 +256,12 @@ class Objects:
             raise ValueError(f"{path} is exported already")
         self._objects[path] = {one.interface_name: one for one in interfaces}
         for interface in interfaces:
-            interface._emit = lambda member, body: self._emit(path, _Properties, member, body)
+            interface._emit = lambda member, body: self._emit(
+                path, _Properties, member, [body[0], self._public(body[1]), body[2]]
+            )
         if path != self._root:
-            self._emit(self._root, _ObjectManager, "InterfacesAdded", [path, self.snapshot(path)])
+            public = {name: self._public(all_) for name, all_ in self.snapshot(path).items()}
+            self._emit(self._root, _ObjectManager, "InterfacesAdded", [path, public])
 
     def unexport(self, path: str) -> None:
         interfaces = self._objects.pop(path)
@@ -295,6 +300,16 @@ class Objects:
     def snapshot(self, path: str) -> dict[str, dict[str, Typed]]:
         """Interface → properties of one object."""
         return {name: interface.typed() for name, interface in self._objects[path].items()}
+
+    def shown(self, values: dict[str, Typed]) -> dict[str, Typed]:
+        """Properties as the caller of the running method may see them."""
+        return values if CALL.get().is_trusted else self._public(values)
+
+    def _public(self, values: dict[str, Typed]) -> dict[str, Typed]:
+        """The same for every user, as in signals."""
+        if (error := values.get(_ERROR)) is None:
+            return values
+        return {**values, _ERROR: Typed(error.signature, self.redacted(error.value))}
 
     def interfaces(self, path: str) -> dict[str, Interface]:
         """What an object answers to, with the standard interfaces. Peer is on every path."""
@@ -524,11 +539,12 @@ class _Properties(Interface, name="org.freedesktop.DBus.Properties"):
 
     @exported(action=None)
     def Get(self, interface_name: str, property_name: str) -> Any:
-        return self._interface(interface_name, property_name).typed(property_name)[property_name]
+        found = self._interface(interface_name, property_name).typed(property_name)
+        return self._objects.shown(found)[property_name]
 
     @exported(action=None)
     def GetAll(self, interface_name: str) -> dict[str, Any]:
-        return self._interface(interface_name).typed()
+        return self._objects.shown(self._interface(interface_name).typed())
 
     @exported(action=None)
     def Set(self, interface_name: str, property_name: str, value: Any) -> None:
@@ -558,7 +574,11 @@ class _ObjectManager(Interface, name="org.freedesktop.DBus.ObjectManager"):
     @exported(action=None)
     def GetManagedObjects(self) -> dict[ObjectPath, dict[str, dict[str, Any]]]:
         paths = self._objects.below_root()
-        return {ObjectPath(path): self._objects.snapshot(path) for path in paths}
+        shown, snapshot = self._objects.shown, self._objects.snapshot
+        return {
+            ObjectPath(path): {name: shown(values) for name, values in snapshot(path).items()}
+            for path in paths
+        }
 
 
 def _filled(purpose: str, values: Mapping[str, object]) -> str:
