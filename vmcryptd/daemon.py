@@ -382,7 +382,8 @@ def down_here(verb: str) -> None:
 
 
 def _engine_here(stack: contextlib.ExitStack) -> tuple[Engine, Ports]:
-    """Going down until the stack ends: on the settings in the files, else the last that a daemon ran with, else on what is known to be open.
+    """Going down until the stack ends. On the settings in the files, else the last that a daemon ran with, else on what
+    is known to be open.
 
     Raises ConfigError if none of these is there.
     """
