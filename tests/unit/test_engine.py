@@ -1772,7 +1772,7 @@ def test_a_process_that_only_goes_down_asks_for_no_target(
         )
         return hosts[-1].ports()
 
-    monkeypatch.setattr(daemon, "_last_valid_settings", lambda: Host.parse(volume("a")).settings)
+    monkeypatch.setattr(daemon.configuration, "load", lambda **_: Host.parse(volume("a")).settings)
     monkeypatch.setattr(daemon, "real_ports", ports)
     monkeypatch.setattr(daemon.journal, "log_to_journal", lambda: None)
     monkeypatch.setattr(daemon, "keep_out_of_core_dumps", lambda: None)
