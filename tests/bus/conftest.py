@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests import forkserver
+
 with warnings.catch_warnings():
     # dbus_next imports gi where there is one, and what Python 3.13 deprecates.
     warnings.simplefilter("ignore")
@@ -72,6 +74,12 @@ def bus_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         daemon.terminate()
         daemon.wait(10)
         daemon.stdout.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forkserver() -> Iterator[None]:
+    with forkserver.serving():
+        yield
 
 
 @pytest.fixture(autouse=True)

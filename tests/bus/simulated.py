@@ -7,12 +7,10 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import pty
 import re
 import select
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -23,13 +21,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.forkserver import DEVNULL, PIPE, Forked
 from vmcryptd.bus.client import Client, connect
 
 PROJECT = Path(__file__).resolve().parents[2]
 ALPHA, BETA, GAMMA = "canary-alpha-7d1f", "canary-beta-93ce", "canary-gamma-0b55"
 CTL = [sys.executable, "-c", "import sys; from vmcryptd.cli.main import main; sys.exit(main())"]
 ECHOING = termios.ECHO | termios.ICANON
-LONG_S = 60  # nothing here takes so long; a test that would hang fails instead
+LONG_S = 120  # nothing here takes so long; a test that would hang fails instead
 
 
 def opened_by(passphrase: str) -> str:
@@ -43,16 +42,14 @@ class Host:
         self.sim = folder / "sim.toml"
         self.journal = folder / "journal"
         self.journal.touch()
-        self.daemon: subprocess.Popen[bytes] | None = None
+        self.daemon: Forked | None = None
 
     def start(self, text: str | None = None) -> None:
         """Comes back when it can be called."""
         if text is not None:
             self.sim.write_text(text)
         with self.journal.open("ab") as stderr:
-            self.daemon = subprocess.Popen(
-                [sys.executable, "-m", "vmcryptd", "--sim", str(self.sim)], cwd=PROJECT, stderr=stderr
-            )  # fmt: skip
+            self.daemon = Forked("vmcryptd", "--sim", str(self.sim), stderr=stderr)
         asyncio.run(self._owned())
 
     async def _owned(self) -> None:
@@ -143,30 +140,27 @@ class Ended(NamedTuple):
     err: str
 
 
-def ctl(*argv: str, typed: str | None = None, **more: Any) -> Ended:
+def ctl(*argv: str, typed: str | None = None) -> Ended:
     """In a process of its own, without a terminal."""
-    source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if typed is None else {"input": typed}
-    done = subprocess.run(
-        [*CTL, *argv], cwd=PROJECT, capture_output=True, text=True, timeout=LONG_S, check=False,
-        **source, **more,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    assert "canary" not in done.stdout + done.stderr
-    return Ended(done.returncode, done.stdout, done.stderr)
+    stdin = DEVNULL if typed is None else PIPE
+    with Forked("vmcryptctl", *argv, stdin=stdin, stdout=PIPE, stderr=PIPE) as child:
+        out, err = child.communicate(typed or "", LONG_S)
+    assert "Traceback" not in err
+    assert "canary" not in out + err
+    return Ended(child.wait(), out, err)
 
 
 class Terminal:
     """vmcryptctl on a terminal of its own."""
 
     def __init__(self, *argv: str, columns: int = 80, term: str = "dumb") -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(PROJECT)
-            ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-            os.environ["TERM"] = term
-            # As a login shell leaves it; what is started in the background ignores it.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.execv(sys.executable, [*CTL, *argv])
+        self.fd, theirs = os.openpty()
+        ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        env = {**os.environ, "TERM": term}
+        self.child = Forked(
+            "vmcryptctl", *argv, stdin=theirs, stdout=theirs, stderr=theirs, env=env, terminal=True
+        )
+        os.close(theirs)
         self.seen = ""
 
     def expect(self, text: str) -> None:
@@ -198,8 +192,8 @@ class Terminal:
     def end(self) -> int:
         while self.read(LONG_S):
             pass
-        _, status = os.waitpid(self.pid, 0)
+        code = self.child.wait(LONG_S)
         # What the shell that comes next would find.
         assert termios.tcgetattr(self.fd)[3] & ECHOING == ECHOING
         os.close(self.fd)
-        return os.waitstatus_to_exitcode(status)
+        return code

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forkserver import PIPE, Forked
 from vmcryptd.adapters.systemd.polkit import Polkit
 from vmcryptd.bus import transport
 from vmcryptd.core.errors import NotAuthorizedError
@@ -44,13 +42,7 @@ def nobody() -> Iterator[str]:
     """The bus name of a peer that is not root."""
     if os.getuid() != 0:
         pytest.skip("only root can act as another user on the bus")
-    with subprocess.Popen(
-        [sys.executable, "-c", PEER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(transport.__file__).parents[2])},
-    ) as peer:
+    with Forked("-c", PEER, stdin=PIPE, stdout=PIPE) as peer:
         assert peer.stdin is not None
         assert peer.stdout is not None
         name = peer.stdout.readline().strip()

@@ -35,6 +35,7 @@ from tests.bus.simulated import (
     host,
     opened_by,
 )
+from tests.forkserver import DEVNULL, PIPE, Forked
 from vmcryptd import daemon as daemon_module
 from vmcryptd.bus.client import Client, translated
 from vmcryptd.bus.transport import RemoteError
@@ -317,8 +318,7 @@ def test_wait_survives_a_restart_of_the_daemon(mail: Host, monkeypatch: pytest.M
 
 
 def test_monitor(manual: Host) -> None:
-    argv = [*CTL, "monitor", "--json"]
-    with subprocess.Popen(argv, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as monitor:
+    with Forked("vmcryptctl", "monitor", "--json", stdout=PIPE) as monitor:
         assert monitor.stdout is not None
         told = threading.Event()
 
@@ -344,7 +344,7 @@ def test_monitor(manual: Host) -> None:
 
 def test_console(mail: Host, host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     """It keeps the console until the question has its answer."""
-    console = subprocess.Popen([*CTL, "console"], cwd=PROJECT)
+    console = Forked("vmcryptctl", "console")
     mail.unlock("cr_a", ALPHA)
     with pytest.raises(subprocess.TimeoutExpired):
         console.wait(0.5)  # cr_b is still asked for
@@ -385,11 +385,9 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_others_are_refused(manual: Host) -> None:
     for verb, code in (("status", 0), ("lock", 4)):
-        argv = [sys.executable, "-c", STRANGER, verb]
-        done = subprocess.run(
-            argv, cwd=PROJECT, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False
-        )
-        assert (done.returncode, done.stderr.count("\n")) == (code, min(code, 1)), done.stderr
+        with Forked("-c", STRANGER, verb, stdin=DEVNULL, stdout=PIPE, stderr=PIPE) as done:
+            _, err = done.communicate()
+        assert (done.returncode, err.count("\n")) == (code, min(code, 1)), err
 
 
 def test_start_and_stop(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,10 +420,7 @@ def test_start_asks_where_it_was_typed(host: Host) -> None:
 
 def test_start_without_a_terminal_says_what_it_waits_for(host: Host) -> None:
     host.start(MAIL)
-    with subprocess.Popen(
-        [*CTL, "start", "imap"],
-        cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as child:  # fmt: skip
+    with Forked("vmcryptctl", "start", "imap", stdin=DEVNULL, stderr=PIPE) as child:
         assert child.stderr is not None
         assert "waiting for a passphrase for cr_" in child.stderr.readline()
         host.unlock("cr_a", ALPHA)
@@ -777,10 +772,7 @@ def test_neither_a_disk_nor_its_copy_is_opened(host: Host, capsys: Any) -> None:
 
 
 def test_unlock_without_a_terminal_leaves_asking_to_agents(mail: Host) -> None:
-    with subprocess.Popen(
-        [*CTL, "unlock", "cr_a"],
-        cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as child:  # fmt: skip
+    with Forked("vmcryptctl", "unlock", "cr_a", stdin=DEVNULL, stderr=PIPE) as child:
         assert child.stderr is not None
         assert "waiting for a passphrase for cr_a" in child.stderr.readline()
         mail.unlock("cr_a", ALPHA)
@@ -938,9 +930,9 @@ def test_unlock_within_a_time(mail: Host) -> None:
     refused = ctl("unlock", "--timeout", "100ms", "cr_a")
     assert refused.code == 6
     assert "not open within 100ms; still locked: cr_a" in refused.err
-    terminal = Terminal("unlock", "--timeout", "500ms")
+    terminal = Terminal("unlock", "--timeout", "2s")
     terminal.expect("Passphrase for volumes cr_a, cr_b:")
-    terminal.expect("not open within 500ms; still locked: cr_a, cr_b")
+    terminal.expect("not open within 2s; still locked: cr_a, cr_b")
     assert terminal.end() == 6
     assert ctl("unlock", "--timeout", "soon").code == 2
 
@@ -1244,11 +1236,10 @@ def test_a_reader_that_has_gone_is_no_error(host: Host) -> None:
     host.start(MAIL)
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [*CTL, "status"], cwd=PROJECT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
-    )
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
+    with Forked("vmcryptctl", "status", stdout=writer, stderr=PIPE) as done:
+        os.close(writer)
+        assert done.communicate() == ("", "")
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&- <&-"])
@@ -1403,7 +1394,7 @@ def test_forty_volumes(host: Host, tmp_path: Path) -> None:
         systemd.settimeout(LONG_S)
         host.boot("waiting")
         environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
-        console = subprocess.Popen([*CTL, "console"], cwd=PROJECT, env=environment)
+        console = Forked("vmcryptctl", "console", env=environment)
         told = [systemd.recv(4096).decode()]
         terminal = Terminal("unlock", columns=60)
         terminal.expect("Passphrase for volumes v0, v1, v10 and 37 more:")

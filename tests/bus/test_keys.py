@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
-import subprocess
-import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from tests.bus.simulated import Terminal
-from tests.bus.test_service import PROJECT, Daemon, handed_in, opened_by, start, with_daemon
+from tests.bus import simulated
+from tests.bus.simulated import Ended, Terminal
+from tests.bus.test_service import Daemon, handed_in, opened_by, start, with_daemon
 from tests.scan_memory import found_in
 from vmcryptd.cli import main
 from vmcryptd.core.errors import UnreachableError
@@ -98,25 +98,8 @@ async def test_which_slot_a_key_opens(daemon: Daemon) -> None:
 # --- on the command line ---
 
 
-class Ctl(NamedTuple):
-    """How vmcryptctl ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-async def ctl(*argv: str, typed: str | None = None) -> Ctl:
-    code = "import sys; from vmcryptd.cli.main import main; sys.exit(main())"
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-c", code, *argv],
-        cwd=PROJECT, input=typed, stdin=None if typed is not None else subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    assert "canary" not in done.stdout + done.stderr
-    return Ctl(done.returncode, done.stdout, done.stderr)
+async def ctl(*argv: str, typed: str | None = None) -> Ended:
+    return await asyncio.to_thread(functools.partial(simulated.ctl, *argv, typed=typed))
 
 
 @with_daemon(HOST)
@@ -321,7 +304,7 @@ async def test_a_question_that_is_declined_changes_nothing(daemon: Daemon) -> No
 
 def test_keys_are_not_in_the_memory_of_the_daemon(start: Any, run: Any) -> None:
     async def test() -> None:
-        async with start(HOST) as daemon:
+        async with start(HOST, alone=True) as daemon:
             await call(daemon, "AddKey", "shh", "one", 0, 1, keys=[ALPHA, BETA])
             await call(daemon, "ChangeKey", "shh", "one", 0, 1, keys=[BETA, GAMMA])
             await call(daemon, "RemoveKey", "sxh", "one", 0, 0, keys=[GAMMA])

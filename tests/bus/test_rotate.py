@@ -120,7 +120,7 @@ async def test_it_is_shown_while_it_lasts(daemon: Daemon) -> None:
     assert (await daemon.volume("mail"))["State"] == "unlocked"
 
 
-@with_daemon(HOST)
+@with_daemon(HOST, alone=True)
 async def test_to_its_end(daemon: Daemon) -> None:
     rotate = "RotateKey", "shb"
     assert await refused(daemon, *rotate, "no", 0, False, keys=[ALPHA]) == "NoSuchVolume"

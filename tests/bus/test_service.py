@@ -21,12 +21,14 @@ from typing import Any
 
 import pytest
 
+from tests.bus.simulated import LONG_S, PROJECT, Ended
+from tests.forkserver import PIPE, Forked
 from tests.scan_memory import found_in
 from vmcryptd import __version__
 from vmcryptd.bus import transport
 from vmcryptd.bus.transport import Connection, RemoteError, object_path
 
-PROJECT = Path(__file__).resolve().parents[2]
+VMCRYPTD = [sys.executable, "-m", "vmcryptd"]
 NAME, ROOT = "org.vmcryptd1", "/org/vmcryptd1"
 MANAGER, VOLUME, GUEST, JOB = (f"{NAME}.{kind}" for kind in ("Manager", "Volume", "Guest", "Job"))
 PROPERTIES = "org.freedesktop.DBus.Properties"
@@ -92,10 +94,13 @@ fault = "no such network"
 """
 
 
+Process = Forked | subprocess.Popen[str]
+
+
 class Daemon:
     """A running vmcryptd, and one connection to it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: Connection, sim: Path) -> None:
+    def __init__(self, process: Process, connection: Connection, sim: Path) -> None:
         self.process = process
         self.connection = connection
         self.sim = sim
@@ -179,30 +184,31 @@ Start = Callable[..., Any]
 @pytest.fixture
 def start(bus_address: str, tmp_path: Path) -> Iterator[Start]:
     """Starts daemons; none of them may leave a traceback or a passphrase in its log."""
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Process] = []
     journal = tmp_path / "journal"
 
-    def spawn(text: str) -> Path:
+    def spawn(text: str, *, alone: bool) -> Path:
         sim = tmp_path / "sim.toml"
         sim.write_text(text)
         with journal.open("ab") as stderr:
+            argv = "--sim", str(sim), "--bus", bus_address
             processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
-                    cwd=PROJECT, stderr=stderr,
-                )
-            )  # fmt: skip
+                subprocess.Popen([*VMCRYPTD, *argv], cwd=PROJECT, stderr=stderr, text=True)
+                if alone
+                else Forked("vmcryptd", *argv, stderr=stderr)
+            )
         return sim
 
     @asynccontextmanager
-    async def started(text: str = HOST) -> AsyncIterator[Daemon]:
+    async def started(text: str = HOST, *, alone: bool = False) -> AsyncIterator[Daemon]:
+        """`alone`: with no memory but its own, for tests that look at it."""
         connection = await transport.connect(bus_address)
         owned = asyncio.Event()
         end = await connection.match(
             lambda signal: owned.set() if signal.body[2] else None,
             sender=transport.DRIVER, member="NameOwnerChanged", arg0=NAME,
         )  # fmt: skip
-        sim = spawn(text)
+        sim = spawn(text, alone=alone)
         async with asyncio.timeout(120):
             while not owned.is_set():
                 assert processes[-1].poll() is None, journal.read_text()
@@ -228,14 +234,24 @@ def start(bus_address: str, tmp_path: Path) -> Iterator[Start]:
     assert "canary" not in log
 
 
+def ended(*argv: str) -> Ended:
+    """A daemon that ends by itself."""
+    with Forked("vmcryptd", *argv, stderr=PIPE) as process:
+        out, err = process.communicate(timeout=LONG_S)
+    assert "Traceback" not in err
+    return Ended(process.wait(), out, err)
+
+
 Test = Callable[[Daemon], Awaitable[None]]
 
 
-def with_daemon(text: str) -> Callable[[Test], Callable[[Start, Any], None]]:
+def with_daemon(
+    text: str, *, alone: bool = False
+) -> Callable[[Test], Callable[[Start, Any], None]]:
     def decorate(test: Test) -> Callable[[Start, Any], None]:
         def tested(start: Start, run: Any) -> None:
             async def scene() -> None:
-                async with start(text) as daemon:
+                async with start(text, alone=alone) as daemon:
                     await test(daemon)
 
             run(scene())
@@ -537,7 +553,7 @@ async def test_arguments_that_do_not_fit(daemon: Daemon) -> None:
     )
 
 
-@with_daemon(HOST)
+@with_daemon(HOST, alone=True)
 async def test_a_flood_of_malformed_calls_leaves_nothing_behind(daemon: Daemon) -> None:
     """Each with a descriptor: one for an unknown name, one of a wrong type, one without a receiver."""
     peer = "org.freedesktop.DBus.Peer"
@@ -733,7 +749,7 @@ async def stranger(address: str) -> dict[str, Any]:
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", STRANGER, __file__, address],
-        cwd=PROJECT, stdout=subprocess.PIPE, timeout=120, check=True,
+        cwd=PROJECT, stdout=subprocess.PIPE, timeout=LONG_S, check=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -829,13 +845,9 @@ def test_a_second_daemon_touches_nothing(start: Start, run: Any, bus_address: st
         async with start(HOST) as daemon:
             for sim in (daemon.sim, daemon.sim.with_name("not-there")):
                 # It does not even read its configuration, which the engine is built from.
-                second = await asyncio.to_thread(
-                    subprocess.run,
-                    [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
-                    cwd=PROJECT, stderr=subprocess.PIPE, timeout=120,
-                )  # fmt: skip
-                assert second.returncode == 1
-                assert b"the bus name org.vmcryptd1 is taken" in second.stderr
+                second = await asyncio.to_thread(ended, "--sim", str(sim), "--bus", bus_address)
+                assert second.code == 1
+                assert "the bus name org.vmcryptd1 is taken" in second.err
             assert await daemon.get("State") == "locked"
 
     run(test())
@@ -851,36 +863,29 @@ def test_a_bad_configuration_is_reported_at_the_start(
     sim = tmp_path / "sim.toml"
     if text is not None:
         sim.write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
-        cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    done = ended("--sim", str(sim), "--bus", bus_address)
+    assert done.code == 2
+    assert said in done.err
 
 
 def test_each_mistake_is_a_line_of_the_journal(tmp_path: Path, bus_address: str) -> None:
     sim = tmp_path / "sim.toml"
     sim.write_text('[deamon]\n[volume.a]\ndevise = "/dev/a"\n')
-    done = subprocess.run(
-        [sys.executable, "-m", "vmcryptd", "--sim", str(sim), "--bus", bus_address],
-        cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "did you mean" in line] == [
+    done = ended("--sim", str(sim), "--bus", bus_address)
+    assert done.code == 2
+    assert [line for line in done.err.splitlines() if "did you mean" in line] == [
         (
             f'ERROR: {sim}: [deamon]: unknown table (did you mean "daemon"?); '
             "expected [daemon], [volume.NAME] or [guest.NAME]"
         ),
         f'ERROR: {sim}: [volume.a] devise: unknown key (did you mean "device"?)',
     ]
-    assert "`vmcryptctl check` says what to write" in done.stderr
+    assert "`vmcryptctl check` says what to write" in done.err
 
 
 def test_passphrases_are_not_in_the_memory_of_the_daemon(start: Start, run: Any) -> None:
     async def test() -> None:
-        async with start(HOST) as daemon:
+        async with start(HOST, alone=True) as daemon:
             for _ in range(3):
                 await daemon.unlock("outer", ALPHA)
                 await daemon.call("Lock", "s", "outer")
