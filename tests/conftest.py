@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """For all tests: what asyncio only writes to its log is a failure, and how long each took is written down."""
 
+import gc
 import json
 import logging
 from collections import defaultdict
@@ -8,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A loaded machine may take its time.
+settings.register_profile("no times", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no times")
 
 DURATIONS = Path(__file__).resolve().parents[1] / "build/durations.json"
 
@@ -43,6 +49,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # A worker of pytest-xdist sends its reports to the one that writes.
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Durations())
+
+
+def pytest_collection_finish() -> None:
+    # All of it lives until the end. Tests that collect their garbage need not look at it each time.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

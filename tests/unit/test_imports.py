@@ -2,6 +2,7 @@
 """The direction of imports: rooms, and the arrows between them."""
 
 import ast
+import functools
 import graphlib
 import os
 import subprocess
@@ -89,11 +90,13 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@functools.cache
 def ours(tree: ast.AST) -> set[str]:
     names = {name.removeprefix("vmcryptd.") for name in imported(tree)}
     return names & set(MODULES)
 
 
+@functools.cache
 def parse(module: str) -> ast.AST:
     return ast.parse(MODULES[module].read_text())
 
