@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
-#   make check    linters, types and every test that needs no virtual machine
+#   make check    linters, types and every test that needs no virtual machine; a minute
 #   make test     check, the package, and the tests in virtual machines
 #   make bench    the numbers
 #   make demo     a whole host, from boot to shutdown, to look at
@@ -17,6 +17,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
+
+# The tests start many Pythons: none compiles what another has compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 VENV := build/venv
@@ -39,7 +42,9 @@ $(VENV)/stamp: pyproject.toml | host-packages
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --use-pep517 --editable '.[dev]'
 	@touch $@
 
-check: lint types unit
+# The tests wait now and then, and the type checker uses one core: side by side they fill two.
+check: $(VENV)/stamp
+	@$(MAKE) --jobs --output-sync=target lint types unit
 
 lint: $(VENV)/stamp
 	$(VENV)/bin/ruff check .
@@ -49,10 +54,10 @@ lint: $(VENV)/stamp
 types: $(VENV)/stamp
 	$(VENV)/bin/mypy
 
-# The bus tests run once with each library: which one a host has is a matter of its Python.
+# Which bus library a host has is a matter of its Python. The tests that depend on it, marked bus_library, run with both.
 unit: $(VENV)/stamp
-	$(RUN) -m pytest -n 2
-	VMCRYPTD_BUS_LIBRARY=dbus_fast $(RUN) -m pytest -n 2 tests/bus
+	$(RUN) -m pytest -n 2 --cov --cov-report=
+	VMCRYPTD_BUS_LIBRARY=dbus_fast $(RUN) -m pytest -n 2 -m bus_library tests/bus
 
 test:
 	$(MAKE) check

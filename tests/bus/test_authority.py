@@ -16,6 +16,8 @@ from vmcryptd.adapters.systemd.polkit import Polkit
 from vmcryptd.bus import transport
 from vmcryptd.core.errors import NotAuthorizedError
 
+pytestmark = pytest.mark.bus_library
+
 ACTION = "org.vmcryptd1.unlock"
 PURPOSE = "unlock volume $(volume)"
 DETAILS = {"volume": "cr_imap"}

@@ -48,6 +48,8 @@ PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 INTERNAL = "vmcryptd made a mistake; its journal tells more"
 
+pytestmark = pytest.mark.bus_library
+
 
 @dataclass
 class Gate:

@@ -33,9 +33,10 @@ from vmcryptd.bus.objects import MAX_PENDING
 
 __all__ = ["start"]
 
-pytestmark = pytest.mark.skipif(
-    os.getuid() != 0, reason="only root can act as another user on the bus"
-)
+pytestmark = [
+    pytest.mark.bus_library,
+    pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user on the bus"),
+]
 FLOODER = str(Path(__file__).with_name("flooder.py"))
 EVERYTHING = (ROOT, OBJECT_MANAGER, "GetManagedObjects")
 DAEMON = 1  # dbus-daemon lets in who is in passwd

@@ -28,6 +28,8 @@ from vmcryptd import __version__
 from vmcryptd.bus import transport
 from vmcryptd.bus.transport import Connection, RemoteError, object_path
 
+pytestmark = pytest.mark.bus_library
+
 VMCRYPTD = [sys.executable, "-m", "vmcryptd"]
 NAME, ROOT = "org.vmcryptd1", "/org/vmcryptd1"
 MANAGER, VOLUME, GUEST, JOB = (f"{NAME}.{kind}" for kind in ("Manager", "Volume", "Guest", "Job"))
