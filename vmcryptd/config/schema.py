@@ -233,12 +233,14 @@ class DaemonTable(_Table):
     libvirt_uri: Uri = Field(
         "qemu:///system",
         description="The libvirt connection whose guests are started and stopped. A change takes effect when "
-        "vmcryptd.service is restarted, which stops and closes nothing; a reload is not enough.",
+        "vmcryptd.service is restarted, which stops and closes nothing; a reload is not enough. Run `vmcryptctl check` "
+        "before: a daemon does not start with a mistake in the configuration.",
     )
     console_prompt: Duration = Field(
         60.0,
         description="How long boot keeps the console for the passphrase question. Boot always goes on afterwards, and "
-        'the question can still be answered in every other way. "0" = do not keep the console at all.',
+        "the question can still be answered in every other way. Until then only root can log in. "
+        '"0" = do not keep the console at all.',
         json_schema_extra={"shown": "60s"},
     )
     shutdown_timeout: Duration = Field(
@@ -254,7 +256,7 @@ class DaemonTable(_Table):
     )
     key_cache: Duration = Field(
         0.0,
-        description="How long an answer is kept in memory after the last volume that waited for it, "
+        description="How long an answer is kept in memory after the last volume that waited for it has been opened, "
         "for volumes whose device appears late.",
         json_schema_extra={"shown": "0"},
     )
