@@ -315,6 +315,22 @@ def test_why_a_guest_does_not_run(
     run(work())
 
 
+def test_a_crashed_guest_is_not_said_to_have_taken_too_long(
+    run: Any, outsider: Any, reasons: Reasons
+) -> None:
+    reasons.said = (libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_CRASHED_PANICKED)
+
+    async def work() -> None:
+        async with observing() as observer:
+            with pytest.raises(
+                GuestError, match=r"guest test has crashed and cannot stop"
+            ) as error:
+                await observer.domains.stop(GuestSpec("test"), 60)
+            assert error.type is GuestError  # not the one for a guest that did not stop in time
+
+    run(work())
+
+
 def test_what_libvirt_has_forgotten_over_a_restart_is_kept(
     run: Any, outsider: Any, reasons: Reasons
 ) -> None:

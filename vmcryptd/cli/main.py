@@ -477,7 +477,7 @@ async def _shutdown(arguments: Namespace) -> int:
 
 
 def _extend_stop() -> None:
-    """Extend the unit's stop timeout to the guests' stop timeouts."""
+    """Extend the unit's stop timeout to `shutdown_timeout` and the time to close."""
     if "NOTIFY_SOCKET" not in os.environ:
         return
     with contextlib.suppress(Exception):  # else the unit's own timeout holds

@@ -29,7 +29,7 @@ AGAIN_S = (1.0, 30.0)
 
 
 class Answer:
-    """A key that a person or caller gave, and the volumes that have tried it."""
+    """A key that a person or caller gave, and the volumes that it has opened or that have refused it."""
 
     def __init__(
         self, key: Key, source: str, only: frozenset[str] | None = None, target: str = ""
@@ -40,7 +40,7 @@ class Answer:
         self.target = target  # the volume that is to be opened by it and by nothing else
         self.refused: dict[str, VmcryptdError] = {}
         self.accepted: set[str] = set()
-        self.tried: Tried = set()
+        self.tried: Tried = set()  # key slots that it does not fit; they are not derived again
         self.until = 0.0  # when it is wiped, in seconds since 1970; 0: when nothing needs it
         # For the journal. A password agent does not say which user has typed.
         self.requester = Requester() if source == "prompt" else REQUESTER.get()

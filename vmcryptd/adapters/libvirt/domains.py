@@ -129,7 +129,7 @@ class Libvirt:
                     await self._link.look_again(domains=[name])
                     return
                 if state is GuestState.CRASHED:
-                    raise DeadlineError(
+                    raise GuestError(
                         f"guest {name} has crashed and cannot stop by itself; {advice}"
                     )
             except Refused as error:
