@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
 #   make check    linters, types and every test that needs no virtual machine; a minute
-#   make test     check, the package, and the tests in virtual machines
+#   make test     check, the package, and the tests in virtual machines; without KVM not the longest of these
+#   make nightly  the same with all of them
 #   make bench    the numbers
 #   make demo     a whole host, from boot to shutdown, to look at
 #   make deb      dist/vmcryptd_*.deb
@@ -30,7 +31,7 @@ all: man
 
 # --- development ---
 
-.PHONY: check lint types unit test vm lint-deb bench demo deb dist release docs clean host-packages
+.PHONY: check lint types unit test nightly vm lint-deb bench demo deb dist release docs clean host-packages
 
 host-packages:
 	@packaging/install-host-packages packaging/host-packages $(wildcard packaging/image/host-packages)
@@ -73,8 +74,16 @@ VM_TESTS := $(LONGEST) $(filter-out $(LONGEST) tests/vm/test_host.py,$(sort $(wi
 RIG := $(sort tests/vm/host.py tests/vm/guest.py tests/vm/test_host.py $(shell find packaging/image -type f))
 RIG_STAMP = build/rig-$(shell cat $(RIG) | sha256sum | cut -c -12)
 
+# Without KVM the machines are emulated, some twenty times slower. Tests that take minutes then, and whose kind others show,
+# are marked `long`.
+ALL := $(shell test -w /dev/kvm && echo yes)
+
+nightly:
+	$(MAKE) test ALL=yes
+
 vm: $(VENV)/stamp
 	$(RUN) -m pytest --timeout=1800 --durations=20 -n $(VM_JOBS) --dist loadfile --no-loadscope-reorder \
+	    $(if $(ALL),,-m 'not long') \
 	    $(if $(wildcard $(RIG_STAMP)),,tests/vm/test_host.py) $(VM_TESTS)
 	@rm -f build/rig-*; touch $(RIG_STAMP)
 

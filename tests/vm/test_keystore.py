@@ -280,6 +280,7 @@ def test_a_backup_of_the_header_is_due(site: Site) -> None:
     )
 
 
+@pytest.mark.long
 def test_keys_of_an_open_volume(site: Site) -> None:
     vm = site.vm
     before = vm.run("dmsetup table --showkeys cr_data").out
@@ -345,7 +346,7 @@ def change_key(site: Site, old: str, new: str) -> None:
     ("when", "action", "old_opens", "new_opens"),
     [
         ("after", "luksAddKey", True, True),
-        ("after", "luksKillSlot", False, True),
+        pytest.param("after", "luksKillSlot", False, True, marks=pytest.mark.long),
     ],
 )
 def test_the_daemon_is_killed_while_it_changes_a_key(
@@ -398,6 +399,7 @@ def test_a_keystore_takes_the_place_of_a_key_that_was_removed(site: Site) -> Non
     ]
 
 
+@pytest.mark.long
 def test_an_answer_is_held_for_a_disk_that_comes_late(site: Site) -> None:
     vm = site.vm
     begin_to_swap(site)
@@ -478,6 +480,7 @@ def test_what_is_typed_is_not_swapped(site: Site) -> None:
     assert len(site.slots("cr_data")) == 2
 
 
+@pytest.mark.long
 def test_an_answer_with_the_volumes_own_passphrase(site: Site) -> None:
     """While the keystore is asked for. It is not needed then, and not asked for any more."""
     vm = site.vm
@@ -499,6 +502,7 @@ def lose_keystore(site: Site) -> None:
     site.vm.run("vmcryptctl reload")
 
 
+@pytest.mark.long
 def test_a_lost_keystore(site: Site) -> None:
     vm = site.vm
     vm.run("vmcryptctl shutdown")
@@ -520,6 +524,7 @@ def test_a_lost_keystore(site: Site) -> None:
     site.assert_nobody_is_asked()
 
 
+@pytest.mark.long
 def test_the_power_is_cut_while_a_key_is_changed(site: Site) -> None:
     """And the keystore is lost: the volume is opened by what is left."""
     lose_keystore(site)

@@ -188,6 +188,7 @@ def test_a_guest_and_daemons_come_and_go_meanwhile(host: HostFactory, prepared: 
         assert vm.run(f"journalctl -b -o export | grep -c '{PASSPHRASE}'", check=False).out == "0\n"
 
 
+@pytest.mark.long
 def test_it_is_stopped_locked_killed_and_goes_on(host: HostFactory) -> None:
     # It is gone on with more than once, and each time some pieces of 16 MiB are done.
     with host(disks=["192M"]).resume() as vm:
@@ -263,6 +264,7 @@ def test_it_is_stopped_locked_killed_and_goes_on(host: HostFactory) -> None:
         assert (len(found["keyslots"]), list(found["tokens"])) == (1, ["4"])
 
 
+@pytest.mark.long
 def test_the_host_goes_down_meanwhile(host: HostFactory, prepared: Prepared) -> None:
     content = prepared.content
     machine = host(snapshot=prepared.snapshot)
