@@ -40,8 +40,10 @@ def prepared(module_host: HostFactory) -> Snapshot:
         setup.domain("twin", "/dev/mapper/cr_imap", autostart=False)
         setup.table("guest.raw", {"needs": ["cr_imap"]})
         vm.put("/usr/local/bin/qemu-gate", EMULATOR, 0o755)
-        vm.run("sed -i s,/usr/bin/qemu-system-x86_64,/usr/local/bin/qemu-gate, /root/imap.xml")
-        vm.run("virsh -q define /root/imap.xml")
+        vm.run(
+            "virsh dumpxml --inactive imap | sed s,/usr/bin/qemu-system-x86_64,/usr/local/bin/qemu-gate,"
+            " >/root/imap.xml && virsh -q define /root/imap.xml"
+        )
         setup.write_config(reload=True)
         return vm.save()
 
