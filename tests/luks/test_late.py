@@ -7,7 +7,7 @@ import asyncio
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,12 +30,13 @@ pytestmark = pytest.mark.skipif(
 QUICK = ("--type=luks2", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000")
 
 
-@dataclass(frozen=True)
 class WithoutMappings(Cryptsetup):
     """Tests the key on the header, and notes the volume instead of mapping it."""
 
-    # A set: what has no mapping is opened again with each boot.
-    opened: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        super().__init__()
+        # A set: what has no mapping is opened again with each boot.
+        self.opened: set[str] = set()
 
     async def open(self, volume: VolumeSpec, key: Key, slot: int | None = None) -> None:
         if not await CryptsetupSlots().fits(volume, slot or 0, key):
