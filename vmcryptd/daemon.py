@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -147,6 +148,7 @@ class Source:
         self._loaded: tuple[Mapping[str, str], Settings] = {}, Settings()
         self._running: tuple[Mapping[str, str], Settings] = self._loaded
         self._keeping: set[asyncio.Task[None]] = set()
+        self._one_keeps = threading.Lock()  # two would write the same temporary file
 
     def load(self) -> Settings:
         """Raises ConfigError."""
@@ -180,7 +182,8 @@ class Source:
 
     def keep(self) -> None:
         """Keep what runs for the next start, and for a shutdown without a daemon."""
-        self._keep(*self._running)
+        with self._one_keeps:
+            self._keep(*self._running)
 
     def keep_beside(self) -> None:
         """The same beside the loop: it is written to a disk."""

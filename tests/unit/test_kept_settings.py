@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from enum import Enum, StrEnum
@@ -13,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
+from vmcryptd import daemon
 from vmcryptd.config import files
 from vmcryptd.config.decoding import decoded
 from vmcryptd.core.model import (
@@ -158,3 +161,33 @@ def test_a_broken_file_is_written_anew(tmp_path: Path, broken: str) -> None:
     files.keep(kept, texts, found)
     assert found.volumes["a"].unlock is Unlock.GUEST
     assert files.last_valid(kept) == found
+
+
+def test_two_reloads_do_not_write_at_once() -> None:
+    """Both would write the same temporary file, and one could give its name to what the other has half written."""
+    at_it: list[None] = []
+    overlapped: list[bool] = []
+    begun, go_on, both = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def keep(texts: Mapping[str, str], settings: Settings) -> None:
+        at_it.append(None)
+        overlapped.append(len(at_it) > 1)
+        begun.set()
+        go_on.wait(60)
+        at_it.pop()
+        both.release()
+
+    async def test() -> None:
+        source = daemon.Source(Path("/etc/vmcryptd"), dict, lambda texts: Settings(), keep)
+        source.keep_beside()
+        await asyncio.to_thread(begun.wait, 60)
+        begun.clear()
+        source.keep_beside()
+        waits = asyncio.to_thread(begun.wait, 0.1)  # for the second, which must not come
+        assert not await waits
+        go_on.set()
+        for _ in range(2):
+            assert await asyncio.to_thread(both.acquire, timeout=60)
+
+    asyncio.run(test())
+    assert overlapped == [False, False]
