@@ -337,11 +337,8 @@ class Engine:
         self, opening: Mapping[str, asyncio.Task[None]]
     ) -> dict[str, VmcryptdError]:
         """Wait until all that has a key has ended, for KILLED_S. Returns what has not."""
-        waits = [asyncio.create_task(asyncio.wait({task})) for task in opening.values()]
         ended = asyncio.create_task(self.operations.break_off(KILLED_S))
-        await asyncio.wait({*waits, ended}, timeout=KILLED_S)
-        for wait in waits:
-            wait.cancel()
+        await asyncio.wait({*opening.values(), ended}, timeout=KILLED_S)
         advice = "its process hangs in the kernel and may still have the key (`journalctl -k`)"
         errors: dict[str, VmcryptdError] = {
             name: BusyError(f"volume {name}: an attempt to open it does not end: {advice}")
