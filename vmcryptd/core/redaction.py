@@ -20,7 +20,7 @@ class Redaction:
     """
 
     def __init__(self) -> None:
-        # First word of a text to be hidden → such texts with what stands for each, the longest first.
+        # First word of a text to be hidden → such texts with what stands for each.
         self._known: dict[str, dict[str, str]] = {}
 
     def learn(self, settings: Settings) -> None:
@@ -29,8 +29,7 @@ class Redaction:
             for source in spec.keys:
                 for text, instead in _texts(source):
                     first = text.split(maxsplit=1)[0]
-                    texts = {**self._known.get(first, {}), text: instead}
-                    self._known[first] = dict(sorted(texts.items(), key=lambda one: -len(one[0])))
+                    self._known.setdefault(first, {})[text] = instead
 
     def __call__(self, text: str) -> str:
         """The text with sources by their kind alone, and without their paths."""
