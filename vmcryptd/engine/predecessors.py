@@ -94,11 +94,16 @@ async def _ended(job: Job, step: Step, before: Iterable[StepId]) -> None:
             if isinstance(error, LibvirtError) and other.action in (Action.STOP, Action.STOP_POOL):
                 # libvirt does not say whether it has stopped. The kernel does: it closes nothing that is in use.
                 continue
-            raise DependencyError(
-                f"{step.id.subject}: {step.action} was not tried, "
-                f"because {other.action} of {other.subject} failed: {error}",
-                other.object,
-            )
+            raise not_tried(step, other, error)
+
+
+def not_tried(step: Step, other: StepId, error: VmcryptdError) -> DependencyError:
+    """The error of a step that needs another one, which has failed."""
+    return DependencyError(
+        f"{step.id.subject}: {step.action} was not tried, "
+        f"because {other.action} of {other.subject} failed: {error}",
+        other.object,
+    )
 
 
 def is_reported(step: Step, error: VmcryptdError) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterable
 from vmcryptd.core import planner
 from vmcryptd.core.errors import (
     BusyError,
-    DependencyError,
     InternalError,
     KeyUnavailableError,
     VmcryptdError,
@@ -25,7 +24,7 @@ from vmcryptd.core.model import GuestState, Infinity, Unlock
 from vmcryptd.engine.inventory import Inventory
 from vmcryptd.engine.jobs import Job, Jobs, Unasked, outcome
 from vmcryptd.engine.opening import Openings
-from vmcryptd.engine.predecessors import Predecessors, is_reported
+from vmcryptd.engine.predecessors import Predecessors, is_reported, not_tried
 from vmcryptd.engine.steps import Steps
 from vmcryptd.posix.changes import Changes
 
@@ -343,11 +342,7 @@ class Scheduler:
                 try:
                     await self._open_for(job, need)
                 except VmcryptdError as error:
-                    raise DependencyError(
-                        f"{step.id.subject}: {step.action} was not tried, "
-                        f"because unlock of volume {need} failed: {error}",
-                        need,
-                    ) from None
+                    raise not_tried(step, StepId(Action.UNLOCK, need), error) from None
 
     async def _open_for(self, job: Job, volume: str) -> None:
         """Open a volume that a step of the job turned out to need."""
