@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from vmcryptd.core import events, identity, planner
 from vmcryptd.core import graph as graphs
-from vmcryptd.core import identity, planner
 from vmcryptd.core.errors import (
     AmbiguousDeviceError,
     DeadlineError,
     LibvirtError,
     VmcryptdError,
 )
+from vmcryptd.core.events import Event, Fields
 from vmcryptd.core.graph import Graph
 from vmcryptd.core.model import (
     BlockDevice,
@@ -261,6 +262,10 @@ class Inventory:
             self.reencrypting.add(name)
         else:
             self.reencrypting.discard(name)
+
+    def event(self, event: Event, volume: str, **more: Any) -> dict[str, Fields]:
+        """The journal's fields of what happened to a volume; `more`: as for `events.fields`."""
+        return events.fields(event, volume=volume, uuid=self.uuids.get(volume, ""), **more)
 
     def check_alone(self, spec: VolumeSpec) -> None:
         """Whether no copy has come since the header was read. Raises AmbiguousDeviceError."""

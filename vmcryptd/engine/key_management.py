@@ -201,9 +201,7 @@ class KeySlots:
                 self._note_due(name, "")
                 log.info(
                     "volume %s: a backup of its header was made, asked for by %s",
-                    name, REQUESTER.get(), extra=events.fields(
-                        events.HEADER_BACKED_UP, volume=name, uuid=self._inventory.uuids.get(name, "")
-                    ),
+                    name, REQUESTER.get(), extra=self._inventory.event(events.HEADER_BACKED_UP, name),
                 )  # fmt: skip
         finally:
             os.close(fd)
@@ -259,8 +257,7 @@ class KeySlots:
             await self.drop_tokens(spec, [one for one in header.tokens if one.slots == (slot,)])
 
     def _log(self, event: Event, name: str, slot: int, what: str) -> None:
-        uuid = self._inventory.uuids.get(name, "")
-        extra = events.fields(event, volume=name, uuid=uuid, source=f"key slot {slot}")
+        extra = self._inventory.event(event, name, source=f"key slot {slot}")
         asked = REQUESTER.get()
         log.info("volume %s %s: key slot %d, asked for by %s", name, what, slot, asked, extra=extra)
 

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from vmcryptd.core import events
 from vmcryptd.core.errors import BusyError
-from vmcryptd.core.events import Event, Fields
 from vmcryptd.core.goals import Action, Step
 from vmcryptd.core.graph import VolumeNode
 from vmcryptd.core.model import Content, GuestState, VolumeState
@@ -107,7 +105,7 @@ class Steps:
                 if mapping := await self._adoption.mapping_to_close(name):
                     await self._close(name, mapping)
                 asked = REQUESTER.get()
-                extra = self._event(events.LOCK, name)
+                extra = self._inventory.event(events.LOCK, name)
                 log.info("volume %s is closed, asked for by %s", name, asked, extra=extra)
 
     def is_opened(self, name: str, source: str) -> None:
@@ -120,11 +118,8 @@ class Steps:
         log.info(
             "volume %s is open (%s), asked for by %s",
             name, by, giver or REQUESTER.get(),
-            extra=self._event(events.UNLOCK, name, source=source, requester=giver),
+            extra=self._inventory.event(events.UNLOCK, name, source=source, requester=giver),
         )  # fmt: skip
-
-    def _event(self, event: Event, name: str, **more: Any) -> dict[str, Fields]:
-        return events.fields(event, volume=name, uuid=self._inventory.uuids.get(name, ""), **more)
 
     async def _close(self, name: str, mapping: str) -> None:
         try:
@@ -136,5 +131,5 @@ class Steps:
                 f"volume {name} cannot be closed, it is in use by {used_by}; "
                 f"stop that, then `vmcryptctl lock {name}`"
             )
-            log.warning("%s", error, extra=self._event(events.LOCK, name, error=error))
+            log.warning("%s", error, extra=self._inventory.event(events.LOCK, name, error=error))
             raise error from None
