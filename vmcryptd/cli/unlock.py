@@ -114,8 +114,10 @@ async def _explain_newline(client: Client, names: list[str], key: MemfdKey, say:
 def exit_status(client: Client, names: Sequence[str], failed: Mapping[str, VmcryptdError]) -> int:
     """The exit status for one key and the named volumes, or all, as in vmcryptctl(1)."""
     codes = {error.exit_code for error in failed.values()}
-    if not codes or codes == {EXIT_WRONG_KEY}:
-        return EXIT_WRONG_KEY if codes else EXIT_OK
+    if not codes:
+        return EXIT_OK
+    if codes == {EXIT_WRONG_KEY}:
+        return EXIT_WRONG_KEY
     if EXIT_WAITING in codes:
         wanted = beneath(client, failed) if names else client.volumes
         is_asked = any(client.volumes.get(name, {}).get("State") == "waiting" for name in wanted)
