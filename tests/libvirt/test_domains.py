@@ -15,6 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 
 from tests.libvirt.conftest import DEFAULT, domain_xml, observing
@@ -24,8 +25,6 @@ from vmcryptd.adapters.libvirt.domains import Libvirt
 from vmcryptd.adapters.libvirt.session import Event, Session
 from vmcryptd.core.errors import DeadlineError, GuestError, LibvirtError
 from vmcryptd.core.model import DiskSource, GuestSpec, GuestState, SourceType
-
-libvirt = pytest.importorskip("libvirt")
 
 TEST = GuestSpec("test")
 

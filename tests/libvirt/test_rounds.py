@@ -18,8 +18,6 @@ from vmcryptd.adapters.libvirt.domains import Libvirt
 from vmcryptd.core.model import GuestState, HostState
 from vmcryptd.engine.engine import Engine
 
-libvirt = pytest.importorskip("libvirt")
-
 GUESTS = [f"g{number}" for number in range(4)]
 HOST = "".join(
     f'[volume.v{n}]\ndevice = "/dev/v{n}"\n[sim.volume.v{n}]\n{opened_by("alpha")}\n'

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 from tests.lib import Running, opened_by, play
 from vmcryptd.core.model import GuestState
@@ -70,36 +72,33 @@ async def test_no_guest_looks_for_a_name_where_the_host_reads_it(run: Running) -
     assert run.volume("a").error == ""
 
 
-@play(volume("by-hand"))
-async def test_a_mapping_is_closed_under_the_name_that_it_has_by_then(run: Running) -> None:
-    """A rename under way is waited for: what closes by the old name would find nothing, and be content."""
-    renaming = asyncio.Event()
+async def closes_the_renamed_mapping(run: Running, close: Coroutine[Any, Any, None]) -> None:
+    """`close` is begun during the rename, which ends when that waits."""
+    renaming, go_on = asyncio.Event(), asyncio.Event()
 
     async def slowly(mapping: str, name: str) -> None:
         renaming.set()
-        await asyncio.sleep(0.05)
+        await go_on.wait()
         await right(mapping, name)
 
     right, run.host.rename = run.host.rename, slowly  # type: ignore[method-assign]
     run.host.volume("a", mapped_as=UDISKS)
     await renaming.wait()
-    await run.engine.lock("a")
+    closing = asyncio.ensure_future(close)
+    for _ in range(50):  # turns of the loop, no time
+        await asyncio.sleep(0)
+    go_on.set()
+    await closing
     assert run.host.done("rename", "close ") == [f"rename {UDISKS} a", "close a"]
     assert run.volumes() == {"a": "locked"}
+
+
+@play(volume("by-hand"))
+async def test_a_mapping_is_closed_under_the_name_that_it_has_by_then(run: Running) -> None:
+    """A rename under way is waited for: what closes by the old name would find nothing, and be content."""
+    await closes_the_renamed_mapping(run, run.engine.lock("a"))
 
 
 @play(volume("by-hand"))
 async def test_panic_closes_a_mapping_under_the_name_that_it_has_by_then(run: Running) -> None:
-    renaming = asyncio.Event()
-
-    async def slowly(mapping: str, name: str) -> None:
-        renaming.set()
-        await asyncio.sleep(0.05)
-        await right(mapping, name)
-
-    right, run.host.rename = run.host.rename, slowly  # type: ignore[method-assign]
-    run.host.volume("a", mapped_as=UDISKS)
-    await renaming.wait()
-    await run.engine.panic()
-    assert run.host.done("rename", "close ") == [f"rename {UDISKS} a", "close a"]
-    assert run.volumes() == {"a": "locked"}
+    await closes_the_renamed_mapping(run, run.engine.panic())

@@ -52,6 +52,7 @@ def test_an_error_that_comes_as_its_caller_is_cancelled(
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, what: forgotten.append(what))
         threads = kind()
+        others = set(threading.enumerate())
         call = (
             threads.call("disk", 60, fail)
             if isinstance(threads, PlaceThreads)
@@ -60,7 +61,8 @@ def test_an_error_that_comes_as_its_caller_is_cancelled(
         caller = asyncio.create_task(call)
         await asyncio.sleep(0)
         done.wait(60)
-        time.sleep(0.05)  # noqa: ASYNC251 (until its thread has handed it over)
+        for thread in set(threading.enumerate()) - others:
+            thread.join(60)  # it has handed the error over
         loop.call_soon(caller.cancel)  # after the answer, before its caller runs
         await asyncio.wait({caller})
         assert caller.cancelled()

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -196,33 +198,34 @@ TWO_GUESTS = (
 )
 
 
-@play(TWO_GUESTS)
-async def test_a_volume_stays_open_for_a_guest_that_is_about_to_run(run: Running) -> None:
-    """Between its start and libvirt's answer nothing shows it as running."""
+@contextlib.asynccontextmanager
+async def stays_open_for_h(run: Running) -> AsyncIterator[None]:
+    """What is done within, while h is being started, does not close its volume."""
     run.host.hold("starting h")
     starting = asyncio.ensure_future(run.engine.start_guest("h"))
     await run.until(lambda: "starting h" in run.host.calls)
-    run.host.guest("g", GuestState.OFF)  # the last one that runs
-    await run.looked()
-    await run.engine.background_done()
+    yield
     assert run.host.done("clos") == []
     run.host.release("starting h")
     await starting
     assert (run.guests(), run.volumes()) == ({"g": "off", "h": "running"}, {"a": "unlocked"})
+
+
+@play(TWO_GUESTS)
+async def test_a_volume_stays_open_for_a_guest_that_is_about_to_run(run: Running) -> None:
+    """Between its start and libvirt's answer nothing shows it as running."""
+    async with stays_open_for_h(run):
+        run.host.guest("g", GuestState.OFF)  # the last one that runs
+        await run.looked()
+        await run.engine.background_done()
 
 
 @play(TWO_GUESTS)
 async def test_stopping_one_guest_closes_nothing_under_one_that_is_about_to_run(
     run: Running,
 ) -> None:
-    run.host.hold("starting h")
-    starting = asyncio.ensure_future(run.engine.start_guest("h"))
-    await run.until(lambda: "starting h" in run.host.calls)
-    await run.engine.stop_guest("g")
-    assert run.host.done("clos") == []
-    run.host.release("starting h")
-    await starting
-    assert (run.guests(), run.volumes()) == ({"g": "off", "h": "running"}, {"a": "unlocked"})
+    async with stays_open_for_h(run):
+        await run.engine.stop_guest("g")
 
 
 @play(TWO_GUESTS)
