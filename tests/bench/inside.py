@@ -97,7 +97,7 @@ def flooding(daemon: Daemon, rounds: int) -> Samples:
 
 
 def called(daemon: Daemon, command: str) -> Samples:
-    """What a client measures while the daemon has nothing else to do."""
+    """Measures clients while the daemon has nothing else to do."""
     opening.configure(opening.KIND["fast"], FEW)
     daemon.start()
     out: Samples = json.loads(sh(f"cd {BENCH} && exec {command}"))

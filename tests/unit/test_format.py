@@ -16,7 +16,7 @@ from vmcryptd.core.errors import StorageError
 
 
 def test_its_file_system_may_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What asks it waits in a thread."""
+    """The question to it waits in a thread."""
     main, asked = threading.main_thread(), []
 
     def beside(name: str) -> None:

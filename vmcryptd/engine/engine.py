@@ -38,7 +38,7 @@ from vmcryptd.engine.steps import Steps
 
 log = logging.getLogger(__name__)
 
-# What does not end within this is not waited for before the volumes are closed.
+# Panic waits this long for running operations before it closes the volumes.
 PANIC_CANCEL_S = 2.0
 # A child that is killed ends within this, unless it hangs in the kernel.
 KILLED_S = 5.0

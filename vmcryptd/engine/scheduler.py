@@ -51,7 +51,7 @@ class Scheduler:
         self._predecessors = predecessors
         self._steps = steps
         self._running: dict[StepId, tuple[asyncio.Task[None], Job]] = {}
-        # What starts waits for what closes beneath it by then, and nothing else is closed there.
+        # A guest's start waits for volumes beneath it that are closing; no other volume beneath it is closed meanwhile.
         self._starting: set[str] = set()  # guests
         self._closing: set[StepId] = set()
         self._replans = Changes()  # each job is to plan again

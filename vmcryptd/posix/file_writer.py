@@ -27,7 +27,7 @@ class FileWriter:
         self._is_writing = False
 
     def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
-        """Replace the file's content soon, as `files.write_atomically`. What fails is only logged."""
+        """Replace the file's content soon, as `files.write_atomically`. Failures are only logged."""
         with self._state:
             self._due.pop(path, None)  # what is written last was handed in last
             self._due[path] = _Content(data, mode)
@@ -57,7 +57,7 @@ class FileWriter:
 
 
 def store(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace the file's content now, unless it is that already. What fails is only logged.
+    """Replace the file's content now, unless it is that already. Failures are only logged.
 
     A full or read-only disk must not stop the work: only the next start knows less.
     """

@@ -46,8 +46,8 @@ def _priority(record: logging.LogRecord) -> int:
 class JournalHandler(logging.StreamHandler[TextIO]):
     """The journal's own socket, for the fields of a record; all records take it, so that they stay in order.
 
-    What that does not take becomes a line of standard error: a lost field is better than a lost sentence. So does a
-    traceback, which has lines of its own.
+    A record that the journal does not take becomes a line of standard error: a lost field is better than a lost
+    sentence. So does a traceback, which has lines of its own.
     """
 
     def __init__(self, address: str = SOCKET) -> None:
@@ -55,7 +55,7 @@ class JournalHandler(logging.StreamHandler[TextIO]):
         self.setFormatter(JournalLines())
         self._address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._socket.setblocking(False)  # the journal is waited for by nobody
+        self._socket.setblocking(False)  # a slow journal holds up nothing
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info or not self._is_sent(record, getattr(record, "fields", ())):
