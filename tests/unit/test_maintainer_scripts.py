@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import subprocess
@@ -29,6 +30,7 @@ def root(tmp_path: Path) -> Path:
     for name in (name for name in dir(memory) if name.startswith("keep_")):
         keep = getattr(memory, name)
         keep(*[{}] * len(inspect.signature(keep).parameters))
+    asyncio.run(memory.kept())
     assert HostLock(runtime / "lock").try_hold("vmcryptd")
     (tmp_path / "etc").mkdir()
     files.keep(state / "settings.json", {}, Settings())
