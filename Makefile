@@ -75,15 +75,13 @@ RIG := $(sort tests/vm/host.py tests/vm/guest.py tests/vm/test_host.py $(shell f
 RIG_STAMP = build/rig-$(shell cat $(RIG) | sha256sum | cut -c -12)
 
 # Without KVM the machines are emulated, some twenty times slower. Tests that take minutes then, and whose kind others show,
-# are marked `long`.
-ALL := $(shell test -w /dev/kvm && echo yes)
-
+# are marked `long`: there, only `make nightly` runs them.
 nightly:
 	$(MAKE) test ALL=yes
 
 vm: $(VENV)/stamp
 	$(RUN) -m pytest --timeout=1800 --durations=20 -n $(VM_JOBS) --dist loadfile --no-loadscope-reorder \
-	    $(if $(ALL),,-m 'not long') \
+	    $(if $(ALL),--long) \
 	    $(if $(wildcard $(RIG_STAMP)),,tests/vm/test_host.py) $(VM_TESTS)
 	@rm -f build/rig-*; touch $(RIG_STAMP)
 

@@ -118,6 +118,24 @@ def module_host(
     yield from _hosts(request, image, tmp_path_factory)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="run the tests marked long, also on an emulated machine"
+    )
+
+
+@pytest.fixture(scope="session")
+def long_tests_run(request: pytest.FixtureRequest, image: Image) -> bool:
+    return request.config.getoption("--long") or accelerator(image) == "kvm"
+
+
+@pytest.fixture(autouse=True)
+def _not_too_long(request: pytest.FixtureRequest) -> None:
+    """That the device of KVM is there says nothing; so a guest must have run before tests are left out."""
+    if request.node.get_closest_marker("long") and not request.getfixturevalue("long_tests_run"):
+        pytest.skip("takes minutes without KVM: `make nightly` runs it")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,

@@ -47,13 +47,22 @@ class Lab:
     vm: Vm
     config: list[str] = field(default_factory=list)
 
-    def luks(self, device: str, *, passphrase: str = PASSPHRASE, options: str = CHEAP) -> str:
-        """Format a device; returns the header's UUID."""
+    def luks(
+        self,
+        device: str,
+        *,
+        passphrase: str = PASSPHRASE,
+        options: str = CHEAP,
+        header: str = "",
+    ) -> str:
+        """Format a device, with its header in a file if that is given; returns the header's UUID."""
+        if header:
+            options += f" --header {header}"
         self.vm.run(
             f"cryptsetup luksFormat --batch-mode --type luks2 {options} --key-file - {device}",
             stdin=passphrase.encode(),
         )
-        return self.vm.run(f"cryptsetup luksUUID {device}").out.strip()
+        return self.vm.run(f"cryptsetup luksUUID {header or device}").out.strip()
 
     def open(self, device: str, name: str, *, passphrase: str = PASSPHRASE) -> str:
         self.vm.run(f"cryptsetup open --key-file - {device} {name}", stdin=passphrase.encode())
