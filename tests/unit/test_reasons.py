@@ -11,6 +11,7 @@ import pytest
 from tests.lib import Running, opened_by, play
 from vmcryptd.adapters.systemd.state_files import StateFiles
 from vmcryptd.core.model import KeySource, SourceKind
+from vmcryptd.core.ports import Reason
 
 A = opened_by("alpha")
 
@@ -42,17 +43,19 @@ async def test_after_a_restart(run: Running) -> None:
     run.host.answer("alpha")
     await run.idle()
     before = (run.state, run.volumes(), run.guests())
-    shown = run.engine.inventory.redacted
     said = {
-        view.name: shown(view.error)
-        for view in (*run.engine.volume_views(), *run.engine.guest_views())
+        view.name: view.error for view in (*run.engine.volume_views(), *run.engine.guest_views())
     }
+    assert "file:/etc/none" in said["quiet"]
+    shown = run.engine.inventory.redacted(said["quiet"])
+    assert "/etc/none" not in shown
     line = run.engine.status_line(run.engine.state)
     assert [name for name, text in said.items() if not text] == ["a"]
     again = await restarted(run)
     await again.looked()
     views = (*again.engine.volume_views(), *again.engine.guest_views())
     assert {view.name: view.error for view in views} == said
+    assert again.engine.inventory.redacted(said["quiet"]) == shown
     assert (again.state, again.volumes(), again.guests()) == before
     assert again.volumes() == {
         "a": "unlocked", "plain": "failed", "away": "missing", "quiet": "failed",
@@ -110,14 +113,24 @@ async def test_an_attempt_that_a_restart_breaks_off(run: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", ["5", "[]", '["WrongKey"]', '["WrongKey", 5]', '["WrongKey", "two\\nlines"]', "{}"]
+    "entry",
+    [
+        "5",
+        "[]",
+        '["WrongKey"]',
+        '["WrongKey", "it"]',
+        '["WrongKey", 5, "it"]',
+        '["WrongKey", "two\\nlines", "it"]',
+        "{}",
+    ],
 )
 def test_what_is_no_reason(tmp_path: Path, entry: str) -> None:
     files = StateFiles(tmp_path, tmp_path)
-    files.keep_reasons({"volume a": ("WrongKey", "volume a: it does not fit")})
+    reason = Reason("WrongKey", "volume a: file:/a does not fit", "volume a: file: does not fit")
+    files.keep_reasons({"volume a": reason})
     path = tmp_path / "reasons.json"
     assert path.stat().st_mode & 0o077 == 0
-    assert files.reasons() == {"volume a": ("WrongKey", "volume a: it does not fit")}
-    sound = '"guest g": ["Odd", "guest g: odd"]'
+    assert files.reasons() == {"volume a": reason}
+    sound = '"guest g": ["Odd", "guest g: odd", "guest g: odd"]'
     path.write_text(f'{{"reasons": {{"volume a": {entry}, {sound}}}}}')
-    assert files.reasons() == {"guest g": ("Odd", "guest g: odd")}
+    assert files.reasons() == {"guest g": Reason("Odd", "guest g: odd", "guest g: odd")}

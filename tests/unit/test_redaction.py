@@ -45,6 +45,20 @@ def test_texts(text: str, shown: str) -> None:
     assert redaction(text) == shown
 
 
+def test_a_text_of_an_earlier_daemon() -> None:
+    """Its sources are configured no more."""
+    before, after = Redaction(), Redaction()
+    before.learn(Settings(volumes={"imap": VolumeSpec("imap", "/dev/a", keys=KEYS)}))
+    said = f"volume imap: file:/etc/keys/imap: it is away; exec:{COMMAND}: failed"
+    kept, shown = before.without_tokens(said), before(said)
+    assert kept == "volume imap: file:/etc/keys/imap: it is away; exec: failed"
+    assert shown == "volume imap: file: it is away; exec: failed"
+    assert after(kept) == kept
+    after.learn_text(kept, shown)
+    after.learn_text("", "")
+    assert (after(kept), after(f"degraded: {kept}")) == (shown, f"degraded: {shown}")
+
+
 def host(key: str) -> str:
     return (
         f'[volume.a]\ndevice = "/dev/a"\nkeys = ["{key}"]\n[sim.volume.a]\n{opened_by("alpha")}\n'

@@ -109,7 +109,7 @@ def test_the_same_disks_again_and_again(machine: Host) -> None:
         assert_closed(machine, vm)
 
     with boot_locked(machine) as vm:
-        vm.wait_booted()
+        vm.wait_unit("libvirt-guests.service")
         assert vm.run("ls /var/lib/libvirt/qemu/save").out == ""
         lab.wait_state(vm, "waiting")
         assert lab.unlock(vm, passphrase=lab.WRONG, check=False) == 3

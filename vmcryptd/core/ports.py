@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmcryptd.core.keystores import Making
 from vmcryptd.core.model import (
@@ -316,6 +316,14 @@ class Host(Protocol):
         """Run the administrator's command in the background, bounded; its failure is logged."""
 
 
+class Reason(NamedTuple):
+    """Why a volume or guest is not up, for the daemon after this one."""
+
+    error: str  # the name of the error
+    text: str  # for root; without the arguments of programs, which are not to be kept
+    shown: str  # for everybody
+
+
 class Memory(Protocol):
     """State that survives the daemon: goals under /run; dependencies, and key slots that fitted, under /var/lib."""
 
@@ -328,10 +336,10 @@ class Memory(Protocol):
 
     def keep_sources(self, sources: dict[str, str]) -> None: ...
 
-    def reasons(self) -> dict[str, tuple[str, str]]:
-        """`volume NAME` or `guest NAME` → the name and text of its error; lost when the host goes down."""
+    def reasons(self) -> dict[str, Reason]:
+        """`volume NAME` or `guest NAME` → its error; lost when the host goes down."""
 
-    def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None: ...
+    def keep_reasons(self, reasons: Mapping[str, Reason]) -> None: ...
 
     def open_volumes(self) -> dict[str, VolumeSpec]:
         """The volumes that were open, with what closing needs to know; lost when the host goes down."""

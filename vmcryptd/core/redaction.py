@@ -22,31 +22,51 @@ class Redaction:
     def __init__(self) -> None:
         # First word of a text to be hidden → such texts with what stands for each.
         self._known: dict[str, dict[str, str]] = {}
+        self._tokens: dict[str, dict[str, str]] = {}  # those of them that may hold a token
 
     def learn(self, settings: Settings) -> None:
         """These sources are configured now."""
         for spec in settings.volumes.values():
             for source in spec.keys:
                 for text, instead in _texts(source):
-                    first = text.split(maxsplit=1)[0]
-                    self._known.setdefault(first, {})[text] = instead
+                    _add(self._known, text, instead)
+                    if source.kind is SourceKind.EXEC:
+                        _add(self._tokens, text, instead)
+
+    def learn_text(self, text: str, shown: str) -> None:
+        """An earlier daemon showed this text so, by sources that it knew."""
+        if text.strip() and text != shown:
+            _add(self._known, text, shown)
 
     def __call__(self, text: str) -> str:
         """The text with sources by their kind alone, and without their paths."""
-        parts, end = [], 0
-        for match in _WORD.finditer(text):
-            word = match[0]
-            start = match.start() + len(word) - len(word.lstrip(_BEFORE))
-            if start < end:
-                continue  # within what was just hidden
-            word = word.lstrip(_BEFORE)
-            known = {**self._known.get(word.rstrip(_AFTER), {}), **self._known.get(word, {})}
-            for hidden, instead in sorted(known.items(), key=lambda one: -len(one[0])):
-                if text.startswith(hidden, start):
-                    parts += [text[end:start], instead]
-                    end = start + len(hidden)
-                    break
-        return "".join((*parts, text[end:]))
+        return _without(self._known, text)
+
+    def without_tokens(self, text: str) -> str:
+        """The text as it may be kept for root: without arguments of programs, but with the paths of key files."""
+        return _without(self._tokens, text)
+
+
+def _add(known: dict[str, dict[str, str]], text: str, instead: str) -> None:
+    first = text.split(maxsplit=1)[0]
+    known.setdefault(first, {})[text] = instead
+
+
+def _without(hidden: dict[str, dict[str, str]], text: str) -> str:
+    parts, end = [], 0
+    for match in _WORD.finditer(text):
+        word = match[0]
+        start = match.start() + len(word) - len(word.lstrip(_BEFORE))
+        if start < end:
+            continue  # within what was just hidden
+        word = word.lstrip(_BEFORE)
+        known = {**hidden.get(word.rstrip(_AFTER), {}), **hidden.get(word, {})}
+        for long, instead in sorted(known.items(), key=lambda one: -len(one[0])):
+            if text.startswith(long, start):
+                parts += [text[end:start], instead]
+                end = start + len(long)
+                break
+    return "".join((*parts, text[end:]))
 
 
 def _texts(source: KeySource) -> Iterator[tuple[str, str]]:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from vmcryptd.core.errors import named
+from vmcryptd.core.errors import VmcryptdError, named
 from vmcryptd.core.goals import BOOT
 from vmcryptd.core.model import GuestState, HostState, VolumeState
-from vmcryptd.core.ports import Host, Memory
+from vmcryptd.core.ports import Host, Memory, Reason
 from vmcryptd.core.states import (
     Activities,
     GuestView,
@@ -55,7 +55,7 @@ class Announcer:
         self._reported: set[str] | None = None  # what has failed since the host became degraded
         self._status = ""  # as systemd knows it
         self._sources: dict[str, str] = {}  # as kept for the next daemon
-        self._errors: dict[str, tuple[str, str]] = {}  # the same
+        self._errors: dict[str, VmcryptdError] = {}  # the same
         self._is_target_wanted: bool | None = None
         self._is_target_reached: bool | None = None
         self._is_moving_target = False
@@ -68,9 +68,11 @@ class Announcer:
         for name, source in self._sources.items():
             if name in volumes and volumes[name].is_open:
                 self._activities.volumes[name].key_source = source
-        self._errors = self._memory.reasons()
-        errors = {of: named(*error) for of, error in self._errors.items()}
-        self._activities.restore(errors, self._inventory.graph)
+        reasons = self._memory.reasons()
+        for reason in reasons.values():
+            self._inventory.redacted.learn_text(reason.text, reason.shown)
+        self._errors = {of: named(reason.error, reason.text) for of, reason in reasons.items()}
+        self._activities.restore(self._errors, self._inventory.graph)
 
     # --- states ---
 
@@ -189,14 +191,18 @@ class Announcer:
     def _keep_errors(self) -> None:
         if self._jobs.is_closed:
             return  # what is broken off now has not succeeded
+        errors = self._activities.errors()
+        if errors == self._errors:
+            return
+        self._errors = errors
         # The next daemon may have another configuration, and would not know what to hide.
         redacted = self._inventory.redacted
-        errors = {
-            of: (one.name, redacted(str(one))) for of, one in self._activities.errors().items()
-        }
-        if errors != self._errors:
-            self._errors = errors
-            self._memory.keep_reasons(errors)
+        self._memory.keep_reasons(
+            {
+                of: Reason(one.name, redacted.without_tokens(str(one)), redacted(str(one)))
+                for of, one in errors.items()
+            }
+        )
 
     def _want_target(self, is_wanted: bool) -> None:
         self._is_target_wanted = is_wanted

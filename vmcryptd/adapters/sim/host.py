@@ -63,7 +63,7 @@ from vmcryptd.core.model import (
     Virtualisation,
     VolumeSpec,
 )
-from vmcryptd.core.ports import Changed, Key, Ports
+from vmcryptd.core.ports import Changed, Key, Ports, Reason
 from vmcryptd.posix.changes import Changes
 
 _AWAY = "libvirt cannot be reached (simulated)"
@@ -141,7 +141,7 @@ class Simulation:
         self._goals: tuple[str, ...] = ()
         self._sources: dict[str, str] = {}
         self._open: dict[str, VolumeSpec] = {}
-        self._reasons: dict[str, tuple[str, str]] = {}
+        self._reasons: dict[str, Reason] = {}
         self.published: dict[str, bool] = {}  # mapping → whether it is marked as a guest's disk
         self._seen: tuple[dict[str, tuple[str, ...]], dict[str, str]] = ({}, {})
         self._fitted: dict[str, dict[str, int]] = {}
@@ -572,10 +572,10 @@ class Simulation:
     def publish(self, volumes: dict[str, bool]) -> None:
         self.published = dict(volumes)
 
-    def reasons(self) -> dict[str, tuple[str, str]]:
+    def reasons(self) -> dict[str, Reason]:
         return self._reasons
 
-    def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None:
+    def keep_reasons(self, reasons: Mapping[str, Reason]) -> None:
         self._reasons = dict(reasons)
 
     def open_volumes(self) -> dict[str, VolumeSpec]:

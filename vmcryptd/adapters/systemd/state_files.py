@@ -13,6 +13,7 @@ from typing import Any
 from vmcryptd.core.errors import DeadlineError
 from vmcryptd.core.keystores import Making
 from vmcryptd.core.model import Content, Lock, VolumeSpec
+from vmcryptd.core.ports import Reason
 from vmcryptd.posix.file_writer import FileWriter, store
 from vmcryptd.posix.files import read_bounded, write_atomically
 from vmcryptd.posix.threads import DaemonThreads
@@ -56,16 +57,16 @@ class StateFiles:
     def keep_sources(self, sources: dict[str, str]) -> None:
         _store(self._sources, {"sources": sources}, mode=0o600)
 
-    def reasons(self) -> dict[str, tuple[str, str]]:
+    def reasons(self) -> dict[str, Reason]:
         table = _table(_load(self._reasons).get("reasons"))
-        pairs = {of: _strings(entry) for of, entry in table.items()}
+        entries = {of: _strings(entry) for of, entry in table.items()}
         return {
-            of: (pair[0], pair[1])
-            for of, pair in pairs.items()
-            if len(pair) == 2 and all(map(_is_text, pair))
+            of: Reason(*entry)
+            for of, entry in entries.items()
+            if len(entry) == len(Reason._fields) and all(map(_is_text, entry))
         }
 
-    def keep_reasons(self, reasons: Mapping[str, tuple[str, str]]) -> None:
+    def keep_reasons(self, reasons: Mapping[str, Reason]) -> None:
         # For root only: programs say whatever they like of their failures.
         _store(self._reasons, {"reasons": dict(reasons)}, mode=0o600)
 
