@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.lib import Host, Running, opened_by, play
@@ -51,7 +49,9 @@ def test_a_text_of_an_earlier_daemon() -> None:
     before.learn(Settings(volumes={"imap": VolumeSpec("imap", "/dev/a", keys=KEYS)}))
     said = f"volume imap: file:/etc/keys/imap: it is away; exec:{COMMAND}: failed"
     kept, shown = before.without_tokens(said), before(said)
-    assert kept == "volume imap: file:/etc/keys/imap: it is away; exec: failed"
+    assert kept == (
+        "volume imap: file:/etc/keys/imap: it is away; exec:/usr/local/bin/fetch …: failed"
+    )
     assert shown == "volume imap: file: it is away; exec: failed"
     assert after(kept) == kept
     after.learn_text(kept, shown)
@@ -72,7 +72,7 @@ async def test_what_is_kept_for_the_next_daemon(run: Running) -> None:
     await run.idle()
     assert "s3cr3t" in run.volume("a").error
     run.engine.configure(Host.parse(host("exec:/bin/fetch --token=new")).settings)
-    kept = json.dumps(run.host.reasons())
-    assert "none of its key sources opened it: exec: " in kept
+    kept = str(run.host.reasons())
+    assert "none of its key sources opened it: exec:/bin/fetch …: " in kept
     assert "s3cr3t" not in kept
     assert "s3cr3t" not in run.engine.inventory.redacted(run.volume("a").error)

@@ -22,7 +22,7 @@ class Redaction:
     def __init__(self) -> None:
         # First word of a text to be hidden → such texts with what stands for each.
         self._known: dict[str, dict[str, str]] = {}
-        self._tokens: dict[str, dict[str, str]] = {}  # those of them that may hold a token
+        self._tokens: dict[str, dict[str, str]] = {}  # the same for those that may hold a token
 
     def learn(self, settings: Settings) -> None:
         """These sources are configured now."""
@@ -30,8 +30,8 @@ class Redaction:
             for source in spec.keys:
                 for text, instead in _texts(source):
                     _add(self._known, text, instead)
-                    if source.kind is SourceKind.EXEC:
-                        _add(self._tokens, text, instead)
+                for text, instead in _with_tokens(source):
+                    _add(self._tokens, text, instead)
 
     def learn_text(self, text: str, shown: str) -> None:
         """An earlier daemon showed this text so, by sources that it knew."""
@@ -78,3 +78,12 @@ def _texts(source: KeySource) -> Iterator[tuple[str, str]]:
         yield source.argument.strip(), HIDDEN
     if source.kind is SourceKind.EXEC:
         yield source.argument.split()[0], HIDDEN
+
+
+def _with_tokens(source: KeySource) -> Iterator[tuple[str, str]]:
+    """A program's arguments may be tokens; its path is none."""
+    command = source.argument.strip()
+    if source.kind is SourceKind.EXEC and len(command.split()) > 1:
+        shown = f"{command.split()[0]} {HIDDEN}"
+        yield command, shown
+        yield str(source), f"{source.kind}:{shown}"
