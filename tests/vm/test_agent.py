@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A guest with a real guest agent: it is waited for on the way up, and stops the guest on the way down."""
 
+import pytest
+
 from tests.vm import guest, lab
 from tests.vm.conftest import HostFactory
 
@@ -59,6 +61,7 @@ def domain_xml(disk: str) -> str:
     return larger.replace("</os>", system).replace("</devices>", devices)
 
 
+@pytest.mark.long
 def test_a_guest_with_an_agent(host: HostFactory) -> None:
     # One CPU, emulated, is too little for a guest with a whole system in it: its agent would be taken for dead.
     with host(disks=["64M", "64M"], cpus=2).resume() as vm:

@@ -115,6 +115,7 @@ def test_waiting_for_a_unit(vm: Vm) -> None:
     vm.wait_unit("libvirtd.socket")
 
 
+@pytest.mark.long
 def test_one_machine_is_switched_on_twice(host: Callable[..., Host]) -> None:
     """It takes commands long before its boot is complete; what was synced stays, and so do the guest's counters."""
     machine = host(disks=["64M", "64M"])

@@ -346,6 +346,7 @@ def assert_no_secret_is_left(site: Site) -> None:
     assert watch.in_output(vm, journal, CONTROL) != []
 
 
+@pytest.mark.long
 def test_boots_without_them(site: Site) -> None:
     """Without its TPM and with one of the two servers; then without any of them."""
     host, vm = site.host, site.vm

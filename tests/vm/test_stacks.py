@@ -367,6 +367,7 @@ def test_a_volume_that_is_opened_only_on_request(vm: Vm) -> None:
     assert lab.volume_states(vm)["cr_manual"] == "locked"
 
 
+@pytest.mark.long
 def test_the_way_down_and_the_next_boot(vm: Vm) -> None:
     """Everything is closed at power-off; the next boot remembers what it cannot see."""
     # The next boot has to remember what lies on cr_outer.
