@@ -113,6 +113,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
     )
     async def Boot(self) -> ObjectPath:
         """Bring up the boot set. Answers at once with the job."""
+        await self._engine.look_before_boot()
         return ObjectPath(job_path(self._engine.boot()))
 
     @exported(action=(LOCK, GUESTS), purpose="stop the guests and lock all volumes", overtakes=True)

@@ -194,6 +194,11 @@ class Engine:
 
     # --- bringing up ---
 
+    async def look_before_boot(self) -> None:
+        """See which guests start at boot now. Raises CancelledError when all goes down meanwhile, BusyError."""
+        with self.operations.begun():
+            await self.inventory.know_autostart()
+
     def boot(self) -> Job:
         """Bring up the boot set; returns at once."""
         job = self._boot.boot()

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 # end is looked at at once.
 COALESCE_S = 0.2
 LIBVIRT_TIMEOUT_S = 30.0
+AUTOSTART_S = 5.0  # for the guests to be read anew
 # Backing chains are read side by side: a disk that does not answer holds up its own guest only.
 CHAIN_READERS = 4
 
@@ -147,6 +148,16 @@ class Inventory:
         except VmcryptdError as error:
             self.libvirt_error = LibvirtError(f"{error}; guests start when it is back")
             log.error("%s", self.libvirt_error)
+        self.observe()
+
+    async def know_autostart(self) -> None:
+        """Read the guests anew if libvirt is there: no event reports `virsh autostart`."""
+        if not self._domains.current().reachable:
+            return
+        try:
+            await self._domains.refresh(AUTOSTART_S)
+        except VmcryptdError as error:
+            log.warning("%s; the guests are as they were seen last", error)
         self.observe()
 
     async def know_libvirt_going_down(self) -> None:
