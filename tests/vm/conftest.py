@@ -68,14 +68,20 @@ def current_package() -> Path | None:
     return newest()
 
 
-@pytest.fixture(scope="session")
-def image() -> Image:
+@functools.cache
+def current_image() -> Image:
+    """The image with the project's package."""
     lock_file = PROJECT / "build/package.lock"
     lock_file.parent.mkdir(exist_ok=True)
     with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers that run side by side build one package
         package = current_package()
     return build_image(package)
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    return current_image()
 
 
 def _hosts(
@@ -124,15 +130,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(scope="session")
-def long_tests_run(request: pytest.FixtureRequest, image: Image) -> bool:
-    return request.config.getoption("--long") or accelerator(image) == "kvm"
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave long tests out before a module prepares a machine for them.
 
-
-@pytest.fixture(autouse=True)
-def _not_too_long(request: pytest.FixtureRequest) -> None:
-    """That the device of KVM is there says nothing; so a guest must have run before tests are left out."""
-    if request.node.get_closest_marker("long") and not request.getfixturevalue("long_tests_run"):
+    That the device of KVM is there says nothing; a guest must have run.
+    """
+    if item.get_closest_marker("long") is None or item.config.getoption("--long"):
+        return
+    if accelerator(current_image()) == "tcg":
         pytest.skip("takes minutes without KVM: `make nightly` runs it")
 
 
