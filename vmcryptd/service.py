@@ -112,7 +112,7 @@ class Manager(Interface, name="org.vmcryptd1.Manager"):
         action=(UNLOCK, GUESTS), purpose="unlock the volumes and start the guests of the boot set"
     )
     async def Boot(self) -> ObjectPath:
-        """Bring up the boot set. Answers at once with the job."""
+        """Bring up the boot set. Answers with the job, once libvirt has said which guests start."""
         await self._engine.look_before_boot()
         return ObjectPath(job_path(self._engine.boot()))
 
